@@ -1,0 +1,178 @@
+"""Every setting of a run, as frozen dataclasses. No torch here: a login node can check a run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained."""
+
+    name: str | None = "opt-tiny"
+    """A preset (opt-tiny, opt-125m ... opt-66b, llama-60m ... llama-7b); null when `path` is given."""
+    path: str | None = None
+    """A local transformers folder (OPT or LLaMA) whose architecture is used instead of a preset."""
+    sequence_length: int = 256
+    """Tokens a sequence; at most the model's positions."""
+    vocab_size: int | Auto = "auto"
+    """Rows of the embedding; auto: the tokenizer's size, padded to a multiple of 64."""
+    hidden_size: int | None = None
+    """Overrides the preset's width; `ffn_size` follows at the preset's ratio unless given."""
+    num_layers: int | None = None
+    """Overrides the preset's number of blocks."""
+    num_heads: int | None = None
+    """Overrides the preset's number of attention heads."""
+    ffn_size: int | None = None
+    """Overrides the preset's feed-forward width."""
+    dropout: float = 0.0
+    """Residual dropout probability (OPT only)."""
+    activation_checkpointing: bool = False
+    """Recompute each block in backward instead of keeping its activations."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralConfig:
+    """Sparse Spectral Training: W = U diag(sigma) V^T, r triplets train at a time."""
+
+    method: Literal["full", "sst"] = "sst"
+    """full: every weight trains densely; sst: Sparse Spectral Training."""
+    storage: Literal["residual", "factored"] = "residual"
+    """residual: the inactive triplets live merged in one frozen matrix; factored: all stay factored."""
+    spectral_rank: int = 16
+    """r, the triplets of each matrix that train during an iteration."""
+    steps_per_iteration: int = 200
+    """T3, optimizer steps between two swaps of the active triplets."""
+    iterations_per_round: int | Auto = "auto"
+    """T2, iterations between two re-decompositions; auto: ceil(min(m, n) / r) of the largest matrix."""
+    iteration_warmup_steps: int = 20
+    """Steps over which the spectral learning rates ramp up after each swap."""
+    sampling: Literal["mixed", "sigma", "uniform", "partitioned"] = "mixed"
+    """How triplets are drawn without replacement; mixed: p_i = (1/k + sigma_i / sum sigma) / 2."""
+    gradient: Literal["enhanced", "default"] = "enhanced"
+    """enhanced: direction gradients without the factor sigma; default: the true partials."""
+    trained_sigma: Literal["auto", "active", "all"] = "auto"
+    """Singular values that train; auto: active in residual storage, all in factored storage."""
+    boundary_moments: Literal["reset", "keep_sigma"] = "reset"
+    """Adam moments at a swap; keep_sigma: only the directions' are reset (needs all sigma trained)."""
+    stagger_rounds: bool = False
+    """Spread the re-decompositions of the matrices over the iterations of a round."""
+    bank_device: Literal["auto", "model", "cpu"] = "auto"
+    """Where the fp32 triplets live; auto: beside the model, cpu: pinned host memory."""
+    direction_lr_scaling: Literal["none", "width"] = "none"
+    """width: a factor with m rows trains at spectral_lr * sqrt(768 / m), a constant angle a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its learning rates and their schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    lr: float = 1.0e-3
+    """Learning rate of dense parameters."""
+    spectral_lr: float = 1.0e-3
+    """Learning rate of directions and singular values."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: float = 1.0e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled decay of dense matrices (never of norms, biases, directions or singular values)."""
+    clip_grad_norm: float = 1.0
+    """Largest gradient norm of each parameter group by itself; 0 disables clipping."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Shape of the learning rates after warm-up."""
+    warmup_steps: int = 100
+    """Linear warm-up steps of every learning rate."""
+    decay_steps: int | Auto = "auto"
+    """wsd: steps of the final linear decay; auto: a tenth of the run."""
+    min_lr_ratio: float = 0.0
+    """Where linear, cosine and wsd end, as a fraction of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prepared token folders (`spectral-scale prepare`), or `embedded` for the built-in corpus."""
+
+    train: str = "embedded"
+    """Token folder to train on, or `embedded`."""
+    validation: str | None = None
+    """Token folder to validate on; null with `embedded` data takes its held-out part."""
+    num_workers: int = 0
+    """Loader processes a rank; the order of the data does not depend on it."""
+    validation_sequences: int = 256
+    """Fixed number of sequences each evaluation reads (fewer if the folder holds fewer)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Who holds what."""
+
+    backend: Literal["torch"] = "torch"
+    """torch: one process, or DistributedDataParallel under a launcher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run itself."""
+
+    run_dir: str = "runs/first"
+    """Folder of everything the run writes; an existing one is resumed."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 32
+    """Sequences an optimizer step, over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences a forward pass, a rank."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16: bf16 products and frozen weights, fp32 trained weights; fp64: for tests."""
+    seed: int = 0
+    """Fixes initial weights, data order, sampling and dropout."""
+    eval_interval: int = 200
+    """Steps between evaluations; one more is done at the start and at the end."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU of this rank if there is one."""
+    deterministic: bool = False
+    """Refuse kernels that are not bit-reproducible (always on for CPU)."""
+    allow_changed: list[str] = field(default_factory=list)
+    """Configuration keys that may differ from the run being resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When and what to save."""
+
+    interval: int = 200
+    """Steps between checkpoints; one more is written when the run ends or is stopped."""
+    keep_last: int = 2
+    """Verified checkpoints kept; the newest verified one is never removed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """What is measured and where it goes."""
+
+    tensorboard: bool = True
+    """Write tensorboard events beside metrics.jsonl."""
+    log_interval: int = 10
+    """Steps between logged lines."""
+    progress: bool = True
+    """Show a progress bar on a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: the eight sections of a configuration file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    spectral: SpectralConfig = field(default_factory=SpectralConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -1,0 +1,34 @@
+"""The package's errors: one small hierarchy. Imports nothing.
+
+Every message says what was given, what is required, and what to do.
+"""
+
+
+class SpectralScaleError(Exception):
+    """Base of every error a user can cause or must act upon. `exit_code` is the process's."""
+
+    exit_code = 1
+
+
+class ConfigError(SpectralScaleError):
+    """A configuration that cannot run; nothing was started. Never worth a requeue."""
+
+    exit_code = 78
+
+
+class DataError(SpectralScaleError):
+    """Input text, a tokenizer or a token folder that cannot be used; names file and offset."""
+
+    exit_code = 78
+
+
+class CheckpointError(SpectralScaleError):
+    """A checkpoint that cannot be written or read; older checkpoints are untouched."""
+
+
+class ResumeMismatchError(ConfigError):
+    """A run folder whose checkpoints belong to a different model, method or data."""
+
+
+class SpectralError(SpectralScaleError):
+    """A decomposition or boundary that failed on an owner; names the matrix and the rank."""

@@ -1,0 +1,132 @@
+"""The few collectives the product needs outside a host framework, and their one-process twin.
+
+Objects travel as JSON bytes in tensors, never as pickles. Every method is collective: all ranks of
+the group call it, in the same order.
+"""
+
+import json
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Collective(Protocol):
+    """What ranks can do together."""
+
+    rank: int
+    world_size: int
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+
+    def gather_json(self, value: Any) -> list[Any] | None:
+        """Values of all ranks by rank on rank 0; None elsewhere."""
+
+    def broadcast_json(self, value: Any, source: int = 0) -> Any:
+        """The value of rank `source` on every rank."""
+
+    def agree(self, error: str | None, *, what: str) -> str | None:
+        """The first failing rank's "rank k: error" on every rank, or None if no rank has one."""
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """Overwrite `tensor` in place with rank `source`'s."""
+
+
+class SingleProcess:
+    """A group of one."""
+
+    rank = 0
+    world_size = 1
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+    def gather_json(self, value: Any) -> list[Any] | None:
+        """Hold the one value."""
+        return [value]
+
+    def broadcast_json(self, value: Any, source: int = 0) -> Any:
+        """Hand the value back."""
+        return value
+
+    def agree(self, error: str | None, *, what: str) -> str | None:
+        """Report this process's own error."""
+        return None if error is None else f"rank 0: {what}: {error}"
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Leave the tensor as it is."""
+        return tensor
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """Leave the tensor as it is."""
+        return tensor
+
+
+class ProcessGroup:
+    """The default torch.distributed group; JSON and flags live on `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = device
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        dist.barrier()
+
+    def _encode(self, value: Any) -> Tensor:
+        data = json.dumps(value).encode()
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+
+    def gather_json(self, value: Any) -> list[Any] | None:
+        """Values of all ranks by rank on rank 0; None elsewhere."""
+        data = self._encode(value)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = data.numel()
+        dist.all_reduce(sizes)
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=self.device)
+        padded[: data.numel()] = data
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        if self.rank != 0:
+            return None
+        return [
+            json.loads(bytes(part[: int(size)].cpu().numpy()))
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def broadcast_json(self, value: Any, source: int = 0) -> Any:
+        """The value of rank `source` on every rank."""
+        mine = self.rank == source
+        data = self._encode(value) if mine else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([data.numel()], device=self.device)
+        dist.broadcast(size, source)
+        if not mine:
+            data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(data, source)
+        return json.loads(bytes(data.cpu().numpy()))
+
+    def agree(self, error: str | None, *, what: str) -> str | None:
+        """The first failing rank's error on every rank, or None; one small all-reduce if all is well."""
+        first = torch.tensor([self.world_size if error is None else self.rank], device=self.device)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        failed = int(first)
+        if failed == self.world_size:
+            return None
+        text = self.broadcast_json(error, source=failed)
+        return f"rank {failed}: {what}: {text}"
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """Overwrite `tensor` in place with rank `source`'s."""
+        dist.broadcast(tensor, source)
+        return tensor

@@ -1,0 +1,45 @@
+"""Rank facts read from the launcher's environment, before torch.distributed exists."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from spectral_scale.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFacts:
+    """Where this process stands."""
+
+    rank: int = 0
+    """0 .. world_size - 1."""
+    world_size: int = 1
+    """Processes of the run."""
+    local_rank: int = 0
+    """Position on this host, which picks the GPU."""
+    source: str = "single process"
+    """Which environment the facts came from."""
+
+
+def detect_rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
+    """Read torchrun's variables; without them, one process. Raises ConfigError on contradictions."""
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return RankFacts()
+    try:
+        facts = RankFacts(
+            rank=int(environment["RANK"]),
+            world_size=int(environment["WORLD_SIZE"]),
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            source="torch environment (RANK, WORLD_SIZE, LOCAL_RANK)",
+        )
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"incomplete launcher environment: {error}; RANK and WORLD_SIZE must both be integers; "
+            "start through torchrun, or unset them for a single process"
+        ) from None
+    if not 0 <= facts.rank < facts.world_size:
+        raise ConfigError(
+            f"RANK={facts.rank} is not below WORLD_SIZE={facts.world_size}; "
+            "check the launcher's environment"
+        )
+    return facts

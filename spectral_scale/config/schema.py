@@ -56,8 +56,6 @@ class SpectralConfig:
     """enhanced: direction gradients without the factor sigma; default: the true partials."""
     trained_sigma: Literal["auto", "active", "all"] = "auto"
     """Singular values that train; auto: active in residual storage, all in factored storage."""
-    boundary_moments: Literal["reset", "keep_sigma"] = "reset"
-    """Adam moments at a swap; keep_sigma: only the directions' are reset (needs all sigma trained)."""
     stagger_rounds: bool = False
     """Spread the re-decompositions of the matrices over the iterations of a round."""
     bank_device: Literal["auto", "model", "cpu"] = "auto"

@@ -1,0 +1,32 @@
+"""spectral_scale: pretrain language models through the spectrum of their weights.
+
+The names below are the Python interface for a user's own model and loop.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectral_scale.config.schema import SpectralConfig as SpectralConfig
+    from spectral_scale.layers.convert import convert as convert
+    from spectral_scale.layers.convert import merge as merge
+    from spectral_scale.optim.groups import param_groups as param_groups
+    from spectral_scale.spectral.controller import SpectralController as SpectralController
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "SpectralConfig": "spectral_scale.config.schema",
+    "convert": "spectral_scale.layers.convert",
+    "merge": "spectral_scale.layers.convert",
+    "param_groups": "spectral_scale.optim.groups",
+    "SpectralController": "spectral_scale.spectral.controller",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load an exported name on first use, so that command-line checks need not import torch."""
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

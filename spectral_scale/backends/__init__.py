@@ -1,0 +1,1 @@
+"""Hosts of the training step: one file each, each importing its host package alone."""

@@ -1,0 +1,58 @@
+"""What the training loop sees of a host, whatever the host does with parameters."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.store import ParameterStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """Outcome of one optimizer step."""
+
+    applied: bool
+    """False if the host skipped it (an overflow); no counter may then advance."""
+    grad_norms: Mapping[str, Tensor]
+    """Norm of the averaged gradient before clipping, by group kind; 0-dim tensors."""
+
+
+class Backend(Protocol):
+    """Set up, shard, attach, backward, step, state in and out, close, in that order.
+
+    All methods are collective.
+    """
+
+    collective: Collective
+    device: torch.device
+    data_rank: int
+    data_world_size: int
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        """Take the materialised model over; the returned module is what forward is called on."""
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer over."""
+
+    def store(self) -> ParameterStore:
+        """Access to logical parameters for the spectral controller."""
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Context of one micro-batch; gradients are reduced across ranks in the last one only."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of a loss whose sum over ranks and micro-batches is the step's."""
+
+    def step(self, *, clip_grad_norm: float) -> StepStats:
+        """Clip each group kind by its own norm, update, and clear the gradients."""
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Logical tensors this rank writes to a checkpoint, by checkpoint name."""
+
+    def close(self) -> None:
+        """Leave the process group."""

@@ -1,0 +1,131 @@
+"""One process, or DistributedDataParallel: every rank holds every parameter whole."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from spectral_scale.backends.base import StepStats
+from spectral_scale.errors import CheckpointError, ConfigError
+from spectral_scale.optim.groups import kinds
+from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
+from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.store import MOMENTS, TorchStore
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+ReadTensor = Callable[[str], Tensor]
+"""Checkpoint name -> whole tensor."""
+
+
+class TorchBackend:
+    """Implements `Backend` on plain torch."""
+
+    collective: Collective
+
+    def __init__(self, facts: RankFacts, device: str) -> None:
+        self.device = _pick_device(device, facts.local_rank)
+        if facts.world_size > 1:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            host = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(host, timeout=COLLECTIVE_TIMEOUT)
+            self.collective = ProcessGroup(self.device)
+        else:
+            self.collective = SingleProcess()
+        self.data_rank, self.data_world_size = facts.rank, facts.world_size
+        self._model: nn.Module
+        self._wrapped: nn.Module
+        self._optimizer: torch.optim.Optimizer
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        """Wrap in DistributedDataParallel if there is more than one rank."""
+        self._model = self._wrapped = model
+        if self.collective.world_size > 1:
+            self._wrapped = DistributedDataParallel(
+                model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        return self._wrapped
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the optimizer; its state is replicated like the parameters."""
+        self._optimizer = optimizer
+
+    def store(self) -> TorchStore:
+        """Whole parameters and their moments."""
+        return TorchStore(self._model, self._optimizer, self.collective)
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        """DDP reduces gradients in the last micro-batch only."""
+        if last or not isinstance(self._wrapped, DistributedDataParallel):
+            return nullcontext()
+        return self._wrapped.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """DDP averages over ranks, so the loss is scaled up to make it a sum."""
+        scale = self.collective.world_size
+        (loss * scale if scale > 1 else loss).backward()
+
+    def step(self, *, clip_grad_norm: float) -> StepStats:
+        """Clip each kind of group by its own norm, step, and drop the gradients."""
+        norms = {}
+        for kind, groups in kinds(self._optimizer.param_groups).items():
+            parameters = [p for group in groups for p in group["params"]]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norms[kind] = torch.nn.utils.get_total_norm(gradients)
+            if clip_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norms[kind])
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepStats(applied=True, grad_norms=norms)
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Trained parameters and moments, written by rank 0."""
+        if self.collective.rank == 0:
+            yield from self._state()
+
+    def load_state(self, read: ReadTensor) -> None:
+        """Overwrite trained parameters and moments in place from a checkpoint."""
+        with torch.no_grad():
+            for name, tensor in self._state():
+                value = read(name)
+                if value.shape != tensor.shape:
+                    raise CheckpointError(
+                        f"{name} has shape {tuple(value.shape)} in the checkpoint, "
+                        f"the model needs {tuple(tensor.shape)}"
+                    )
+                tensor.copy_(value)
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self._optimizer.param_groups:
+            for fqn, parameter in zip(group["fqns"], group["params"], strict=True):
+                yield f"model/{fqn}", parameter.detach()
+                for key in (*MOMENTS, "step"):
+                    yield f"optimizer/{fqn}/{key}", self._optimizer.state[parameter][key]
+
+    def close(self) -> None:
+        """Leave the process group, if there is one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _pick_device(wanted: str, local_rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ConfigError("train.device=cuda, but torch sees no GPU; set train.device=auto or cpu")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} on this host; "
+            "start fewer ranks a host, or set train.device=cpu"
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,113 @@
+"""Cross-field rules of a configuration, checked before anything is started. No torch here."""
+
+import math
+from collections.abc import Iterator
+
+from spectral_scale.config.presets import Architecture, linear_shapes, resolve_architecture
+from spectral_scale.config.schema import RunConfig, SpectralConfig
+from spectral_scale.errors import ConfigError
+
+
+def check_config(config: RunConfig, *, world_size: int) -> Architecture:
+    """Raise one ConfigError that lists every broken rule; return the model's shapes if none is."""
+    architecture = resolve_architecture(config.model)
+    problems = [
+        *_check_ranges(config),
+        *_check_batches(config, world_size),
+        *_check_spectral(config.spectral, architecture),
+    ]
+    if problems:
+        raise ConfigError("the configuration cannot run:\n  - " + "\n  - ".join(problems))
+    return architecture
+
+
+def gradient_accumulation_steps(config: RunConfig, *, world_size: int) -> int:
+    """Forward passes an optimizer step, a rank."""
+    return config.train.global_batch_size // (config.train.micro_batch_size * world_size)
+
+
+def iterations_per_round(spectral: SpectralConfig, smaller_sides: list[int]) -> int:
+    """T2: as configured, or ceil(k / r) for the largest k = min(m, n) of the converted matrices."""
+    if spectral.iterations_per_round != "auto":
+        return spectral.iterations_per_round
+    return math.ceil(max(smaller_sides) / spectral.spectral_rank)
+
+
+def trains_all_sigma(spectral: SpectralConfig) -> bool:
+    """Whether every singular value trains, not only those of the active triplets."""
+    if spectral.trained_sigma == "auto":
+        return spectral.storage == "factored"
+    return spectral.trained_sigma == "all"
+
+
+def _check_ranges(config: RunConfig) -> Iterator[str]:
+    at_least_one = {
+        "model.sequence_length": config.model.sequence_length,
+        "spectral.spectral_rank": config.spectral.spectral_rank,
+        "spectral.steps_per_iteration": config.spectral.steps_per_iteration,
+        "data.validation_sequences": config.data.validation_sequences,
+        "train.steps": config.train.steps,
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.eval_interval": config.train.eval_interval,
+        "checkpoint.interval": config.checkpoint.interval,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "metrics.log_interval": config.metrics.log_interval,
+    }
+    at_least_zero: dict[str, float] = {
+        "spectral.iteration_warmup_steps": config.spectral.iteration_warmup_steps,
+        "optimizer.lr": config.optimizer.lr,
+        "optimizer.spectral_lr": config.optimizer.spectral_lr,
+        "optimizer.eps": config.optimizer.eps,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "optimizer.clip_grad_norm": config.optimizer.clip_grad_norm,
+        "optimizer.warmup_steps": config.optimizer.warmup_steps,
+        "data.num_workers": config.data.num_workers,
+    }
+    fractions = {
+        "model.dropout": config.model.dropout,
+        "optimizer.betas[0]": config.optimizer.betas[0],
+        "optimizer.betas[1]": config.optimizer.betas[1],
+        "optimizer.min_lr_ratio": config.optimizer.min_lr_ratio,
+    }
+    for key, count in at_least_one.items():
+        if count < 1:
+            yield f"{key}={count} must be at least 1"
+    for key, number in at_least_zero.items():
+        if not (number >= 0 and math.isfinite(number)):
+            yield f"{key}={number} must be finite and at least 0"
+    for key, fraction in fractions.items():
+        if not (0 <= fraction < 1 or (fraction == 1 and key.endswith("ratio"))):
+            yield f"{key}={fraction} must lie in [0, 1)"
+
+
+def _check_batches(config: RunConfig, world_size: int) -> Iterator[str]:
+    total, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if micro < 1 or total < 1:
+        return
+    if total % (micro * world_size):
+        allowed = [m for m in range(1, total + 1) if total % (m * world_size) == 0]
+        advice = f"micro_batch_size must be one of {allowed}" if allowed else "change the batch"
+        yield (
+            f"train.global_batch_size={total} is not divisible by train.micro_batch_size={micro} x "
+            f"{world_size} data-parallel ranks; {advice}"
+        )
+
+
+def _check_spectral(spectral: SpectralConfig, architecture: Architecture) -> Iterator[str]:
+    if spectral.method != "sst":
+        return
+    r = spectral.spectral_rank
+    for name, (out_features, in_features) in linear_shapes(architecture).items():
+        if r > min(out_features, in_features):
+            yield (
+                f"spectral.spectral_rank={r} exceeds min(m, n)={min(out_features, in_features)} of "
+                f"{name} ({out_features} x {in_features}); lower it to at most that"
+            )
+    if spectral.iterations_per_round != "auto" and spectral.iterations_per_round < 1:
+        yield f"spectral.iterations_per_round={spectral.iterations_per_round} must be at least 1"
+    if spectral.trained_sigma == "all" and spectral.storage == "residual":
+        yield (
+            "spectral.trained_sigma=all needs spectral.storage=factored: in residual storage the "
+            "inactive singular values are merged and have no gradient"
+        )

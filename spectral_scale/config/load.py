@@ -1,0 +1,166 @@
+"""From YAML files and `--section.key value` overrides to one checked RunConfig.
+
+Later sources win: defaults, then the file, then the command line. Unknown keys are errors that name
+the nearest key. Values are checked against the schema's types by jsonargparse.
+"""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.errors import ConfigError
+
+MAX_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig:
+    """A configuration and where each of its values came from."""
+
+    config: RunConfig
+    """The values."""
+    sources: dict[str, str]
+    """Dotted key -> "default", a file's name, or "command line"."""
+
+    def to_yaml(self, *, with_sources: bool = False) -> str:
+        """The configuration as YAML, each value's source as a comment if asked for."""
+        if not with_sources:
+            return yaml.safe_dump(to_dict(self.config), sort_keys=False)
+        lines = []
+        for section, values in to_dict(self.config).items():
+            lines.append(f"{section}:")
+            for key, value in values.items():
+                text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+                lines.append(f"  {key}: {text}  # {self.sources[f'{section}.{key}']}")
+        return "\n".join(lines) + "\n"
+
+
+def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Plain nested dicts, lists and scalars (JSON- and YAML-safe)."""
+    raw = dataclasses.asdict(config)
+    raw["optimizer"]["betas"] = list(raw["optimizer"]["betas"])
+    return raw
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the schema, in its order."""
+    return [
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(RunConfig)
+        for field in dataclasses.fields(section.type)  # type: ignore[arg-type]
+    ]
+
+
+def load_config(
+    files: Sequence[str | Path] = (), overrides: Sequence[str] = ()
+) -> ResolvedConfig:
+    """Merge YAML files and command-line overrides over the defaults. Raises ConfigError.
+
+    Args:
+        files: YAML files, later ones win.
+        overrides: `--section.key value` or `--section.key=value` words.
+    """
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(known_keys(), "default")
+    for file in files:
+        for key, value in _flatten(_read_yaml(Path(file)), str(file)):
+            values[key], sources[key] = value, str(file)
+    for key, value in _pairs(overrides):
+        values[key], sources[key] = value, "command line"
+    return ResolvedConfig(config=_build(values, sources), sources=sources)
+
+
+def config_from_dict(raw: Mapping[str, Any], origin: str) -> RunConfig:
+    """Rebuild a RunConfig from nested dicts, as stored in a run folder."""
+    values = dict(_flatten(raw, origin))
+    return _build(values, dict.fromkeys(values, origin))
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes: not a configuration")
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration file {path} is not plain YAML: {error}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold sections (model:, spectral:, ...), not {type(raw)}")
+    return raw
+
+
+def _flatten(raw: Mapping[str, Any], origin: str) -> Iterator[tuple[str, Any]]:
+    sections = [section.name for section in dataclasses.fields(RunConfig)]
+    for section, body in raw.items():
+        if section not in sections:
+            raise ConfigError(f"{origin}: {_unknown(str(section), sections, 'section')}")
+        if not isinstance(body, Mapping):
+            raise ConfigError(f"{origin}: section {section} must hold keys, not {body!r}")
+        for key, value in body.items():
+            yield _known(f"{section}.{key}", origin), value
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(
+                f"command line: {word!r} is not expected; overrides are --section.key value"
+            )
+        key, equals, value = word[2:].partition("=")
+        _known(key, "command line")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise ConfigError(f"command line: --{key} needs a value, as in --{key} VALUE")
+            value = queue.pop(0)
+        yield key, value
+
+
+def _known(key: str, origin: str) -> str:
+    if key not in known_keys():
+        raise ConfigError(f"{origin}: {_unknown(key, known_keys(), 'key')}")
+    return key
+
+
+def _unknown(given: str, known: Sequence[str], what: str) -> str:
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
+    if not near:  # the right name under the wrong section
+        near = [key for key in known if key.split(".")[-1] == given.split(".")[-1]]
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown {what} {given}{hint} (--print-config lists all)"
+
+
+def build_parser() -> ArgumentParser:
+    """The jsonargparse parser of the schema: type checks and the generated help."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, usage=argparse.SUPPRESS, add_help=False)
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def _build(values: Mapping[str, Any], sources: Mapping[str, str]) -> RunConfig:
+    nested: dict[str, dict[str, Any]] = {}
+    for dotted, value in values.items():
+        section, key = dotted.split(".")
+        nested.setdefault(section, {})[key] = value
+    parser = build_parser()
+    try:
+        config = parser.instantiate(parser.parse_object(nested)).as_dict()
+    except argparse.ArgumentError as error:
+        message = " ".join(str(error).split())
+        culprit = next((key for key in values if f'"{key}"' in message), None)
+        origin = f"{sources[culprit]}: {culprit}={values[culprit]!r}: " if culprit else ""
+        raise ConfigError(f"{origin}{message}") from None
+    return RunConfig(**config)

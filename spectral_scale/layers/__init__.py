@@ -1,0 +1,1 @@
+"""Layers of the methods, and their conversion from and back to dense linears."""

@@ -1,0 +1,137 @@
+"""Dense linears to spectral layers and back, loudly: what was touched is returned and counted."""
+
+import fnmatch
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from spectral_scale.config.check import trains_all_sigma
+from spectral_scale.config.schema import SpectralConfig
+from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.layers.sst import SpectralLinear
+
+logger = logging.getLogger(__name__)
+
+
+def convert(
+    model: nn.Module,
+    config: SpectralConfig,
+    *,
+    targets: Sequence[str] | None = None,
+    frozen_dtype: torch.dtype | None = None,
+) -> dict[str, SpectralLinear]:
+    """Replace dense linears by spectral layers, in place; returns the new layers by fqn.
+
+    Works on meta models (weights are supplied later) and on real ones (each dense weight waits on
+    its layer until a SpectralController decomposes it).
+
+    Args:
+        model: converted in place.
+        config: rank, storage and gradient form.
+        targets: fnmatch patterns of module names; None takes every nn.Linear inside a numbered
+            block (`...layers.3.fc1`), which leaves embeddings and output layers dense.
+        frozen_dtype: dtype of the frozen weights; None: that of the dense weight.
+
+    Raises:
+        ConfigError: a pattern or the model yields no linear, a weight is shared, or r is too large.
+    """
+    names = _find_targets(model, targets)
+    converted = {}
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        layer = _convert_linear(name, getattr(parent, child), config, frozen_dtype)
+        setattr(parent, child, layer)
+        converted[name] = layer
+    logger.info(
+        "converted %d linear layers: %d triplets train at a time (%s storage)",
+        len(converted),
+        len(converted) * config.spectral_rank,
+        config.storage,
+    )
+    return converted
+
+
+def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
+    """Converted layers by fqn, in the model's order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SpectralLinear)}
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> int:
+    """Replace spectral layers by dense nn.Linear of the same function, in place; their number."""
+    layers = spectral_layers(model)
+    for name, layer in layers.items():
+        if not layer.ready:
+            raise SpectralError(f"{name} cannot be merged: its triplets were never installed")
+        weight = layer.effective_weight()
+        dense = nn.Linear(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            device="meta",
+        )
+        dense.weight = nn.Parameter(weight)
+        if layer.bias is not None:
+            dense.bias = nn.Parameter(layer.bias.detach())
+        parent_name, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child, dense)
+    return len(layers)
+
+
+def _find_targets(model: nn.Module, targets: Sequence[str] | None) -> list[str]:
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    if targets is None:
+        found = [name for name in linears if any(p.isdigit() for p in name.split("."))]
+    else:
+        for pattern in targets:
+            if not fnmatch.filter(linears, pattern):
+                raise ConfigError(f"target {pattern!r} matches no nn.Linear; there are: {linears}")
+        found = [name for name in linears if any(fnmatch.fnmatch(name, t) for t in targets)]
+    if not found:
+        raise ConfigError(
+            "no linear layer to convert: no nn.Linear lies inside a numbered block; "
+            f"name them with targets=[...]; the model's linears are: {linears}"
+        )
+    _refuse_shared(model, found)
+    return found
+
+
+def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
+    holders: dict[int, list[str]] = {}
+    for fqn, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(fqn)
+    for name in names:
+        shared = holders[id(model.get_submodule(name).weight)]
+        if len(shared) > 1:
+            raise ConfigError(f"{name} shares its weight ({', '.join(shared)}); leave it dense")
+
+
+def _convert_linear(
+    name: str, linear: nn.Linear, config: SpectralConfig, frozen_dtype: torch.dtype | None
+) -> SpectralLinear:
+    weight = linear.weight
+    if config.spectral_rank > min(weight.shape):
+        raise ConfigError(
+            f"{name} is {weight.shape[0]} x {weight.shape[1]}: spectral_rank="
+            f"{config.spectral_rank} exceeds {min(weight.shape)}; lower it"
+        )
+    layer = SpectralLinear(
+        linear.in_features,
+        linear.out_features,
+        config.spectral_rank,
+        storage=config.storage,
+        enhanced=config.gradient == "enhanced",
+        active_sigma_only=not trains_all_sigma(config),
+        bias=linear.bias is not None,
+        frozen_dtype=frozen_dtype,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    if linear.bias is not None:
+        layer.bias = linear.bias
+    if not weight.is_meta:
+        layer.initial_weight = weight.detach()
+    return layer

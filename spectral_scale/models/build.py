@@ -1,0 +1,105 @@
+"""A transformers causal language model on the meta device, and its move to a real one."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+
+from spectral_scale.config.presets import Architecture
+from spectral_scale.config.schema import ModelConfig
+
+Dtype = torch.dtype
+
+
+def build_model(
+    architecture: Architecture, config: ModelConfig, *, eos_token_id: int | None
+) -> PreTrainedModel:
+    """The model with parameters on the meta device: no memory, no initial values.
+
+    Published special-token ids are not carried over: a padding id would silently freeze the
+    embedding row of an ordinary token of another tokenizer.
+    """
+    if architecture.family == "opt":
+        hf_config, model_class = _opt_config(architecture, config, eos_token_id), OPTForCausalLM
+    else:
+        hf_config, model_class = _llama_config(architecture, config, eos_token_id), LlamaForCausalLM
+    hf_config.use_cache = False
+    hf_config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(hf_config)
+    model.train()
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def materialise(model: PreTrainedModel, *, device: torch.device, dtype: Dtype) -> None:
+    """Give a meta model memory on `device`, in place: floating parameters in `dtype`, values
+    undefined, ties and non-persistent buffers restored.
+
+    Frozen parameters keep a lower precision that conversion gave them.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    model.tie_weights()
+    for name, module in model.named_modules():
+        if "RotaryEmbedding" in type(module).__name__:
+            parent, _, child = name.rpartition(".")
+            fresh = type(module)(config=model.config, device=device)  # type: ignore[call-arg]
+            setattr(model.get_submodule(parent), child, fresh)
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """torch.compile each transformer block in place (one compilation serves all of them)."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                block.compile()
+
+
+def _opt_config(
+    architecture: Architecture, config: ModelConfig, eos_token_id: int | None
+) -> OPTConfig:
+    if config.path is not None:
+        found = OPTConfig.from_json_file(str(Path(config.path) / "config.json"))
+        found.dropout = config.dropout
+        return found
+    return OPTConfig(
+        hidden_size=architecture.hidden_size,
+        num_hidden_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_heads,
+        ffn_dim=architecture.ffn_size,
+        vocab_size=architecture.vocab_size,
+        max_position_embeddings=architecture.max_positions,
+        word_embed_proj_dim=architecture.embedding_size,
+        do_layer_norm_before=architecture.pre_norm,
+        tie_word_embeddings=architecture.tied_embeddings,
+        dropout=config.dropout,
+        attention_dropout=0.0,
+        pad_token_id=None,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+    )
+
+
+def _llama_config(
+    architecture: Architecture, config: ModelConfig, eos_token_id: int | None
+) -> LlamaConfig:
+    if config.path is not None:
+        return LlamaConfig.from_json_file(str(Path(config.path) / "config.json"))
+    return LlamaConfig(
+        hidden_size=architecture.hidden_size,
+        num_hidden_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_heads,
+        num_key_value_heads=architecture.num_kv_heads,
+        intermediate_size=architecture.ffn_size,
+        vocab_size=architecture.vocab_size,
+        max_position_embeddings=architecture.max_positions,
+        tie_word_embeddings=architecture.tied_embeddings,
+        pad_token_id=None,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+    )

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics. Knows nothing of processes, layers or configuration."""

@@ -1,0 +1,81 @@
+"""Thin SVD with a fixed gauge and a chain of fall-backs, and measures of its factors.
+
+Factors are stored as u (m, k), sigma (k,), v (n, k), so that W = (u * sigma) @ v.T.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+
+
+def compose(u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
+    """W (m, n) = u diag(sigma) v^T."""
+    return (u * sigma) @ v.mT
+
+
+def fix_gauge(u: Tensor, sigma: Tensor, v: Tensor) -> Triplets:
+    """Flip each pair (u_i, v_i) so that u_i's largest-magnitude entry is positive."""
+    largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
+    return u * signs, sigma, v * signs
+
+
+def svd(weight: Tensor) -> Triplets:
+    """Thin SVD u (m, k), sigma (k,) descending, v (n, k) of `weight` (m, n), in its own dtype.
+
+    Tries the default driver, then (CUDA) gesvd, then float64 on the CPU. Raises ValueError for a
+    matrix that is not finite, and LinAlgError if every driver fails.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError("the matrix holds NaN or infinity")
+    failures = []
+    for name, attempt in _drivers(weight):
+        try:
+            u, sigma, vh = attempt()
+        except torch.linalg.LinAlgError as error:
+            failures.append(f"{name}: {error}")
+            continue
+        factors = u, sigma, vh.mT
+        if all(bool(torch.isfinite(t).all()) for t in factors):
+            if failures:
+                logger.warning("SVD fell back to %s after %s", name, "; ".join(failures))
+            u, sigma, v = (t.to(weight.device, weight.dtype).contiguous() for t in factors)
+            return fix_gauge(u, sigma, v)
+        failures.append(f"{name}: the factors are not finite")
+    raise torch.linalg.LinAlgError("no SVD driver succeeded: " + "; ".join(failures))
+
+
+def _drivers(weight: Tensor) -> list[tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]]:
+    thin = torch.linalg.svd
+    drivers: list[tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]] = [
+        ("the default driver", lambda: thin(weight, full_matrices=False))
+    ]
+    if weight.is_cuda:
+        drivers.append(("gesvd", lambda: thin(weight, full_matrices=False, driver="gesvd")))
+    drivers.append(
+        ("float64 on the CPU", lambda: thin(weight.to("cpu", torch.float64), full_matrices=False))
+    )
+    return drivers
+
+
+def effective_rank(sigma: Tensor) -> float:
+    """exp of the entropy of sigma / sum sigma (Roy and Vetterli 2007); 0 for a zero spectrum."""
+    values = sigma.detach().double()
+    total = values.sum()
+    if total <= 0:
+        return 0.0
+    p = values / total
+    return float(torch.exp(-(p * p.clamp_min(1e-300).log()).sum()))
+
+
+def orthogonality_error(factor: Tensor) -> float:
+    """Largest entry of |F^T F - I| of a factor (rows, k)."""
+    gram = factor.mT @ factor
+    gram.diagonal().sub_(1.0)
+    return float(gram.abs().max())

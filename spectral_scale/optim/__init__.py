@@ -1,0 +1,1 @@
+"""Parameter groups, learning-rate schedules and optimizers."""

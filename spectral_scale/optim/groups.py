@@ -1,0 +1,80 @@
+"""Parameters into optimizer groups: every trainable one in exactly one group, by its part."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from spectral_scale.errors import ConfigError
+from spectral_scale.parallel.table import parameter_table
+
+REFERENCE_WIDTH = 768
+"""Rows at which `direction_lr_scaling: width` leaves the learning rate as it is."""
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    spectral_lr: float,
+    weight_decay: float = 0.0,
+    direction_lr_scaling: str = "none",
+) -> list[dict[str, Any]]:
+    """Groups for torch.optim.AdamW: dense, dense_no_decay, spectral_direction, spectral_value.
+
+    Each holds `params`, their `fqns`, `name`, `lr`, `base_lr`, `weight_decay` (dense matrices only)
+    and `spectral` (whose lr the controller ramps after each swap). With `width` scaling the
+    directions form one group for each number of rows m, at spectral_lr * sqrt(768 / m): an Adam
+    step turns a unit vector by about lr * sqrt(m).
+    """
+    by_name: dict[str, list[str]] = {}
+    for fqn, info in parameter_table(model).items():
+        if info.trainable:
+            name = _group_name(info.role, info.global_shape[0], direction_lr_scaling)
+            by_name.setdefault(name, []).append(fqn)
+    if not by_name:
+        raise ConfigError("the model has no trainable parameter")
+    parameters = dict(model.named_parameters())
+    groups = []
+    for name, fqns in sorted(by_name.items()):
+        spectral = name.startswith("spectral")
+        peak = (spectral_lr if spectral else lr) * _width_factor(name)
+        groups.append(
+            {
+                "name": name,
+                "fqns": fqns,
+                "params": [parameters[fqn] for fqn in fqns],
+                "lr": peak,
+                "base_lr": peak,
+                "weight_decay": weight_decay if name == "dense" else 0.0,
+                "spectral": spectral,
+            }
+        )
+    return groups
+
+
+def group_kind(name: str) -> str:
+    """The part a group plays in metrics and clipping: dense, spectral_direction, spectral_value."""
+    return "dense" if name.startswith("dense") else name.partition("/")[0]
+
+
+def kinds(groups: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Groups by kind, in order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        found.setdefault(group_kind(group["name"]), []).append(group)
+    return found
+
+
+def _group_name(role: str, rows: int, direction_lr_scaling: str) -> str:
+    if role == "direction":
+        suffix = f"/{rows}" if direction_lr_scaling == "width" else ""
+        return "spectral_direction" + suffix
+    names = {"value": "spectral_value", "matrix": "dense", "vector": "dense_no_decay"}
+    return names[role]
+
+
+def _width_factor(name: str) -> float:
+    _, slash, rows = name.partition("/")
+    return math.sqrt(REFERENCE_WIDTH / int(rows)) if slash else 1.0

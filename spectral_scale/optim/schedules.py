@@ -1,0 +1,22 @@
+"""Learning-rate schedules as pure functions of the step."""
+
+import math
+
+from spectral_scale.config.schema import OptimizerConfig
+
+
+def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Factor on every group's peak learning rate in optimizer step `step` (0-based)."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    floor = config.min_lr_ratio
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "wsd":
+        decay = max(1, total_steps // 10) if config.decay_steps == "auto" else config.decay_steps
+        progress = (step + 1 - (total_steps - decay)) / decay
+        return 1.0 - (1.0 - floor) * min(1.0, max(0.0, progress))
+    span = max(1, total_steps - config.warmup_steps)
+    progress = min(1.0, (step + 1 - config.warmup_steps) / span)
+    shape = 1.0 - progress if config.schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * progress)
+    return floor + (1.0 - floor) * shape

@@ -1,0 +1,87 @@
+"""How the spectral controller reaches a logical parameter, whatever its host did to the storage.
+
+`ParameterStore` is the interface; `TorchStore` serves plain torch, where every rank holds every
+parameter whole (one process, DistributedDataParallel).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spectral_scale.parallel.collective import Collective
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ParameterStore(Protocol):
+    """Logical parameters by fqn. All methods are collective: every rank calls them alike."""
+
+    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+        """The whole full-precision value on rank `owner`; None elsewhere."""
+
+    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+        """Overwrite parameters, low-precision copies and masters, with rank `owner`'s values."""
+
+    def reset_moments(self, fqns: Sequence[str]) -> int:
+        """Zero Adam's moments and step counts in place; the number of logical moments zeroed."""
+
+    def retract_columns(self, fqns: Iterable[str]) -> None:
+        """Scale every column to unit length, copies and masters alike."""
+
+    def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
+        """Raise negative entries to zero, copies and masters alike."""
+
+
+class TorchStore:
+    """Parameters that every rank holds whole, and a torch optimizer's state of them."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, collective: Collective
+    ) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = optimizer
+        self._collective = collective
+
+    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+        """This rank's value, on the owner."""
+        return self._parameters[fqn].detach() if self._collective.rank == owner else None
+
+    @torch.no_grad()
+    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+        """Copy on the owner, then broadcast in each parameter's own dtype."""
+        for fqn, value in values.items():
+            parameter = self._parameters[fqn]
+            if value is not None:
+                parameter.copy_(value)
+            if parameter.numel():
+                self._collective.broadcast(parameter.detach(), owner)
+
+    @torch.no_grad()
+    def reset_moments(self, fqns: Sequence[str]) -> int:
+        """Zero exp_avg, exp_avg_sq and step of each parameter that has them."""
+        zeroed = 0
+        for fqn in fqns:
+            state = self._optimizer.state[self._parameters[fqn]] if self._optimizer else {}
+            for name in MOMENTS:
+                if name in state:
+                    state[name].zero_()
+                    zeroed += state[name].numel()
+            if "step" in state:
+                state["step"].zero_()
+        return zeroed
+
+    @torch.no_grad()
+    def retract_columns(self, fqns: Iterable[str]) -> None:
+        """Scale every column to unit length (methods, "SST": after every step)."""
+        for fqn in fqns:
+            factor = self._parameters[fqn]
+            norms = torch.linalg.vector_norm(factor, dim=0)
+            factor.div_(norms.clamp_min_(torch.finfo(factor.dtype).tiny))
+
+    @torch.no_grad()
+    def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
+        """sigma = max(sigma, 0)."""
+        for fqn in fqns:
+            self._parameters[fqn].clamp_min_(0)

@@ -1,0 +1,49 @@
+"""The parameter table: what each parameter is, made once before anything is sharded.
+
+Hosts flatten, shard and wrap parameters; this table keeps their logical shape and their part.
+A layer of a method declares the parts of its own parameters as `parameter_roles`, by their names.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+Role = Literal["direction", "value", "residual", "fixed", "matrix", "vector"]
+"""direction: u, v; value: sigma; residual, fixed: frozen caches; matrix, vector: dense weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterInfo:
+    """One logical parameter."""
+
+    fqn: str
+    """Dotted name in the unwrapped model."""
+    global_shape: tuple[int, ...]
+    """Shape before any sharding."""
+    role: Role
+    """Its part in the method."""
+    layer: str | None
+    """The converted layer a factor belongs to; None for dense weights."""
+    trainable: bool
+    """Whether the optimizer sees it."""
+
+
+ParameterTable = dict[str, ParameterInfo]
+
+
+def parameter_table(model: nn.Module) -> ParameterTable:
+    """Every parameter's logical shape and part; a shared one appears under its first name."""
+    table = {}
+    for fqn, parameter in model.named_parameters():
+        owner, _, leaf = fqn.rpartition(".")
+        declared: dict[str, Role] = getattr(model.get_submodule(owner), "parameter_roles", {})
+        dense: Role = "matrix" if parameter.ndim >= 2 else "vector"
+        table[fqn] = ParameterInfo(
+            fqn=fqn,
+            global_shape=tuple(parameter.shape),
+            role=declared.get(leaf, dense),
+            layer=owner if leaf in declared else None,
+            trainable=parameter.requires_grad,
+        )
+    return table

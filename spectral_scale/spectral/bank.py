@@ -1,0 +1,133 @@
+"""The truth of every converted matrix: all k triplets in full precision, owned by one rank.
+
+Pure storage and mathematics: what is collected goes in, what is installed comes out. The bank lies
+outside the module tree, so no host gathers, casts or saves it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_scale.ops.decomposition import svd
+
+NOTHING = torch.empty(0, dtype=torch.int64)
+"""No active triplets."""
+
+
+@dataclass(kw_only=True)
+class Triplets:
+    """One matrix (m, n) as u (m, k), sigma (k,), v (n, k), and which of them train."""
+
+    u: Tensor
+    """Left directions."""
+    sigma: Tensor
+    """Singular values, >= 0."""
+    v: Tensor
+    """Right directions."""
+    active: Tensor
+    """Ascending int64 indices (r,) of the triplets that train; empty before the first draw."""
+
+    def complement(self) -> Tensor:
+        """Ascending indices of the triplets that do not train."""
+        idle = torch.ones(self.sigma.numel(), dtype=torch.bool, device=self.sigma.device)
+        idle[self.active] = False
+        return idle.nonzero().flatten()
+
+
+class SpectralBank:
+    """Triplets of the matrices this rank owns.
+
+    Args:
+        device: where triplets rest (the model's, or pinned host memory).
+        compute_device: where decompositions and rebuilds run.
+        dtype: float32, or float64 for tests.
+    """
+
+    def __init__(
+        self, *, device: torch.device, compute_device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.device, self.compute_device, self.dtype = device, compute_device, dtype
+        self._entries: dict[str, Triplets] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Triplets:
+        return self._entries[name]
+
+    def items(self) -> Iterator[tuple[str, Triplets]]:
+        """Owned matrices in the order they were added."""
+        yield from self._entries.items()
+
+    def nbytes(self) -> int:
+        """Bytes of all triplets held."""
+        return sum(t.nbytes for e in self._entries.values() for t in (e.u, e.sigma, e.v))
+
+    def put(self, name: str, u: Tensor, sigma: Tensor, v: Tensor, active: Tensor) -> None:
+        """Take a matrix over, at rest on the bank's device."""
+        self._entries[name] = Triplets(
+            u=self._rest(u), sigma=self._rest(sigma), v=self._rest(v), active=active.to(self.device)
+        )
+
+    def decompose(self, name: str, weight: Tensor) -> None:
+        """Fill the entry from a dense weight (m, n). Raises ValueError if it is not finite."""
+        u, sigma, v = svd(weight.detach().to(self.compute_device, self.dtype))
+        self.put(name, u, sigma, v, active=NOTHING)
+
+    def redecompose(self, name: str) -> None:
+        """SVD of u diag(sigma) v^T: orthogonal again, sorted again, the same matrix.
+
+        Nothing is active afterwards. Raises ValueError if it is not finite and LinAlgError if no
+        driver succeeds; the old factors then stay, and still sum to the same matrix.
+        """
+        entry = self._entries[name]
+        u, sigma, v = (t.to(self.compute_device) for t in (entry.u, entry.sigma, entry.v))
+        self.put(name, *svd((u * sigma) @ v.t()), active=NOTHING)
+
+    def commit(self, name: str, u_a: Tensor, sigma: Tensor, v_a: Tensor) -> None:
+        """Write trained values back, in place.
+
+        u_a (m, r) and v_a (n, r) go to the active columns; sigma is (r,) of the active triplets, or
+        (k,): the active ones, then the others in ascending order.
+        """
+        entry = self._entries[name]
+        entry.u[:, entry.active] = u_a.to(self.device, self.dtype)
+        entry.v[:, entry.active] = v_a.to(self.device, self.dtype)
+        order = entry.active
+        if sigma.numel() > order.numel():
+            order = torch.cat([order, entry.complement()])
+        entry.sigma[order] = sigma.to(self.device, self.dtype)
+
+    def trained_values(self, name: str, *, all_sigma: bool) -> dict[str, Tensor]:
+        """u (m, r), v (n, r) and sigma (r,) or (k,) of the active triplets, as layers hold them."""
+        entry = self._entries[name]
+        order = entry.active
+        if all_sigma:
+            order = torch.cat([order, entry.complement()])
+        return {
+            "u": entry.u[:, entry.active],
+            "v": entry.v[:, entry.active],
+            "sigma": entry.sigma[order],
+        }
+
+    def frozen_values(self, name: str, *, factored: bool) -> dict[str, Tensor]:
+        """What does not train: residual (m, n), or u_fixed (m, k - r) and v_fixed (n, k - r).
+
+        The residual is always rebuilt from the full-precision triplets, so no rounding accumulates.
+        """
+        entry = self._entries[name]
+        if factored:
+            idle = entry.complement()
+            return {"u_fixed": entry.u[:, idle], "v_fixed": entry.v[:, idle]}
+        sigma = entry.sigma.clone()
+        sigma[entry.active] = 0
+        u, sigma, v = (t.to(self.compute_device) for t in (entry.u, sigma, entry.v))
+        return {"residual": (u * sigma) @ v.t()}
+
+    def _rest(self, tensor: Tensor) -> Tensor:
+        resting = tensor.detach().to(self.device, self.dtype).contiguous()
+        if self.device.type == "cpu" and self.compute_device.type == "cuda":
+            return resting.pin_memory()
+        return resting

@@ -1,0 +1,321 @@
+"""The boundary protocol: collect, commit, decompose, sample, agree, install (architecture, 2).
+
+The controller decides when and what; the bank holds the truth; the store reaches the parameters.
+Every rank calls the same methods in the same order; only owners compute.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from spectral_scale.config.check import iterations_per_round
+from spectral_scale.config.schema import SpectralConfig
+from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.layers.convert import spectral_layers
+from spectral_scale.ops.sampling import sample_triplets
+from spectral_scale.parallel.collective import Collective, SingleProcess
+from spectral_scale.parallel.store import ParameterStore, TorchStore
+from spectral_scale.spectral.bank import SpectralBank
+from spectral_scale.spectral.owners import assign_owners
+from spectral_scale.spectral.schedule import SpectralSchedule
+from spectral_scale.spectral.spectrum import LayerSpectrum, describe
+
+logger = logging.getLogger(__name__)
+
+WeightSource = Callable[[str], Tensor]
+"""Layer name -> dense initial weight (out, in); called on the owner only."""
+
+
+@dataclass(kw_only=True)
+class BoundaryReport:
+    """What one boundary touched; the counts are checked against `expected` ones."""
+
+    iteration: int
+    """The iteration that begins."""
+    layers: int = 0
+    """Matrices that were given triplets to train."""
+    active_triplets: int = 0
+    """Triplets that train now, over all matrices."""
+    swapped_triplets: int = 0
+    """Of those, the ones that did not train before."""
+    moments_reset: int = 0
+    """Entries of exp_avg and exp_avg_sq set to zero."""
+    redecomposed: int = 0
+    """Matrices whose round ended."""
+    kept_factors: int = 0
+    """Matrices whose SVD did not converge and that kept their old, still exact, factors."""
+    seconds: float = 0.0
+    """Wall time on this rank."""
+    spectra: dict[str, LayerSpectrum] = field(default_factory=dict)
+    """Spectrum and orthogonality by matrix, on rank 0."""
+
+
+class SpectralController:
+    """Owns the bank and swaps triplets in and out of a converted model.
+
+    Creating it decomposes every converted weight and installs the first triplets. Call
+    `after_step()` after every applied optimizer step.
+
+    Args:
+        model: converted by `convert()`; unwrapped (no DDP prefix in the names).
+        optimizer: the torch optimizer, or None if it is attached later through `attach`.
+        config: the method's settings.
+        seed: with layer, round and iteration it determines every draw.
+        collective: all ranks that train this model.
+        store: how parameters are reached; by default as plain torch tensors.
+        weights: initial dense weights by layer name; by default those that convert() set aside.
+        bank_dtype: float32, or float64 in tests.
+
+    Collective: all ranks construct it and call its methods alike.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        config: SpectralConfig,
+        *,
+        seed: int = 0,
+        collective: Collective | None = None,
+        store: ParameterStore | None = None,
+        weights: WeightSource | None = None,
+        bank_dtype: torch.dtype = torch.float32,
+        decompose: bool = True,
+    ) -> None:
+        self.config, self.seed = config, seed
+        self.collective = collective or SingleProcess()
+        self.layers = spectral_layers(model)
+        if not self.layers:
+            raise ConfigError("the model holds no converted layer; call convert() first")
+        shapes = {n: (m.out_features, m.in_features) for n, m in self.layers.items()}
+        self.schedule = SpectralSchedule(
+            steps_per_iteration=config.steps_per_iteration,
+            iterations_per_round=iterations_per_round(config, [min(s) for s in shapes.values()]),
+            warmup_steps=config.iteration_warmup_steps,
+        )
+        self.owners = assign_owners(shapes, self.collective.world_size)
+        self.applied_steps = 0
+        self.store = store or TorchStore(model, optimizer, self.collective)
+        compute_device = next(iter(self.layers.values())).u.device
+        self.bank = SpectralBank(
+            device=torch.device("cpu") if config.bank_device == "cpu" else compute_device,
+            compute_device=compute_device,
+            dtype=bank_dtype,
+        )
+        self._hooked: torch.optim.Optimizer | None = None
+        if optimizer is not None:
+            self.ramp_learning_rates(optimizer)
+        if decompose:
+            self._decompose_initial(weights or self._weight_set_aside)
+            self._begin_iteration(0)
+
+    # -- what a training loop calls ---------------------------------------------------------
+
+    def after_step(self) -> BoundaryReport | None:
+        """Retract the trained factors and, when an iteration is complete, swap triplets.
+
+        Call it once after every *applied* optimizer step, never inside gradient accumulation.
+        Returns the boundary's report when one took place. Raises SpectralError on all ranks alike.
+        """
+        self.applied_steps += 1
+        self.store.retract_columns(f"{n}.{leaf}" for n in self.layers for leaf in ("u", "v"))
+        self.store.clamp_nonnegative(f"{n}.sigma" for n in self.layers)
+        if not self.schedule.is_boundary(self.applied_steps):
+            return None
+        return self._boundary(self.schedule.iteration(self.applied_steps))
+
+    def lr_factor(self) -> float:
+        """Factor on the spectral groups' learning rates in the next step."""
+        return self.schedule.ramp(self.applied_steps)
+
+    def ramp_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Multiply the lr of groups marked `spectral` by `lr_factor()` inside `optimizer.step`.
+
+        The groups' own lr is restored after the step, so any scheduler keeps working.
+        """
+        groups = [group for group in optimizer.param_groups if group.get("spectral")]
+        if not groups:
+            raise ConfigError(
+                "no parameter group of the optimizer is marked spectral; "
+                "build the groups with spectral_scale.param_groups(model, ...)"
+            )
+
+        def scale(opt: torch.optim.Optimizer, *_: object) -> None:
+            for group in opt.param_groups:
+                if group.get("spectral"):
+                    group["lr_before_ramp"] = group["lr"]
+                    group["lr"] = group["lr"] * self.lr_factor()
+
+        def restore(opt: torch.optim.Optimizer, *_: object) -> None:
+            for group in opt.param_groups:
+                if group.get("spectral"):
+                    group["lr"] = group.pop("lr_before_ramp")
+
+        optimizer.register_step_pre_hook(scale)
+        optimizer.register_step_post_hook(restore)
+
+    # -- the boundary ----------------------------------------------------------------------
+
+    def _boundary(self, iteration: int) -> BoundaryReport:
+        started = time.perf_counter()
+        report = BoundaryReport(iteration=iteration)
+        problem = None
+        mine: dict[str, LayerSpectrum] = {}
+        for name, owner in self.owners.items():
+            trained = {
+                leaf: self.store.collect(f"{name}.{leaf}", owner=owner)
+                for leaf in ("u", "sigma", "v")
+            }
+            if owner == self.collective.rank and problem is None:
+                problem = self._commit(name, trained, iteration, report, mine)
+        self._agree(problem, "boundary")
+        self._gather_spectra(mine, report)
+        self._begin_iteration(iteration, report)
+        self._check_counts(report)
+        report.seconds = time.perf_counter() - started
+        return report
+
+    def _commit(
+        self,
+        name: str,
+        trained: Mapping[str, Tensor | None],
+        iteration: int,
+        report: BoundaryReport,
+        spectra: dict[str, LayerSpectrum],
+    ) -> str | None:
+        """Owner only: bank the trained values, decompose if a round ends. Returns an error text."""
+        u, sigma, v = (trained[leaf] for leaf in ("u", "sigma", "v"))
+        if u is None or sigma is None or v is None:
+            return f"{name}: the store delivered nothing to the owner"
+        self.bank.commit(name, u, sigma, v)
+        spectra[name] = describe(self.bank[name])
+        if not self.schedule.starts_round(iteration, self._offset(name)):
+            return None
+        try:
+            self.bank.redecompose(name)
+            report.redecomposed += 1
+        except ValueError as error:
+            return f"{name}: {error}; restart from the last checkpoint with a lower learning rate"
+        except torch.linalg.LinAlgError as error:
+            logger.warning("%s keeps its factors for another round: %s", name, error)
+            report.kept_factors += 1
+        return None
+
+    def _begin_iteration(self, iteration: int, report: BoundaryReport | None = None) -> None:
+        """Draw, build and install the triplets of `iteration`, matrix by matrix."""
+        report = report or BoundaryReport(iteration=iteration)
+        for name, owner in self.owners.items():
+            swapped = self._draw(name, iteration) if owner == self.collective.rank else 0
+            report.swapped_triplets += swapped
+            self._install(name, owner)
+            report.layers += 1
+            report.active_triplets += self.layers[name].u.shape[1]
+        report.moments_reset = self.store.reset_moments(self._trained_fqns())
+        totals = torch.tensor(
+            [report.swapped_triplets, report.redecomposed, report.kept_factors], dtype=torch.int64
+        ).to(next(iter(self.layers.values())).u.device)
+        counts = self.collective.all_reduce_sum(totals).tolist()
+        report.swapped_triplets, report.redecomposed, report.kept_factors = counts
+
+    def _draw(self, name: str, iteration: int) -> int:
+        """Owner only: choose the active set; the number of triplets that were not active before."""
+        entry = self.bank[name]
+        round_, position = self.schedule.position(iteration, self._offset(name))
+        drawn = sample_triplets(
+            entry.sigma,
+            self.config.spectral_rank,
+            self.config.sampling,
+            seed=self.seed,
+            layer=name,
+            round=round_,
+            iteration=position,
+        )
+        before = set(entry.active.tolist())
+        entry.active = drawn.to(entry.sigma.device)
+        return len(set(drawn.tolist()) - before)
+
+    def _install(self, name: str, owner: int, *, trained: bool = True) -> None:
+        """Deliver the owner's active factors and frozen rest to every rank's layer, in place."""
+        layer = self.layers[name]
+        factored = layer.residual is None
+        leaves = ["u", "v", "sigma"] if trained else []
+        leaves += ["u_fixed", "v_fixed"] if factored else ["residual"]
+        values: dict[str, Tensor | None] = {f"{name}.{leaf}": None for leaf in leaves}
+        if owner == self.collective.rank:
+            found = self.bank.frozen_values(name, factored=factored)
+            if trained:
+                found |= self.bank.trained_values(name, all_sigma=factored)
+            values = {f"{name}.{leaf}": found[leaf] for leaf in leaves}
+        self.store.install(values, owner=owner)
+        layer.ready = True
+
+    def _check_counts(self, report: BoundaryReport) -> None:
+        """A method that is silently off is the field's worst defect: count, every time."""
+        layers, r = len(self.layers), self.config.spectral_rank
+        shapes = [s for layer in self.layers.values() for s in layer.trained_shapes().values()]
+        moments = 2 * sum(math.prod(shape) for shape in shapes)
+        expected = {"layers": layers, "active_triplets": layers * r, "moments_reset": moments}
+        for what, count in expected.items():
+            if getattr(report, what) != count:
+                raise SpectralError(
+                    f"boundary {report.iteration} touched {getattr(report, what)} {what}, "
+                    f"expected {count}; the optimizer must hold the converted parameters and have "
+                    "taken a step"
+                )
+        k = min(min(m.in_features, m.out_features) for m in self.layers.values())
+        if report.swapped_triplets == 0 and r < k:
+            logger.warning("boundary %d swapped no triplet", report.iteration)
+
+    # -- state -----------------------------------------------------------------------------
+
+    def reinstall_frozen(self) -> None:
+        """Rebuild residuals (or fixed factors) of every layer from the bank, as after a resume."""
+        for name, owner in self.owners.items():
+            self._install(name, owner, trained=False)
+
+    # -- small parts -----------------------------------------------------------------------
+
+    def _decompose_initial(self, weights: WeightSource) -> None:
+        problem = None
+        for name, owner in self.owners.items():
+            if owner == self.collective.rank and problem is None:
+                try:
+                    self.bank.decompose(name, weights(name))
+                except (ValueError, torch.linalg.LinAlgError) as error:
+                    problem = f"{name}: {error}"
+            self.layers[name].initial_weight = None
+        self._agree(problem, "initial decomposition")
+
+    def _weight_set_aside(self, name: str) -> Tensor:
+        weight = self.layers[name].initial_weight
+        if weight is None:
+            raise SpectralError(
+                f"{name} has no initial weight: it was converted on the meta device, "
+                "so give weights=, or another controller has already taken it"
+            )
+        return weight
+
+    def _offset(self, name: str) -> int:
+        if not self.config.stagger_rounds:
+            return 0
+        index = list(self.layers).index(name)
+        return index * self.schedule.iterations_per_round // len(self.layers)
+
+    def _trained_fqns(self) -> list[str]:
+        return [f"{n}.{leaf}" for n, layer in self.layers.items() for leaf in layer.trained_shapes()]
+
+    def _agree(self, problem: str | None, what: str) -> None:
+        agreed = self.collective.agree(problem, what=what)
+        if agreed is not None:
+            raise SpectralError(agreed)
+
+    def _gather_spectra(self, mine: dict[str, LayerSpectrum], report: BoundaryReport) -> None:
+        raw = {name: spectrum.to_json() for name, spectrum in mine.items()}
+        gathered = self.collective.gather_json(raw) or []
+        merged = {name: item for part in gathered for name, item in part.items()}
+        report.spectra = {n: LayerSpectrum(**merged[n]) for n in self.layers if n in merged}

@@ -1,0 +1,43 @@
+"""Summary of one matrix's spectrum, taken on its owner at a boundary."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from spectral_scale.ops.decomposition import effective_rank
+from spectral_scale.spectral.bank import Triplets
+
+NUM_QUANTILES = 17
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpectrum:
+    """What a person wants to know of one matrix at a boundary."""
+
+    effective_rank: float
+    """exp of the spectrum's entropy."""
+    orthogonality_error: float
+    """Largest entry of |U^T U_a - I_a| and |V^T V_a - I_a| over the trained columns U_a, V_a."""
+    quantiles: list[float]
+    """Singular values at 17 evenly spaced quantiles, largest first."""
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for the wire."""
+        return asdict(self)
+
+
+def describe(entry: Triplets) -> LayerSpectrum:
+    """Measure one entry; 2 k r (m + n) multiplications, small beside the residual's rebuild."""
+    sigma = entry.sigma.sort(descending=True).values
+    positions = torch.linspace(0, sigma.numel() - 1, NUM_QUANTILES).round().long()
+    return LayerSpectrum(
+        effective_rank=effective_rank(entry.sigma),
+        orthogonality_error=max(_column_error(f, entry.active) for f in (entry.u, entry.v)),
+        quantiles=sigma[positions.to(sigma.device)].tolist(),
+    )
+
+
+def _column_error(factor: torch.Tensor, columns: torch.Tensor) -> float:
+    gram = factor.t() @ factor[:, columns]
+    gram[columns, torch.arange(columns.numel(), device=columns.device)] -= 1.0
+    return float(gram.abs().max())

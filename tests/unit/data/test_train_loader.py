@@ -1,0 +1,190 @@
+"""Training batches: one global sequence, however it is divided, read ahead or resumed."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from spectral_scale.data.loader import Batch, TrainLoader
+from spectral_scale.data.order import sample_ids
+from spectral_scale.data.tokens import TokenFolder, open_tokens
+from spectral_scale.errors import ConfigError, DataError
+
+Make = Callable[[int], TokenFolder]
+S = 8
+G = 12
+
+
+def loader(folder: TokenFolder, **changes: int) -> TrainLoader:
+    settings = {"sequence_length": S, "global_batch_size": G, "micro_batch_size": 2, "seed": 3}
+    return TrainLoader(folder, **(settings | changes))
+
+
+def rows(train: TrainLoader, start: int, stop: int) -> list[torch.Tensor]:
+    """The (rank's) sequences of each step, inputs and last label, in order."""
+    out = []
+    for batch in train.steps(start, stop):
+        inputs = torch.cat([micro.input_ids for micro in batch.micro_batches])
+        labels = torch.cat([micro.labels for micro in batch.micro_batches])
+        assert torch.equal(inputs[:, 1:], labels[:, :-1])
+        out.append(torch.cat([inputs, labels[:, -1:]], dim=1))
+    return out
+
+
+def test_batches_hold_the_packed_samples(counting_folder: Make) -> None:
+    folder = counting_folder(401)
+    train = loader(folder)
+    assert train.num_samples == 50
+    for step, found in enumerate(rows(train, 0, 10)):
+        starts = torch.from_numpy(train.sample_ids(step)) * S
+        expected = starts[:, None] + torch.arange(S + 1)
+        assert torch.equal(found, (expected + 1) * (expected < 400))  # token i is i + 1, eos is 0
+        assert found.dtype == torch.int64
+
+
+def test_an_epoch_predicts_every_token_once(counting_folder: Make) -> None:
+    train = loader(counting_folder(24 * S + 1))
+    labels = [micro.labels for batch in train.steps(0, 2) for micro in batch.micro_batches]
+    seen = torch.cat(labels).flatten().sort().values
+    assert torch.equal(seen, torch.tensor([0, *range(2, 24 * S + 1)]))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("num_tokens", [100, 401, 5000])
+def test_global_batch_does_not_depend_on_the_division(
+    counting_folder: Make, world: int, micro: int, num_tokens: int
+) -> None:
+    folder = counting_folder(num_tokens)
+    reference = rows(loader(folder, micro_batch_size=G), 0, 7)
+    ranks = [
+        rows(loader(folder, micro_batch_size=micro, data_rank=k, data_world_size=world), 0, 7)
+        for k in range(world)
+    ]
+    for step, expected in enumerate(reference):
+        assert torch.equal(torch.cat([rank[step] for rank in ranks]), expected)
+
+
+def test_strided_ranks_would_not_give_the_same_order(counting_folder: Make) -> None:
+    """The test above can fail: another assignment of sequences to ranks is told apart."""
+    reference = rows(loader(counting_folder(5000), micro_batch_size=G), 0, 1)[0]
+    assert not torch.equal(torch.cat([reference[0::2], reference[1::2]]), reference)
+
+
+def test_small_corpus_spans_epochs_inside_a_step(counting_folder: Make) -> None:
+    train = loader(counting_folder(5 * S + 1))
+    positions = np.arange(3 * G, 4 * G)
+    assert np.array_equal(train.sample_ids(3), sample_ids(3, positions, 5))
+    ids = np.concatenate([train.sample_ids(step) for step in range(5)])
+    for epoch in range(12):
+        assert sorted(ids[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
+    assert train.epoch_of(5) == 12.0
+
+
+def test_resume_equals_the_tail(counting_folder: Make) -> None:
+    folder = counting_folder(401)
+    whole = rows(loader(folder), 0, 12)
+    for start in (1, 5, 11):
+        tail = rows(loader(folder), start, 12)
+        assert all(torch.equal(a, b) for a, b in zip(tail, whole[start:], strict=True))
+    assert [batch.step for batch in loader(folder).steps(5, 8)] == [5, 6, 7]
+    assert list(loader(folder).steps(5, 5)) == []
+
+
+def test_resume_reads_nothing_before_the_position(
+    counting_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = loader(counting_folder(401))
+    reads: list[int] = []
+    read = TokenFolder.read
+    monkeypatch.setattr(
+        TokenFolder, "read", lambda self, a, b: (reads.append(a), read(self, a, b))[1]
+    )
+    next(train.steps(1000, 2000))
+    assert reads == (train.sample_ids(1000) * S).tolist()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_give_the_same_bytes_and_draw_no_random_number(
+    counting_folder: Make, num_workers: int
+) -> None:
+    folder = counting_folder(401)
+    expected = rows(loader(folder), 2, 6)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    found = rows(loader(folder, num_workers=num_workers), 2, 6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_workers_ignore_the_signals_that_stop_a_run(counting_folder: Make) -> None:
+    from torch.utils.data import DataLoader
+
+    train = loader(counting_folder(401), num_workers=1)
+    made: list[object] = []
+    original = DataLoader.__iter__
+
+    def remember(self: DataLoader) -> Iterator[Batch]:
+        made.append(original(self))
+        return made[-1]  # type: ignore[return-value]
+
+    DataLoader.__iter__ = remember  # type: ignore[method-assign]
+    try:
+        steps = train.steps(0, 40)
+        next(steps)
+        worker = made[0]._workers[0]  # type: ignore[attr-defined]
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+        assert len(list(steps)) == 39
+    finally:
+        DataLoader.__iter__ = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_corrupt_shard_stops_with_its_own_message(counting_folder: Make, num_workers: int) -> None:
+    folder = counting_folder(401)
+    file = folder.path / "shard_00000.bin"
+    data = np.fromfile(file, dtype="<u2")
+    data[7] = 60_000
+    data.tofile(file)
+    train = loader(open_tokens(folder.path), num_workers=num_workers)
+    with pytest.raises(DataError, match=r"^\S*shard_00000\.bin: token 7 .* is id 60000"):
+        list(train.steps(0, 10))
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"global_batch_size": 10, "data_world_size": 3}, ["10", "3", "2"]),
+        ({"micro_batch_size": 5}, ["12", "5"]),
+        ({"micro_batch_size": 0}, ["micro_batch_size", "0"]),
+        ({"global_batch_size": 0}, ["global_batch_size", "0"]),
+        ({"sequence_length": 0}, ["sequence_length", "0"]),
+        ({"data_rank": 2, "data_world_size": 2}, ["2"]),
+    ],
+)
+def test_impossible_divisions_are_refused(
+    counting_folder: Make, changes: dict[str, int], named: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loader(counting_folder(401), **changes)
+    assert all(number in str(caught.value) for number in named)
+
+
+def test_corpus_shorter_than_a_sequence_is_refused(counting_folder: Make) -> None:
+    loader(counting_folder(S + 1))
+    with pytest.raises(DataError, match="8 tokens, at least 9 are required"):
+        loader(counting_folder(S))
+
+
+def test_fingerprint_changes_with_the_order_only(counting_folder: Make) -> None:
+    folder = counting_folder(401)
+    base = loader(folder).state_fingerprint
+    divided = loader(folder, data_world_size=2, micro_batch_size=3, num_workers=1)
+    assert divided.state_fingerprint == base
+    for changes in ({"seed": 4}, {"sequence_length": 9}, {"global_batch_size": 6}):
+        assert loader(folder, **changes).state_fingerprint != base
+    assert loader(counting_folder(402)).state_fingerprint != base

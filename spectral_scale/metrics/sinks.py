@@ -5,7 +5,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,16 +66,19 @@ class MetricsLog:
         and "-Infinity", which `read_metrics` turns back. `step` and `time` are the log's own.
         """
         for sink in self._sinks:
-            self._guard(sink.name, lambda sink=sink: sink.write(step, to_plain(values)))
+            with self._guarded(sink.name):
+                sink.write(step, to_plain(values))
 
     def close(self) -> None:
         """Flush and close every sink; never raises. Closing twice is allowed."""
         for sink in self._sinks:
-            self._guard(sink.name, sink.close)
+            with self._guarded(sink.name):
+                sink.close()
 
-    def _guard(self, name: str, action: Callable[[], None]) -> None:
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
         try:
-            action()
+            yield
         except Exception as error:  # any failure of a sink, whatever its kind, costs only the sink
             self.failures += 1
             if name not in self._warned:

@@ -180,9 +180,13 @@ class _LinesSink:
     def _open(self) -> int:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            os.write(descriptor, b"\n")
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                os.write(descriptor, b"\n")
+        except OSError:
+            os.close(descriptor)
+            raise
         return descriptor
 
 
@@ -199,19 +203,19 @@ class _TensorboardSink:
         self._folder = folder
         self._purge_step = 0 if resume_step is None else resume_step + 1
         self._writer: Any = None
-        self._broken: Exception | None = None
+        self._given_up = False
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        if self._broken is not None:
-            raise self._broken
+        if self._given_up:
+            raise OSError("given up after an earlier failure")
         try:
             self._write(step, values)
-        except Exception as error:
-            self._broken = error
+        except Exception:
+            self._given_up = True
             raise
 
     def close(self) -> None:
-        if self._writer is not None and self._broken is None:
+        if self._writer is not None and not self._given_up:
             self._writer.close()
         self._writer = None
 

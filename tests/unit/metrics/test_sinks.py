@@ -115,6 +115,40 @@ def test_full_disk_loses_lines_only_while_full(tmp_path, monkeypatch, caplog):
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2]
 
 
+def test_a_long_failure_holds_no_files_and_no_frames(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "cut')
+    log = MetricsLog(tmp_path, tensorboard=False)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    monkeypatch.setattr(os, "write", full)
+    for step in range(50):
+        log.write(step, {"train/loss": 2.0})
+    monkeypatch.undo()
+    after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert log.failures == 50 and after == before
+
+
+def test_tensorboard_is_given_up_after_its_first_failure(tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    calls = []
+
+    def fail(self, *arguments):
+        calls.append(arguments)
+        raise OSError(28, "No space left on device")
+
+    log = MetricsLog(tmp_path, tensorboard=True)
+    log.write(0, {"train/loss": 2.0})
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+    for step in range(1, 5):
+        log.write(step, {"train/loss": 2.0})
+    log.close()
+    assert len(calls) == 1 and log.failures == 4
+    assert len(read_metrics(tmp_path)) == 5
+
+
 def test_lost_opening_line_is_written_with_the_next(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -1,0 +1,223 @@
+"""From a configuration to a run that is ready to train: the parts in order, nothing else."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spectral_scale.backends.torch import TorchBackend
+from spectral_scale.checkpoint.manager import CheckpointManager
+from spectral_scale.config.check import check_config
+from spectral_scale.config.presets import Architecture
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.data.loader import TrainLoader, ValidationLoader
+from spectral_scale.data.tokens import TokenFolder
+from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
+from spectral_scale.engine.state import check_identity, load_bank, run_identity
+from spectral_scale.layers.convert import convert, spectral_layers
+from spectral_scale.models.build import build_model, compile_blocks, materialise
+from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
+from spectral_scale.optim.build import build_adamw
+from spectral_scale.optim.groups import param_groups
+from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.table import ParameterTable, parameter_table
+from spectral_scale.spectral.controller import SpectralController
+
+logger = logging.getLogger(__name__)
+
+MASTER_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+"""Precision -> dtype of trained weights, moments and the bank."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything the loop needs."""
+
+    config: RunConfig
+    """As resolved (vocabulary included)."""
+    architecture: Architecture
+    """The model's shapes."""
+    backend: TorchBackend
+    """The host of the training step."""
+    model: PreTrainedModel
+    """The model itself, for evaluation and state."""
+    forward: nn.Module
+    """What the training forward is called on."""
+    table: ParameterTable
+    """Logical parameters."""
+    optimizer: torch.optim.Optimizer
+    """Its groups carry `name`, `fqns`, `base_lr`, `spectral`."""
+    controller: SpectralController | None
+    """None for dense training."""
+    loader: TrainLoader
+    """Training batches by step."""
+    validation: ValidationLoader | None
+    """Fixed validation batches."""
+    checkpoints: CheckpointManager
+    """Saves and finds checkpoints."""
+    identity: dict[str, Any]
+    """What a resumed run must share."""
+    start_step: int = 0
+    """Optimizer steps already taken."""
+    autocast: torch.dtype | None = None
+    """Compute dtype of the forward pass, if it differs from the weights'."""
+
+
+def build_run(config: RunConfig, facts: RankFacts) -> Run:
+    """Build, and resume if the run folder holds a good checkpoint. Collective.
+
+    Raises ConfigError, DataError or CheckpointError on all ranks alike.
+    """
+    train_tokens, validation_tokens = open_data(config)
+    config = with_vocabulary(config, train_tokens)
+    architecture = check_config(config, world_size=facts.world_size)
+    check_vocabulary(architecture.vocab_size, train_tokens)
+
+    backend = TorchBackend(facts, config.train.device)
+    _set_determinism(config, backend.device)
+    loader, validation = _build_loaders(config, backend, train_tokens, validation_tokens)
+    identity = run_identity(config, architecture, loader)
+    checkpoints = CheckpointManager(
+        Path(config.train.run_dir) / "checkpoints",
+        keep_last=config.checkpoint.keep_last,
+        collective=backend.collective,
+    )
+    reader = checkpoints.latest_good()
+    if reader is not None:
+        allowed = config.train.allow_changed
+        check_identity(reader.identity, identity, allowed=allowed, run_dir=config.train.run_dir)
+
+    model = build_model(architecture, config.model, eos_token_id=train_tokens.eos_token_id)
+    if config.spectral.method == "sst":
+        convert(model, config.spectral, frozen_dtype=_frozen_dtype(config))
+    table = parameter_table(model)
+    materialise(model, device=backend.device, dtype=MASTER_DTYPES[config.train.precision])
+    if config.model.compile:
+        compile_blocks(model)
+    weights = _initial_weights(config)
+    if reader is None:
+        _initialise_dense(model, table, weights)
+    forward = backend.shard(model)
+    optimizer = _build_optimizer(model, config)
+    backend.attach(optimizer)
+    controller = _build_controller(model, optimizer, config, backend, weights, reader is None)
+    start_step = 0
+    if reader is not None:
+        backend.load_state(reader.read)
+        if controller is not None:
+            load_bank(controller, reader)
+            controller.applied_steps = reader.state["applied_steps"]
+        start_step = reader.state["step"]
+        logger.info("resuming from %s at step %d", reader.path.name, start_step)
+    return Run(
+        config=config,
+        architecture=architecture,
+        backend=backend,
+        model=model,
+        forward=forward,
+        table=table,
+        optimizer=optimizer,
+        controller=controller,
+        loader=loader,
+        validation=validation,
+        checkpoints=checkpoints,
+        identity=identity,
+        start_step=start_step,
+        autocast=torch.bfloat16 if config.train.precision == "bf16" else None,
+    )
+
+
+def _set_determinism(config: RunConfig, device: torch.device) -> None:
+    """Bit-reproducible kernels: free on the CPU, by request on GPUs, where they cost time."""
+    if config.train.deterministic or device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=device.type == "cpu")
+
+
+def _frozen_dtype(config: RunConfig) -> torch.dtype:
+    if config.train.precision == "bf16":
+        return torch.bfloat16
+    return MASTER_DTYPES[config.train.precision]
+
+
+def _build_loaders(
+    config: RunConfig, backend: TorchBackend, train: TokenFolder, held_out: TokenFolder | None
+) -> tuple[TrainLoader, ValidationLoader | None]:
+    loader = TrainLoader(
+        train,
+        sequence_length=config.model.sequence_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        seed=config.train.seed,
+        data_rank=backend.data_rank,
+        data_world_size=backend.data_world_size,
+        num_workers=config.data.num_workers,
+    )
+    if held_out is None:
+        return loader, None
+    validation = ValidationLoader(
+        held_out,
+        sequence_length=config.model.sequence_length,
+        num_sequences=config.data.validation_sequences,
+        micro_batch_size=config.train.micro_batch_size,
+        data_rank=backend.data_rank,
+        data_world_size=backend.data_world_size,
+    )
+    return loader, validation
+
+
+def _initial_weights(config: RunConfig) -> InitialWeights:
+    if config.model.path is not None:
+        return FolderWeights(Path(config.model.path))
+    return KeyedWeights(config.train.seed)
+
+
+def _initialise_dense(
+    model: PreTrainedModel, table: ParameterTable, weights: InitialWeights
+) -> None:
+    """Fill every dense parameter from its own key or file entry, in place."""
+    with torch.no_grad():
+        for fqn, parameter in model.named_parameters():
+            if table[fqn].layer is None:
+                parameter.copy_(weights.get(fqn, table[fqn].global_shape))
+
+
+def _build_optimizer(model: PreTrainedModel, config: RunConfig) -> torch.optim.Optimizer:
+    groups = param_groups(
+        model,
+        lr=config.optimizer.lr,
+        spectral_lr=config.optimizer.spectral_lr,
+        weight_decay=config.optimizer.weight_decay,
+        direction_lr_scaling=config.spectral.direction_lr_scaling,
+    )
+    return build_adamw(groups, config.optimizer)
+
+
+def _build_controller(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    backend: TorchBackend,
+    weights: InitialWeights,
+    fresh: bool,
+) -> SpectralController | None:
+    layers = spectral_layers(model)
+    if not layers:
+        return None
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    dense: Callable[[str], torch.Tensor] = lambda name: weights.get(f"{name}.weight", shapes[name])
+    return SpectralController(
+        model,
+        optimizer,
+        config.spectral,
+        seed=config.train.seed,
+        collective=backend.collective,
+        store=backend.store(),
+        weights=dense,
+        bank_dtype=MASTER_DTYPES[config.train.precision],
+        decompose=fresh,
+    )

@@ -1,0 +1,69 @@
+"""Validation loss on fixed batches."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectral_scale.data.loader import Batch, ValidationLoader
+from spectral_scale.parallel.collective import Collective
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One pass over the validation batches."""
+
+    loss: float
+    """Mean negative log-likelihood a token, nats."""
+    tokens: int
+    """Tokens predicted, over all ranks."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def token_loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum over tokens of the negative log-likelihood, float32 or better; runs the forward pass."""
+    logits = model(input_ids=batch.input_ids).logits
+    flat = logits.view(-1, logits.shape[-1])
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    return F.cross_entropy(flat, batch.labels.view(-1), ignore_index=IGNORED, reduction="sum")
+
+
+def evaluate(
+    model: nn.Module,
+    loader: ValidationLoader,
+    *,
+    device: torch.device,
+    collective: Collective,
+    autocast: torch.dtype | None,
+) -> Evaluation:
+    """Loss over the loader's batches of all ranks. Collective: every rank runs as many forwards."""
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        for batch in _equal_batches(loader, collective.world_size):
+            moved = Batch(batch.input_ids.to(device), batch.labels.to(device))
+            totals[0] += token_loss_sum(model, moved).double()
+            totals[1] += (moved.labels != IGNORED).sum()
+    model.train(was_training)
+    loss_sum, tokens = collective.all_reduce_sum(totals).tolist()
+    return Evaluation(loss=loss_sum / max(tokens, 1.0), tokens=int(tokens))
+
+
+def _equal_batches(loader: ValidationLoader, world_size: int) -> list[Batch]:
+    """This rank's batches, filled up with unlabelled ones: hosts that shard weights need all ranks
+    in every forward pass."""
+    batches = list(loader)
+    largest_share = -(-loader.num_sequences // world_size)
+    count = -(-largest_share // loader.micro_batch_size)
+    empty = torch.zeros(1, loader.sequence_length, dtype=torch.int64)
+    filler = Batch(empty, torch.full_like(empty, IGNORED))
+    return batches + [filler] * (count - len(batches))

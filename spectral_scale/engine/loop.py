@@ -1,0 +1,219 @@
+"""The training loop: accumulate, clip, step, boundary, log, evaluate, save, stop."""
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from spectral_scale.checkpoint.format import whole
+from spectral_scale.data.loader import Batch, StepBatch
+from spectral_scale.engine.build import Run
+from spectral_scale.engine.evaluate import Evaluation, evaluate, token_loss_sum
+from spectral_scale.engine.measure import (
+    boundary_metrics,
+    flops_per_token,
+    memory,
+    utilization,
+)
+from spectral_scale.engine.run_folder import write_status
+from spectral_scale.engine.state import bank_chunks
+from spectral_scale.engine.stop import StopRequest
+from spectral_scale.errors import SpectralScaleError
+from spectral_scale.metrics.sinks import MetricsLog, NullLog
+from spectral_scale.ops.keyed_random import keyed_seed
+from spectral_scale.optim.groups import group_kind
+from spectral_scale.optim.schedules import lr_factor
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Shows a person how the run goes; rank 0 only."""
+
+    def advance(self, step: int, values: dict[str, Any]) -> None:
+        """One step was taken; `values` is what was logged at it, often nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How the loop ended."""
+
+    step: int
+    """Optimizer steps taken in all."""
+    stopped: str | None
+    """Why it ended early, or None if the run is complete."""
+    first: Evaluation | None
+    """The evaluation before this attempt's first step, if it began at step 0."""
+    last: Evaluation | None
+    """The latest evaluation of this attempt."""
+
+
+class TrainingLoop:
+    """Takes a run from its start step to its last, or to an agreed stop. All ranks run it."""
+
+    def __init__(self, run: Run, log: MetricsLog | NullLog, progress: Progress | None) -> None:
+        self.run, self.log, self.progress = run, log, progress
+        self.flops_per_token = flops_per_token(run)
+        train = run.config.train
+        self.tokens_per_step = train.global_batch_size * run.config.model.sequence_length
+        self.step = run.start_step
+        self._saved_step: int | None = run.start_step or None
+        self._evaluations: list[Evaluation] = []
+        self._first: Evaluation | None = None
+        self._timed_steps, self._timed_seconds = 0, 0.0
+
+    def train(self) -> Outcome:
+        """Run to the end. A stop request is honoured after the step in progress."""
+        run, total = self.run, self.run.config.train.steps
+        stopped = None
+        with StopRequest(run.backend.collective, run.backend.device) as stop:
+            if self.step == 0:
+                opening: dict[str, Any] = {}
+                self._first = self._evaluate(opening)
+                self.log.write(0, opening | memory(run))
+            for batch in run.loader.steps(self.step, total):
+                self._one_step(batch)
+                if stop.agreed() and self.step < total:
+                    stopped = stop.reason
+                    break
+        self._save()
+        return Outcome(
+            step=self.step,
+            stopped=stopped,
+            first=self._first,
+            last=self._evaluations[-1] if self._evaluations else None,
+        )
+
+    def _one_step(self, batch: StepBatch) -> None:
+        run, config = self.run, self.run.config
+        started = time.perf_counter()
+        self._set_learning_rates(batch.step)
+        loss = self._forward_backward(batch)
+        stats = run.backend.step(clip_grad_norm=config.optimizer.clip_grad_norm)
+        report = run.controller.after_step() if run.controller is not None else None
+        self.step = batch.step + 1
+        values: dict[str, Any] = {}
+        if report is not None:
+            rounds, _ = run.controller.schedule.position(report.iteration)  # type: ignore[union-attr]
+            values |= boundary_metrics(report, rounds)
+        self._timed_steps += 1
+        last = self.step == config.train.steps
+        due_log = last or self.step % config.metrics.log_interval == 0
+        due_save = self.step % config.checkpoint.interval == 0
+        if due_log or due_save:
+            norms = {kind: float(norm) for kind, norm in stats.grad_norms.items()}
+            mean_loss = float(run.backend.collective.all_reduce_sum(loss))
+            self._require_finite(mean_loss, norms)
+        self._timed_seconds += time.perf_counter() - started
+        if due_log:
+            values |= self._step_values(mean_loss, norms)
+        if last or self.step % config.train.eval_interval == 0:
+            self._evaluate(values)
+            values |= memory(run)
+        if due_save:
+            values["checkpoint/save_seconds"] = self._save()
+        if values:
+            self.log.write(self.step, values)
+        if self.progress is not None:
+            self.progress.advance(self.step, values)
+
+    def _forward_backward(self, batch: StepBatch) -> torch.Tensor:
+        """Accumulate the step's gradients; the rank's share of the mean token loss, float64."""
+        run = self.run
+        device = run.backend.device
+        if run.config.model.dropout > 0:
+            # Keyed by step, so that dropout needs no saved generator state to resume exactly.
+            key = (run.config.train.seed, "dropout", batch.step, run.backend.data_rank)
+            torch.manual_seed(keyed_seed(*key))
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for i, micro in enumerate(batch.micro_batches):
+            last = i == len(batch.micro_batches) - 1
+            moved = Batch(*(t.to(device, non_blocking=True) for t in micro))
+            with run.backend.accumulate(last=last):
+                with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
+                    loss = token_loss_sum(run.forward, moved) / self.tokens_per_step
+                run.backend.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _set_learning_rates(self, step: int) -> None:
+        factor = lr_factor(self.run.config.optimizer, step, self.run.config.train.steps)
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    def _require_finite(self, loss: float, norms: dict[str, float]) -> None:
+        broken = [kind for kind, norm in norms.items() if not math.isfinite(norm)]
+        if math.isfinite(loss) and not broken:
+            return
+        what = f"gradient norm of {', '.join(broken)}" if broken else "loss"
+        raise SpectralScaleError(
+            f"the {what} is not finite at step {self.step} (loss {loss}); nothing was saved since "
+            f"step {self._saved_step or 0}; lower the learning rates or look at the data of that "
+            "step, then start again to resume"
+        )
+
+    def _step_values(self, loss: float, norms: dict[str, float]) -> dict[str, Any]:
+        run = self.run
+        seconds = self._timed_seconds / self._timed_steps
+        self._timed_steps, self._timed_seconds = 0, 0.0
+        speed = self.tokens_per_step / seconds
+        values: dict[str, Any] = {
+            "train/loss": loss,
+            "train/perplexity": math.exp(min(loss, 700.0)),
+            "train/tokens": self.step * self.tokens_per_step,
+            "train/epoch": run.loader.epoch_of(self.step),
+            "train/grad_norm": math.sqrt(sum(n * n for n in norms.values())),
+            "train/step_seconds": seconds,
+            "train/tokens_per_second": speed,
+        }
+        values |= {f"train/grad_norm/{kind}": norm for kind, norm in norms.items()}
+        ramp = 1.0 if run.controller is None else run.controller.lr_factor()
+        for group in run.optimizer.param_groups:
+            lr = group["lr"] * (ramp if group["spectral"] else 1.0)
+            values[f"train/lr/{group_kind(group['name'])}"] = lr
+        if "train/lr/dense" in values:
+            values["train/lr"] = values["train/lr/dense"]
+        mfu = utilization(run, self.flops_per_token, speed)
+        return values if mfu is None else values | {"train/mfu": mfu}
+
+    def _evaluate(self, values: dict[str, Any]) -> Evaluation | None:
+        run = self.run
+        if run.validation is None:
+            return None
+        started = time.perf_counter()
+        result = evaluate(
+            run.model,
+            run.validation,
+            device=run.backend.device,
+            collective=run.backend.collective,
+            autocast=run.autocast,
+        )
+        self._evaluations.append(result)
+        values["validation/loss"] = result.loss
+        values["validation/perplexity"] = result.perplexity
+        values["validation/seconds"] = time.perf_counter() - started
+        return result
+
+    def _save(self) -> float:
+        """Write a checkpoint of this step unless there is one; the seconds it took. Collective."""
+        run = self.run
+        if self._saved_step == self.step:
+            return 0.0
+        started = time.perf_counter()
+        chunks = [whole(name, tensor) for name, tensor in run.backend.state_tensors()]
+        chunks += bank_chunks(run.controller)
+        state = {
+            "step": self.step,
+            "applied_steps": 0 if run.controller is None else run.controller.applied_steps,
+            "tokens": self.step * self.tokens_per_step,
+        }
+        run.checkpoints.save(self.step, chunks, state=state, identity=run.identity)
+        self._saved_step = self.step
+        if run.backend.collective.rank == 0:
+            folder = Path(run.config.train.run_dir)
+            write_status(folder, "running", step=self.step, steps=run.config.train.steps)
+        return time.perf_counter() - started

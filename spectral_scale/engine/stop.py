@@ -1,0 +1,55 @@
+"""Stopping early: a request on any rank becomes one decision of all ranks."""
+
+import signal
+from types import FrameType, TracebackType
+
+import torch
+
+from spectral_scale.parallel.collective import Collective
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Turns the first signal into a flag; a second one ends the process at once.
+
+    Use as a context manager around the loop. The previous checkpoint stays valid either way.
+    """
+
+    def __init__(self, collective: Collective, device: torch.device) -> None:
+        self._collective = collective
+        self._device = device
+        self._received: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._received = signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Collective; called between steps."""
+        if self._collective.world_size == 1:
+            return self._received is not None
+        flag = torch.tensor([int(self._received is not None)], device=self._device)
+        return bool(self._collective.all_reduce_sum(flag).item())
+
+    @property
+    def reason(self) -> str:
+        """The signal this rank received, or that another rank did."""
+        return self._received or "another rank was asked to stop"

@@ -1,0 +1,1 @@
+"""The console command: one thin file a sub-command. The only place that prints."""

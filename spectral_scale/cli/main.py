@@ -1,0 +1,49 @@
+"""`spectral-scale COMMAND ...`: finds the command, turns errors into messages and exit codes."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from spectral_scale import __version__
+from spectral_scale.errors import SpectralScaleError
+
+COMMANDS = ("train", "prepare", "report", "verify")
+INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; each adds itself and names its `run`."""
+    parser = argparse.ArgumentParser(
+        prog="spectral-scale",
+        description="Pretrain language models through the spectrum of their weights.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"spectral-scale {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        import_module(f"spectral_scale.cli.{name}").add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code (0 done, 75 resumable, 78 configuration error)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and not getattr(parsed, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    parsed.overrides = rest
+    try:
+        code: int = import_module(f"spectral_scale.cli.{parsed.command}").run(parsed)
+    except SpectralScaleError as error:
+        print(f"spectral-scale {parsed.command}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code

@@ -1,0 +1,216 @@
+"""`spectral-scale train`: start a run, or resume the one its folder holds."""
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectral_scale.config.check import check_config
+from spectral_scale.config.load import ResolvedConfig, build_parser, load_config
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.errors import SpectralScaleError
+
+if TYPE_CHECKING:
+    from spectral_scale.engine.build import Run
+    from spectral_scale.engine.loop import Outcome
+
+RESUMABLE = 75
+
+DESCRIPTION = """Train a model, or resume the run that its folder holds.
+
+Any key of the configuration can be given as --section.key VALUE, for example
+  spectral-scale train --config run.yaml --train.steps 2000 --optimizer.lr 5e-4
+--print-config shows every key, its value and where the value came from."""
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model, or resume a run",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(takes_overrides=True)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file")
+    parser.add_argument("--print-config", action="store_true", help="print the settings and exit")
+    parser.add_argument("--help-config", action="store_true", help="describe every key and exit")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="of the result")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0 when the run is complete, 75 when it stopped early and can be resumed."""
+    if arguments.help_config:
+        print(build_parser().format_help())
+        return 0
+    resolved = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(resolved.to_yaml(with_sources=True), end="")
+        return 0
+    return train(resolved, output=arguments.format)
+
+
+def train(resolved: ResolvedConfig, *, output: str) -> int:
+    """Check, build, loop, report. Every rank runs it; rank 0 speaks."""
+    from spectral_scale.engine.run_folder import create_run_folder, log_to_file, write_status
+    from spectral_scale.parallel.facts import detect_rank_facts
+
+    config = resolved.config
+    facts = detect_rank_facts()
+    check_config(config, world_size=facts.world_size)
+    run_dir = Path(config.train.run_dir)
+    create_run_folder(run_dir)
+    handler = log_to_file(run_dir, facts.rank)
+    try:
+        with _alone(run_dir, facts.rank):
+            try:
+                return _train(config, run_dir, output)
+            except BaseException as error:
+                if facts.rank == 0 and not isinstance(error, SystemExit):
+                    reason = f"{type(error).__name__}: {error}"
+                    write_status(run_dir, "failed", step=-1, steps=config.train.steps, reason=reason)
+                raise
+    finally:
+        logging.getLogger("spectral_scale").removeHandler(handler)
+        handler.close()
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path, rank: int) -> Iterator[None]:
+    """Rank 0 holds the run folder's lock, so that two jobs never write the same run."""
+    from spectral_scale.checkpoint.lock import RunLock
+
+    with RunLock(run_dir) if rank == 0 else contextlib.nullcontext():
+        yield
+
+
+def _train(config: RunConfig, run_dir: Path, output: str) -> int:
+    from spectral_scale.engine.build import build_run
+    from spectral_scale.engine.loop import TrainingLoop
+    from spectral_scale.engine.run_folder import write_config, write_status
+    from spectral_scale.metrics.sinks import MetricsLog, NullLog
+    from spectral_scale.parallel.facts import detect_rank_facts
+
+    built = build_run(config, detect_rank_facts())
+    speaks = built.backend.collective.rank == 0
+    steps = config.train.steps
+    try:
+        if built.start_step >= steps:
+            if speaks:
+                write_status(run_dir, "completed", step=built.start_step, steps=steps)
+                _say_done(run_dir, built.start_step, output)
+            return 0
+        log: MetricsLog | NullLog = NullLog()
+        progress = None
+        if speaks:
+            from spectral_scale.cli.progress import make_progress
+
+            write_config(run_dir, built.config)
+            _introduce(built)
+            write_status(run_dir, "running", step=built.start_step, steps=steps)
+            log = MetricsLog(
+                run_dir,
+                tensorboard=config.metrics.tensorboard,
+                resume_step=built.start_step or None,
+            )
+            progress = make_progress(
+                start_step=built.start_step, steps=steps, bar=config.metrics.progress
+            )
+        outcome = TrainingLoop(built, log, progress).train()
+        log.close()
+        if progress is not None:
+            progress.close()
+            _conclude(run_dir, outcome, steps, output)
+        return 0 if outcome.stopped is None else RESUMABLE
+    finally:
+        built.backend.close()
+
+
+def _introduce(built: "Run") -> None:
+    from spectral_scale.engine.measure import parameter_counts
+    from spectral_scale.engine.run_folder import write_environment
+
+    config, counts = built.config, parameter_counts(built)
+    trained, dense = counts["parameters_trained"], counts["parameters_dense"]
+    name = config.model.name if config.model.path is None else config.model.path
+    world_size = built.backend.collective.world_size
+    write_environment(
+        Path(config.train.run_dir),
+        counts
+        | {
+            "device": str(built.backend.device),
+            "world_size": world_size,
+            "data_fingerprint": built.loader.folder.fingerprint,
+        },
+    )
+    _say(
+        f"{name}: {dense / 1e6:.1f} M weights, {trained / 1e6:.1f} M of them train at a time "
+        f"({100 * trained / dense:.1f} %), on {world_size} x {built.backend.device}"
+    )
+    if built.controller is not None:
+        spectral = config.spectral
+        _say(
+            f"SST ({spectral.storage}): {len(built.controller.layers)} matrices converted, "
+            f"{spectral.spectral_rank} triplets of each train for {spectral.steps_per_iteration} "
+            f"steps, SVD every {built.controller.schedule.iterations_per_round} iterations"
+        )
+    if built.start_step:
+        _say(f"resuming at step {built.start_step} of {config.train.steps}")
+
+
+def _conclude(run_dir: Path, outcome: "Outcome", steps: int, output: str) -> None:
+    from spectral_scale.engine.run_folder import write_status
+
+    if outcome.stopped is not None:
+        reason = f"stopped by {outcome.stopped}"
+        write_status(run_dir, "stopped", step=outcome.step, steps=steps, reason=reason)
+        _say(
+            f"\nstopped at step {outcome.step} of {steps} and saved; "
+            "run the same command again to continue"
+        )
+        return
+    write_status(run_dir, "completed", step=outcome.step, steps=steps)
+    _write_report(run_dir)
+    _say_done(run_dir, outcome.step, output)
+
+
+def _write_report(run_dir: Path) -> None:
+    from spectral_scale.metrics.report import write_report
+
+    try:
+        write_report([run_dir], run_dir / "report.html")
+    except (OSError, SpectralScaleError) as error:  # the run itself is complete and saved
+        _say(f"report.html could not be written: {error}")
+
+
+def _say_done(run_dir: Path, step: int, output: str) -> None:
+    from spectral_scale.metrics.history import read_metrics
+
+    points = [
+        (line["step"], line["validation/perplexity"])
+        for line in read_metrics(run_dir)
+        if "validation/perplexity" in line
+    ]
+    result: dict[str, Any] = {"run_dir": str(run_dir), "step": step, "state": "completed"}
+    if points:
+        result |= {"perplexity_before": points[0][1], "perplexity_after": points[-1][1]}
+    if output == "json":
+        print(json.dumps(result))
+        return
+    print(f"\nrun complete at step {step}")
+    if points:
+        print(f"validation perplexity: {points[0][1]:.1f} before, {points[-1][1]:.1f} after")
+    print(f"report:      {run_dir / 'report.html'}")
+    print(f"metrics:     {run_dir / 'metrics.jsonl'}")
+    print(f"tensorboard: tensorboard --logdir {run_dir / 'tensorboard'}")
+    print("next: train for longer with --train.steps, or start another run with --train.run_dir")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.optim.groups import kinds
 from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
 from spectral_scale.parallel.facts import RankFacts
-from spectral_scale.parallel.store import MOMENTS, TorchStore
+from spectral_scale.parallel.store import TorchStore
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -108,8 +108,8 @@ class TorchBackend:
         for group in self._optimizer.param_groups:
             for fqn, parameter in zip(group["fqns"], group["params"], strict=True):
                 yield f"model/{fqn}", parameter.detach()
-                for key in (*MOMENTS, "step"):
-                    yield f"optimizer/{fqn}/{key}", self._optimizer.state[parameter][key]
+                for key, value in sorted(self._optimizer.state[parameter].items()):
+                    yield f"optimizer/{fqn}/{key}", value
 
     def close(self) -> None:
         """Leave the process group, if there is one."""

@@ -18,7 +18,7 @@ from spectral_scale.config.schema import RunConfig
 from spectral_scale.data.loader import TrainLoader, ValidationLoader
 from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
-from spectral_scale.engine.state import check_identity, load_bank, run_identity
+from spectral_scale.engine.identity import check_identity, run_identity
 from spectral_scale.layers.convert import convert, spectral_layers
 from spectral_scale.models.build import build_model, compile_blocks, materialise
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
@@ -110,8 +110,7 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
     if reader is not None:
         backend.load_state(reader.read)
         if controller is not None:
-            load_bank(controller, reader)
-            controller.applied_steps = reader.state["applied_steps"]
+            controller.load_state(reader.read, reader.state["applied_steps"])
         start_step = reader.state["step"]
         logger.info("resuming from %s at step %d", reader.path.name, start_step)
     return Run(

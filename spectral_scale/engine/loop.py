@@ -9,18 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
+from spectral_scale.backends.base import StepStats
 from spectral_scale.checkpoint.format import whole
 from spectral_scale.data.loader import Batch, StepBatch
 from spectral_scale.engine.build import Run
 from spectral_scale.engine.evaluate import Evaluation, evaluate, token_loss_sum
-from spectral_scale.engine.measure import (
-    boundary_metrics,
-    flops_per_token,
-    memory,
-    utilization,
-)
+from spectral_scale.engine.measure import flops_per_token, memory, utilization
 from spectral_scale.engine.run_folder import write_status
-from spectral_scale.engine.state import bank_chunks
 from spectral_scale.engine.stop import StopRequest
 from spectral_scale.errors import SpectralScaleError
 from spectral_scale.metrics.sinks import MetricsLog, NullLog
@@ -65,6 +60,7 @@ class TrainingLoop:
         self._evaluations: list[Evaluation] = []
         self._first: Evaluation | None = None
         self._timed_steps, self._timed_seconds = 0, 0.0
+        self._latest: tuple[torch.Tensor, StepStats]
 
     def train(self) -> Outcome:
         """Run to the end. A stop request is honoured after the step in progress."""
@@ -98,23 +94,20 @@ class TrainingLoop:
         self.step = batch.step + 1
         values: dict[str, Any] = {}
         if report is not None:
-            rounds, _ = run.controller.schedule.position(report.iteration)  # type: ignore[union-attr]
-            values |= boundary_metrics(report, rounds)
+            values |= report.metrics()
         self._timed_steps += 1
         last = self.step == config.train.steps
-        due_log = last or self.step % config.metrics.log_interval == 0
-        due_save = self.step % config.checkpoint.interval == 0
-        if due_log or due_save:
-            norms = {kind: float(norm) for kind, norm in stats.grad_norms.items()}
-            mean_loss = float(run.backend.collective.all_reduce_sum(loss))
-            self._require_finite(mean_loss, norms)
-        self._timed_seconds += time.perf_counter() - started
-        if due_log:
+        self._latest = loss, stats
+        if last or self.step % config.metrics.log_interval == 0:
+            mean_loss, norms = self._read_latest()
+            self._timed_seconds += time.perf_counter() - started
             values |= self._step_values(mean_loss, norms)
+        else:
+            self._timed_seconds += time.perf_counter() - started
         if last or self.step % config.train.eval_interval == 0:
             self._evaluate(values)
             values |= memory(run)
-        if due_save:
+        if self.step % config.checkpoint.interval == 0:
             values["checkpoint/save_seconds"] = self._save()
         if values:
             self.log.write(self.step, values)
@@ -144,6 +137,14 @@ class TrainingLoop:
         factor = lr_factor(self.run.config.optimizer, step, self.run.config.train.steps)
         for group in self.run.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+
+    def _read_latest(self) -> tuple[float, dict[str, float]]:
+        """Mean loss and gradient norms of the latest step, known finite. Collective; waits for it."""
+        loss, stats = self._latest
+        norms = {kind: float(norm) for kind, norm in stats.grad_norms.items()}
+        mean_loss = float(self.run.backend.collective.all_reduce_sum(loss.clone()))
+        self._require_finite(mean_loss, norms)
+        return mean_loss, norms
 
     def _require_finite(self, loss: float, norms: dict[str, float]) -> None:
         broken = [kind for kind, norm in norms.items() if not math.isfinite(norm)]
@@ -204,8 +205,11 @@ class TrainingLoop:
         if self._saved_step == self.step:
             return 0.0
         started = time.perf_counter()
-        chunks = [whole(name, tensor) for name, tensor in run.backend.state_tensors()]
-        chunks += bank_chunks(run.controller)
+        self._read_latest()  # never save a poisoned state over the last good one
+        tensors = list(run.backend.state_tensors())
+        if run.controller is not None:
+            tensors += run.controller.state_tensors()
+        chunks = [whole(name, tensor) for name, tensor in tensors]
         state = {
             "step": self.step,
             "applied_steps": 0 if run.controller is None else run.controller.applied_steps,

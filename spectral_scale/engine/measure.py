@@ -1,7 +1,4 @@
-"""Numbers of a run that its metrics hold: FLOPs a token, memory by use, spectra by layer kind."""
-
-from collections import defaultdict
-from typing import Any
+"""Numbers of a run that its metrics hold: FLOPs a token, memory by use."""
 
 import torch
 
@@ -15,7 +12,6 @@ from spectral_scale.metrics.flops import (
     sst_linear_flops,
 )
 from spectral_scale.metrics.measures import peak_memory_bytes, tensor_bytes
-from spectral_scale.spectral.controller import BoundaryReport
 
 
 def flops_per_token(run: Run) -> float:
@@ -75,33 +71,3 @@ def parameter_counts(run: Run) -> dict[str, int]:
     converted = sum(m.in_features * m.out_features for m in spectral_layers(run.model).values())
     dense = sum(p.numel() for f, p in run.model.named_parameters() if run.table[f].layer is None)
     return {"parameters_trained": trained, "parameters_dense": dense + converted}
-
-
-def boundary_metrics(report: BoundaryReport, rounds: int) -> dict[str, Any]:
-    """One boundary as metrics: counts, seconds, and spectra averaged over layers of a kind."""
-    values: dict[str, Any] = {
-        "spectral/iteration": report.iteration,
-        "spectral/round": rounds,
-        "spectral/layers": report.layers,
-        "spectral/active_triplets": report.active_triplets,
-        "spectral/swapped_vectors": report.swapped_triplets,
-        "spectral/moments_reset": report.moments_reset,
-        "spectral/redecomposed": report.redecomposed,
-        "spectral/kept_factors": report.kept_factors,
-        "spectral/boundary_seconds": report.seconds,
-    }
-    if not report.spectra:
-        return values
-    kinds = defaultdict(list)
-    for name, spectrum in report.spectra.items():
-        kinds[name.rpartition(".")[2]].append(spectrum)
-    for kind, spectra in kinds.items():
-        count = len(spectra)
-        values[f"spectral/effective_rank/{kind}"] = sum(s.effective_rank for s in spectra) / count
-        columns = zip(*(s.quantiles for s in spectra), strict=True)
-        values[f"spectral/spectrum/{kind}"] = [sum(column) / count for column in columns]
-        values[f"spectral/orthogonality_error/{kind}"] = max(s.orthogonality_error for s in spectra)
-    values["spectral/orthogonality_error"] = max(
-        s.orthogonality_error for s in report.spectra.values()
-    )
-    return values

@@ -7,8 +7,9 @@ Every rank calls the same methods in the same order; only owners compute.
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from spectral_scale.parallel.store import ParameterStore, TorchStore
 from spectral_scale.spectral.bank import SpectralBank
 from spectral_scale.spectral.owners import assign_owners
 from spectral_scale.spectral.schedule import SpectralSchedule
-from spectral_scale.spectral.spectrum import LayerSpectrum, describe
+from spectral_scale.spectral.spectrum import LayerSpectrum, describe, spectra_by_kind
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,20 @@ class BoundaryReport:
     """Wall time on this rank."""
     spectra: dict[str, LayerSpectrum] = field(default_factory=dict)
     """Spectrum and orthogonality by matrix, on rank 0."""
+
+    def metrics(self) -> dict[str, Any]:
+        """The counts and seconds, and spectra averaged over the layers of a kind."""
+        values: dict[str, Any] = {
+            "spectral/iteration": self.iteration,
+            "spectral/layers": self.layers,
+            "spectral/active_triplets": self.active_triplets,
+            "spectral/swapped_vectors": self.swapped_triplets,
+            "spectral/moments_reset": self.moments_reset,
+            "spectral/redecomposed": self.redecomposed,
+            "spectral/kept_factors": self.kept_factors,
+            "spectral/boundary_seconds": self.seconds,
+        }
+        return values | spectra_by_kind(self.spectra)
 
 
 class SpectralController:
@@ -273,9 +288,27 @@ class SpectralController:
 
     # -- state -----------------------------------------------------------------------------
 
-    def reinstall_frozen(self) -> None:
-        """Rebuild residuals (or fixed factors) of every layer from the bank, as after a resume."""
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors this rank saves, by checkpoint name: the triplets it owns.
+
+        The active ones are as of the last boundary; their present values are the model's.
+        """
+        for name, entry in self.bank.items():
+            for leaf in ("u", "sigma", "v", "active"):
+                yield f"bank/{name}/{leaf}", getattr(entry, leaf)
+
+    def load_state(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
+        """Take over a checkpoint's triplets and rebuild every frozen weight from them. Collective.
+
+        Args:
+            read: checkpoint name -> whole tensor.
+            applied_steps: optimizer steps taken when it was saved.
+        """
+        self.applied_steps = applied_steps
         for name, owner in self.owners.items():
+            if owner == self.collective.rank:
+                u, sigma, v = (read(f"bank/{name}/{leaf}") for leaf in ("u", "sigma", "v"))
+                self.bank.put(name, u, sigma, v, active=read(f"bank/{name}/active"))
             self._install(name, owner, trained=False)
 
     # -- small parts -----------------------------------------------------------------------

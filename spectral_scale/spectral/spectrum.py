@@ -1,6 +1,9 @@
 """Summary of one matrix's spectrum, taken on its owner at a boundary."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -41,3 +44,22 @@ def _column_error(factor: torch.Tensor, columns: torch.Tensor) -> float:
     gram = factor.t() @ factor[:, columns]
     gram[columns, torch.arange(columns.numel(), device=columns.device)] -= 1.0
     return float(gram.abs().max())
+
+
+def spectra_by_kind(spectra: Mapping[str, LayerSpectrum]) -> dict[str, Any]:
+    """Metrics of matrices grouped by the last part of their name (q_proj, fc1, ...)."""
+    kinds = defaultdict(list)
+    for name, spectrum in spectra.items():
+        kinds[name.rpartition(".")[2]].append(spectrum)
+    values: dict[str, Any] = {}
+    for kind, members in kinds.items():
+        count = len(members)
+        values[f"spectral/effective_rank/{kind}"] = sum(s.effective_rank for s in members) / count
+        columns = zip(*(s.quantiles for s in members), strict=True)
+        values[f"spectral/spectrum/{kind}"] = [sum(column) / count for column in columns]
+        error = max(s.orthogonality_error for s in members)
+        values[f"spectral/orthogonality_error/{kind}"] = error
+    if spectra:
+        worst = max(s.orthogonality_error for s in spectra.values())
+        values["spectral/orthogonality_error"] = worst
+    return values

@@ -1,17 +1,14 @@
-"""What a checkpoint of a run holds, and what must be the same to continue from one."""
+"""What must be the same to continue from a checkpoint."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from spectral_scale.checkpoint.format import TensorChunk, whole
-from spectral_scale.checkpoint.manager import CheckpointReader
 from spectral_scale.config.load import to_dict
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.data.loader import TrainLoader
-from spectral_scale.errors import CheckpointError, ResumeMismatchError
-from spectral_scale.spectral.controller import SpectralController
+from spectral_scale.errors import ResumeMismatchError
 
 FREE_KEYS = {
     "spectral.bank_device",
@@ -65,24 +62,3 @@ def check_identity(
             f"--train.allow_changed '[{', '.join(refused)}]'"
         )
     return differing
-
-
-def bank_chunks(controller: SpectralController | None) -> Iterator[TensorChunk]:
-    """The triplets this rank owns. Trained values are stale here; the model's are saved too."""
-    if controller is not None:
-        for name, entry in controller.bank.items():
-            for leaf in ("u", "sigma", "v", "active"):
-                yield whole(f"bank/{name}/{leaf}", getattr(entry, leaf))
-
-
-def load_bank(controller: SpectralController, reader: CheckpointReader) -> None:
-    """Take over the owned triplets, and rebuild every frozen weight from them. Collective."""
-    for name, owner in controller.owners.items():
-        if owner == controller.collective.rank:
-            leaves = {leaf: reader.read(f"bank/{name}/{leaf}") for leaf in ("u", "sigma", "v")}
-            if leaves["u"].dtype != controller.bank.dtype:
-                raise CheckpointError(
-                    f"bank/{name} is {leaves['u'].dtype}, this run keeps {controller.bank.dtype}"
-                )
-            controller.bank.put(name, **leaves, active=reader.read(f"bank/{name}/active"))
-    controller.reinstall_frozen()

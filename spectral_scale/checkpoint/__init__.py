@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors and JSON, written to a temporary name and committed by one rename."""

@@ -1,0 +1,140 @@
+"""One process a run folder: a lock that the system frees when its holder dies."""
+
+import json
+import logging
+import os
+import socket
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from filelock import FileLock, Timeout
+
+from spectral_scale.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = "lock.json"
+_ORPHAN_SECONDS = 10.0
+"""How long children of a dead holder (data loader workers) may take to notice and leave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The process that runs in a run folder."""
+
+    host: str
+    """Its host's name."""
+    pid: int
+    """Its process id there."""
+    started: str
+    """When it took the lock; UTC, ISO 8601."""
+
+
+class RunLock:
+    """Exclusive use of a run folder; only rank 0 takes it.
+
+    RUN/.lock is locked with flock and decides; RUN/lock.json only says who holds it. A holder that
+    was killed therefore never blocks the next start, on this host or another.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self._file_lock = FileLock(self.run_dir / ".lock", thread_local=False)
+
+    def acquire(self) -> Self:
+        """Take the lock, creating the folder.
+
+        Raises ConfigError, naming host and pid, if another process has it, and if the folder
+        cannot be written.
+        """
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self._write_holder()
+        except OSError as error:
+            self._file_lock.release()
+            raise ConfigError(
+                f"run folder {self.run_dir} cannot be used: {error}; "
+                "set train.run_dir to a folder that can be written"
+            ) from error
+        return self
+
+    def release(self) -> None:
+        """Give the lock back; without effect if it is not held."""
+        if self._file_lock.is_locked:
+            (self.run_dir / LOCK_NAME).unlink(missing_ok=True)
+            self._file_lock.release()
+
+    def __enter__(self) -> Self:
+        return self.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def _lock(self) -> None:
+        holder = read_holder(self.run_dir)
+        gone = holder is not None and _is_gone(holder)
+        try:
+            self._file_lock.acquire(timeout=_ORPHAN_SECONDS if gone else 0)
+        except Timeout:
+            raise ConfigError(_in_use(self.run_dir, holder, gone=gone)) from None
+        if holder is not None:
+            logger.warning(
+                "taking over run folder %s: process %d on %s, started %s, ended without notice",
+                self.run_dir,
+                holder.pid,
+                holder.host,
+                holder.started,
+            )
+
+    def _write_holder(self) -> None:
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        holder = Holder(host=socket.gethostname(), pid=os.getpid(), started=started)
+        temporary = self.run_dir / f".{LOCK_NAME}"
+        temporary.write_text(json.dumps(asdict(holder)) + "\n", encoding="utf-8")
+        temporary.replace(self.run_dir / LOCK_NAME)
+
+
+def read_holder(run_dir: Path) -> Holder | None:
+    """Who took the run folder last and did not give it back; None if nobody or unreadable."""
+    try:
+        values = json.loads((run_dir / LOCK_NAME).read_text(encoding="utf-8"))
+        return Holder(
+            host=str(values["host"]), pid=int(values["pid"]), started=str(values["started"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_gone(holder: Holder) -> bool:
+    """Whether the holder is known to have ended: it ran on this host and its pid is free."""
+    if holder.host != socket.gethostname() or holder.pid <= 0:
+        return False
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def _in_use(run_dir: Path, holder: Holder | None, *, gone: bool) -> str:
+    if holder is None:
+        who = "another process"
+    elif gone:
+        who = f"a child left by process {holder.pid} on this host ({holder.host})"
+    else:
+        who = f"process {holder.pid} on {holder.host}, started {holder.started}"
+    return (
+        f"run folder {run_dir} is in use by {who}; wait for it, stop it, "
+        "or set train.run_dir to another folder"
+    )

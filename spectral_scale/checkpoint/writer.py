@@ -1,0 +1,215 @@
+"""Writing a checkpoint: all ranks write, rank 0 commits, and either all succeed or all raise.
+
+Order: plan and check -> every rank writes and hashes its files -> they are read back and held
+against those hashes -> manifest -> one rename. So a folder with a checkpoint's name was complete
+and verified on disk, and whatever fails before the rename leaves older checkpoints untouched.
+"""
+
+import errno
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spectral_scale.checkpoint.format import (
+    FileOpener,
+    TensorChunk,
+    create_file,
+    write_bytes,
+    write_chunks,
+)
+from spectral_scale.checkpoint.layout import commit, fsync_directory, step_name, writing_path
+from spectral_scale.checkpoint.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+)
+from spectral_scale.checkpoint.plan import (
+    FileGroups,
+    check_chunks,
+    describe,
+    group_files,
+    join_plans,
+)
+from spectral_scale.checkpoint.reader import verify_files
+from spectral_scale.checkpoint.strict_json import plain
+from spectral_scale.errors import CheckpointError
+from spectral_scale.parallel.collective import Collective
+
+_T = TypeVar("_T")
+_GIB = 2**30
+_SPACE_MARGIN = 1.01
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    chunks: Iterable[TensorChunk],
+    *,
+    state: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    collective: Collective,
+    open_new: FileOpener = create_file,
+) -> Path:
+    """Write ROOT/step_XXXXXXXX and return it. Collective: every rank calls it with its own chunks.
+
+    Over all ranks the chunks must tile every logical tensor exactly; `state` and `identity` are
+    JSON values, rank 0's are stored. ROOT must be on a file system that all ranks see. A
+    checkpoint of the same step is replaced. Raises CheckpointError on every rank if any rank
+    fails, naming it; then nothing of the new checkpoint is left.
+    """
+    save = _Save(Path(root), int(step), collective, open_new)
+    try:
+        return save.run(chunks, state, identity)
+    except CheckpointError:
+        save.discard()
+        raise
+
+
+@dataclass
+class _Save:
+    """One save; `run` gives the order of its steps, each of them collective."""
+
+    root: Path
+    step: int
+    collective: Collective
+    open_new: FileOpener
+    bytes_needed: int = 0
+
+    @property
+    def writing(self) -> Path:
+        return writing_path(self.root, self.step)
+
+    def run(
+        self, chunks: Iterable[TensorChunk], state: Mapping[str, Any], identity: Mapping[str, Any]
+    ) -> Path:
+        plan, files = self._together("plan", lambda: self._plan(chunks))
+        plans = self.collective.gather_json(plan)
+        manifest = self._together("prepare", lambda: self._prepare(plans, state, identity))
+        written = self._together("write", lambda: self._write(files))
+        entries = self._share(written)
+        self._together("read back", lambda: self._read_back(entries))
+        return self._together("commit", lambda: self._commit(manifest, entries))
+
+    def discard(self) -> None:
+        """Remove what was written; every rank has stopped writing when this is called."""
+        if self.collective.rank == 0:
+            shutil.rmtree(self.writing, ignore_errors=True)
+
+    def _together(self, what: str, action: Callable[[], _T]) -> _T:
+        """Run `action` on every rank; raise on all ranks if it failed on one."""
+        error: Exception | None = None
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+        failure = self.collective.agree(None if error is None else self._explain(error), what=what)
+        if error is not None or failure is not None:
+            raise CheckpointError(f"step {self.step} was not saved: {failure}") from error
+        return result
+
+    def _explain(self, error: Exception) -> str:
+        if isinstance(error, CheckpointError):
+            return str(error)
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return f"{_no_space(self.root, self.bytes_needed)} ({error})"
+        return f"{type(error).__name__}: {error}"
+
+    def _plan(self, chunks: Iterable[TensorChunk]) -> tuple[dict[str, Any], FileGroups]:
+        step_name(self.step)
+        listed = check_chunks(chunks)
+        files = group_files(self.collective.rank, listed)
+        plan = describe(listed, files)
+        self.bytes_needed = plan["bytes"]
+        return plan, files
+
+    def _prepare(
+        self,
+        plans: list[dict[str, Any]] | None,
+        state: Mapping[str, Any],
+        identity: Mapping[str, Any],
+    ) -> Manifest | None:
+        """Rank 0: check that the plans fit together and on the disk, and create the folder."""
+        if plans is None:
+            return None
+        manifest = Manifest(
+            step=self.step,
+            world_size=self.collective.world_size,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            package_version=_package_version(),
+            files={},
+            tensors=join_plans(plans),
+            state=plain(state, where="state"),
+            identity=plain(identity, where="identity"),
+        )
+        self.bytes_needed = sum(plan["bytes"] for plan in plans) + len(encode_manifest(manifest))
+        self._create_folder()
+        return manifest
+
+    def _create_folder(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        final = self.root / step_name(self.step)
+        if final.is_symlink() or (final.exists() and not final.is_dir()):
+            raise CheckpointError(f"{final} is in the way: not a folder; move it elsewhere")
+        if self.writing.exists():
+            shutil.rmtree(self.writing)
+        if self.bytes_needed * _SPACE_MARGIN > shutil.disk_usage(self.root).free:
+            raise CheckpointError(_no_space(self.root, self.bytes_needed))
+        self.writing.mkdir()
+
+    def _write(self, files: FileGroups) -> dict[str, dict[str, Any]]:
+        entries = {}
+        for name, chunks in files:
+            path = self.writing / name
+            sha256 = write_chunks(path, chunks, open_new=self.open_new)
+            entries[name] = asdict(FileEntry(bytes=path.stat().st_size, sha256=sha256))
+        return entries
+
+    def _share(self, written: dict[str, dict[str, Any]]) -> dict[str, FileEntry]:
+        """Every rank's file entries, on every rank."""
+        gathered = self.collective.gather_json(written)
+        merged = {name: entry for part in gathered or [] for name, entry in part.items()}
+        shared = self.collective.broadcast_json(merged)
+        return {name: FileEntry(**entry) for name, entry in shared.items()}
+
+    def _read_back(self, entries: Mapping[str, FileEntry]) -> None:
+        """Each rank hashes its share: where possible another rank's files, to go past caches."""
+        rank, world_size = self.collective.rank, self.collective.world_size
+        verify_files(self.writing, entries, sorted(entries)[(rank + 1) % world_size :: world_size])
+
+    def _commit(self, manifest: Manifest | None, entries: Mapping[str, FileEntry]) -> Path:
+        final = self.root / step_name(self.step)
+        if manifest is None:
+            return final
+        data = encode_manifest(replace(manifest, files=entries))
+        decode_manifest(data)
+        path = self.writing / MANIFEST_NAME
+        write_bytes(path, data, open_new=self.open_new)
+        if path.read_bytes() != data:
+            raise CheckpointError(f"{MANIFEST_NAME}: reads back differently from what was written")
+        fsync_directory(self.writing)
+        commit(self.writing, final)
+        return final
+
+
+def _no_space(root: Path, needed: int) -> str:
+    while not root.exists():
+        root = root.parent
+    free = shutil.disk_usage(root).free
+    return (
+        f"no space: need {needed / _GIB:.3g} GiB, have {free / _GIB:.3g} GiB at {root}; "
+        "free space or lower checkpoint.keep_last"
+    )
+
+
+def _package_version() -> str:
+    try:
+        return metadata.version("spectral-scale")
+    except metadata.PackageNotFoundError:
+        return "not installed"

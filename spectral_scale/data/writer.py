@@ -109,6 +109,14 @@ def sync_and_close(stream: BinaryIO) -> None:
     stream.close()
 
 
+def sync_files(folder: Path) -> None:
+    """Flush the files of a folder, which others wrote, and the folder itself to disk."""
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries (new and renamed names) to disk."""
     descriptor = os.open(folder, os.O_RDONLY)

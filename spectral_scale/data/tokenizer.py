@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from spectral_scale.data.index import canonical_sha256
@@ -118,18 +119,15 @@ def train_bpe_tokenizer(texts: Iterator[str], *, vocab_size: int, target: Path) 
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    vocab = tokenizer.get_vocab(with_added_tokens=True)
-    found = len(vocab)
+    found = tokenizer.get_vocab_size(with_added_tokens=True)
     if found < vocab_size:
         logger.warning("the text only has enough for %d of %d BPE entries", found, vocab_size)
-    target.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(target / TOKENIZER_NAME))
-    (target / _CONFIG_NAME).write_text(json.dumps(_TRAINED_CONFIG, indent=1) + "\n")
-    return TokenizerFacts(
-        vocab_size=found,
-        eos_token_id=vocab[END_OF_TEXT],
-        sha256=file_sha256(target / TOKENIZER_NAME),
-    )
+    with TemporaryDirectory() as fresh:
+        tokenizer.save(str(Path(fresh) / TOKENIZER_NAME))
+        (Path(fresh) / _CONFIG_NAME).write_text(json.dumps(_TRAINED_CONFIG, indent=1) + "\n")
+        # Through the same door as a given tokenizer: transformers fills in parts of the file, and
+        # a folder prepared with this tokenizer later must find itself to have the same one.
+        return install_tokenizer(Path(fresh), target)
 
 
 def check_bpe_vocab(vocab_size: int) -> None:

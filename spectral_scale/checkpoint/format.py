@@ -97,14 +97,12 @@ def dtype_code(name: str, dtype: torch.dtype) -> str:
     return DTYPE_CODES[dtype]
 
 
-def split_into_files(
-    chunks: Sequence[TensorChunk], *, max_file_bytes: int = MAX_FILE_BYTES
-) -> list[list[TensorChunk]]:
-    """Group chunks in order, a new group where the limit would be passed; no group is empty."""
+def split_into_files(chunks: Sequence[TensorChunk]) -> list[list[TensorChunk]]:
+    """Group chunks in order, a new group where MAX_FILE_BYTES would be passed; none is empty."""
     groups: list[list[TensorChunk]] = []
     size = 0
     for chunk in chunks:
-        if not groups or size + chunk.num_bytes > max_file_bytes:
+        if not groups or size + chunk.num_bytes > MAX_FILE_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(chunk)

@@ -37,7 +37,8 @@ class RunLock:
     """Exclusive use of a run folder; only rank 0 takes it.
 
     RUN/.lock is locked with flock and decides; RUN/lock.json only says who holds it. A holder that
-    was killed therefore never blocks the next start, on this host or another.
+    was killed therefore never blocks the next start, on this host or another. Keep the object:
+    the lock is gone when it is.
     """
 
     def __init__(self, run_dir: str | Path) -> None:

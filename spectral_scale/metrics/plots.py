@@ -3,7 +3,7 @@
 import base64
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,26 +157,19 @@ def draw_bars(bars: Sequence[Bar], *, x_label: str, mark_label: str) -> str:
         return _to_uri(figure)
 
 
-def smooth(values: Array, window: int) -> Array:
-    """Mean of the finite ones of up to `window` points around each, without lag; gaps stay gaps."""
-    finite = np.isfinite(values)
-    sums = np.cumsum(np.append(0.0, np.where(finite, values, 0.0)))
-    counts = np.cumsum(np.append(0, finite))
-    at = np.arange(len(values))
-    half = np.minimum(np.minimum(at, len(values) - 1 - at), window // 2)  # symmetric at the ends
-    low, high = at - half, at + half + 1
-    smoothed = np.full(len(values), np.nan)
-    np.divide(sums[high] - sums[low], counts[high] - counts[low], out=smoothed, where=finite)
-    return smoothed
+def rolling(
+    values: Array, window: int, statistic: Callable[[Array], np.floating] = np.mean
+) -> Array:
+    """`statistic` of the finite ones of up to `window` points around each, without lag.
 
-
-def rolling_median(values: Array, window: int) -> Array:
-    """Median of up to `window` points around each, of the finite ones."""
-    half = window // 2
-    around = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return np.array(
-        [np.median(v[np.isfinite(v)]) if np.isfinite(v).any() else np.nan for v in around]
-    )
+    The window shrinks symmetrically at both ends. What is not finite stays a gap.
+    """
+    rolled = np.full(len(values), np.nan)
+    for at in map(int, np.flatnonzero(np.isfinite(values))):
+        half = min(window // 2, at, len(values) - 1 - at)
+        around = values[at - half : at + half + 1]
+        rolled[at] = statistic(around[np.isfinite(around)])
+    return rolled
 
 
 def thin(x: Array, y: Array, limit: int = MAX_POINTS) -> tuple[Array, Array]:
@@ -232,7 +225,7 @@ def _make_log(axes: Any, lines: Sequence[Line]) -> None:
     if not len(positive):
         return
     axes.set_yscale("log")
-    if positive.max() / positive.min() < 1e4:
+    if np.log10(positive.max()) - np.log10(positive.min()) < 4:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(_plain_log)
     else:

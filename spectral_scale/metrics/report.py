@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,7 +97,8 @@ def save_report(report: Report, output: Path) -> Path:
         temporary.write_text(report.html, encoding="utf-8")
         temporary.replace(output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise ConfigError(
             f"the report cannot be written to {output} ({error.strerror or error}); a file in a "
             "writable folder is required, give one with --output"

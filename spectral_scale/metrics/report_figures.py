@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spectral_scale.metrics.plots import RUN_COLORS, Chart, Line, draw, smooth
+from spectral_scale.metrics.plots import RUN_COLORS, Chart, Line, draw, rolling
 from spectral_scale.metrics.report_html import figure
 from spectral_scale.metrics.report_run import Array, RunRecord, Series
 
@@ -77,7 +77,7 @@ def smoothed_lines(runs: Sequence[RunRecord], key: str, axis: Axis) -> list[Line
         if not len(series.finite()):
             continue
         x, color = axis.positions(run, series.steps), run_color(index)
-        mean = smooth(series.values, max(1, len(series) // 40))
+        mean = rolling(series.values, max(1, len(series) // 40))
         raw.append(Line(x=x, y=series.values, color=color, alpha=0.28, width=0.9))
         label = run_label(run, runs, "smoothed")
         means.append(Line(x=x, y=mean, color=color, label=label, width=run_width(index, runs)))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,8 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _check_same_data(runs: list[RunRecord]) -> None:
-    first, *others = [run for run in runs if run.environment.get("data_fingerprint") is not None]
-    for other in others:
+    known = [run for run in runs if run.environment.get("data_fingerprint") is not None]
+    for first, other in pairwise(known):
         ours, theirs = (run.environment["data_fingerprint"] for run in (first, other))
         if ours != theirs:
             raise ConfigError(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spectral_scale.metrics.plots import Bar, Chart, Line, draw, draw_bars, rolling_median
+from spectral_scale.metrics.plots import Bar, Chart, Line, draw, draw_bars, rolling
 from spectral_scale.metrics.report_figures import (
     SMALL,
     Axis,
@@ -214,7 +214,7 @@ def _resume_caption(marks: list[tuple[float, str]]) -> str:
 def _step_time_lines(runs: Runs, index: int, series: Series, axis: Axis) -> list[Line]:
     run, color = runs[index], run_color(index)
     x = axis.positions(run, series.steps)
-    median = rolling_median(series.values, max(3, len(series) // 40))
+    median = rolling(series.values, max(3, len(series) // 40), np.median)
     swaps = np.isin(series.steps, _boundary_steps(run))
     lines = [
         Line(x=x, y=series.values, color=color, width=0, marker=".", alpha=0.3),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from spectral_scale.metrics import MetricsLog
+from spectral_scale.metrics import MetricsLog, plots
 
 KINDS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 Values = dict[str, Any]
@@ -103,6 +103,13 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def quick_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build every chart but skip its slow part, the layout; `False` as parameter: draw it all."""
+    if getattr(request, "param", True):
+        monkeypatch.setattr(plots, "_to_uri", lambda figure: "data:image/svg+xml;base64,")
 
 
 def settings(steps: int, seed: int) -> dict[str, Any]:

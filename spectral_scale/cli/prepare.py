@@ -37,6 +37,7 @@ def add_parser(
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     _add_inputs(parser)
     _add_choices(parser)
@@ -120,12 +121,18 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     add(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=_usable_cores(),
         metavar="N",
         help="processes that tokenise (one a core); the result does not depend on it",
     )
     add("--overwrite", action="store_true", help="replace a token folder made from something else")
     add("--format", choices=("text", "json"), default="text", help="how the result is printed")
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _summary(result: PrepareResult) -> dict[str, object]:

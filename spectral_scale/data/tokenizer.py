@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from spectral_scale.data.index import canonical_sha256
@@ -82,8 +81,7 @@ def install_tokenizer(source: Path, target: Path) -> TokenizerFacts:
             f"{source}: this tokenizer has no end-of-text token, which must end every document; "
             f'name one as "eos_token" in {_CONFIG_NAME}'
         )
-    target.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(target)
+    _save(tokenizer, target)
     backend = tokenizer.backend_tokenizer
     if _same_tokenizer(source / TOKENIZER_NAME, backend):
         # Byte for byte, so that its checksum does not depend on the library's version.
@@ -119,15 +117,18 @@ def train_bpe_tokenizer(texts: Iterator[str], *, vocab_size: int, target: Path) 
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    found = tokenizer.get_vocab_size(with_added_tokens=True)
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    found = len(vocab)
     if found < vocab_size:
         logger.warning("the text only has enough for %d of %d BPE entries", found, vocab_size)
-    with TemporaryDirectory() as fresh:
-        tokenizer.save(str(Path(fresh) / TOKENIZER_NAME))
-        (Path(fresh) / _CONFIG_NAME).write_text(json.dumps(_TRAINED_CONFIG, indent=1) + "\n")
-        # Through the same door as a given tokenizer: transformers fills in parts of the file, and
-        # a folder prepared with this tokenizer later must find itself to have the same one.
-        return install_tokenizer(Path(fresh), target)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / TOKENIZER_NAME).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    (target / _CONFIG_NAME).write_text(json.dumps(_TRAINED_CONFIG, indent=1) + "\n")
+    return TokenizerFacts(
+        vocab_size=found,
+        eos_token_id=vocab[END_OF_TEXT],
+        sha256=file_sha256(target / TOKENIZER_NAME),
+    )
 
 
 def check_bpe_vocab(vocab_size: int) -> None:
@@ -162,10 +163,25 @@ def _load(source: Path) -> Any:
     return tokenizer
 
 
+def _save(tokenizer: Any, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        tokenizer.save_pretrained(target)
+    except Exception as error:  # the Rust library raises a bare Exception for a full disk
+        raise DataError(f"{target}: the tokenizer cannot be written ({error})") from error
+
+
 def _same_tokenizer(file: Path, backend: Any) -> bool:
     from tokenizers import Tokenizer
 
-    return file.is_file() and Tokenizer.from_file(str(file)).to_str() == backend.to_str()
+    if not file.is_file():
+        return False
+    ours, loaded = (json.loads(t.to_str()) for t in (Tokenizer.from_file(str(file)), backend))
+    # transformers adds an empty post-processor on loading; none of these takes part in encoding.
+    for part in ("post_processor", "truncation", "padding"):
+        ours.pop(part, None)
+        loaded.pop(part, None)
+    return bool(ours == loaded)
 
 
 _TRAINED_CONFIG = {

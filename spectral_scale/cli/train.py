@@ -154,12 +154,7 @@ def _introduce(built: "Run") -> None:
         f"({100 * trained / dense:.1f} %), on {world_size} x {built.backend.device}"
     )
     if built.controller is not None:
-        spectral = config.spectral
-        _say(
-            f"SST ({spectral.storage}): {len(built.controller.layers)} matrices converted, "
-            f"{spectral.spectral_rank} triplets of each train for {spectral.steps_per_iteration} "
-            f"steps, SVD every {built.controller.schedule.iterations_per_round} iterations"
-        )
+        _say(built.controller.describe())
     if built.start_step:
         _say(f"resuming at step {built.start_step} of {config.train.steps}")
 

@@ -36,20 +36,21 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralConfig:
-    """Sparse Spectral Training: W = U diag(sigma) V^T, r triplets train at a time."""
+    """The training method of the blocks' linear layers; most keys are those of `sst`."""
 
-    method: Literal["full", "sst"] = "sst"
-    """full: every weight trains densely; sst: Sparse Spectral Training."""
+    method: Literal["full", "sst", "lora", "relora", "galore"] = "sst"
+    """full: dense training; sst: Sparse Spectral Training; lora, relora, galore: its baselines."""
     storage: Literal["residual", "factored"] = "residual"
     """residual: the inactive triplets live merged in one frozen matrix; factored: all stay factored."""
     spectral_rank: int = 16
-    """r, the triplets of each matrix that train during an iteration."""
+    """r: triplets that train at a time (sst), rank of the factors (lora, relora) or of the
+    projected gradient (galore)."""
     steps_per_iteration: int = 200
-    """T3, optimizer steps between two swaps of the active triplets."""
+    """T3, optimizer steps between swaps (sst), merges (relora) or projector refreshes (galore)."""
     iterations_per_round: int | Auto = "auto"
     """T2, iterations between two re-decompositions; auto: ceil(min(m, n) / r) of the largest matrix."""
     iteration_warmup_steps: int = 20
-    """Steps over which the spectral learning rates ramp up after each swap."""
+    """Steps over which the spectral learning rates ramp up after each swap or merge."""
     sampling: Literal["mixed", "sigma", "uniform", "partitioned"] = "mixed"
     """How triplets are drawn without replacement; mixed: p_i = (1/k + sigma_i / sum sigma) / 2."""
     gradient: Literal["enhanced", "default"] = "enhanced"
@@ -59,9 +60,12 @@ class SpectralConfig:
     stagger_rounds: bool = False
     """Spread the re-decompositions of the matrices over the iterations of a round."""
     bank_device: Literal["auto", "model", "cpu"] = "auto"
-    """Where the fp32 triplets live; auto: beside the model, cpu: pinned host memory."""
+    """Where the fp32 triplets (relora: base weights) live; auto: beside the model, cpu: pinned host
+    memory."""
     direction_lr_scaling: Literal["none", "width"] = "none"
     """width: a factor with m rows trains at spectral_lr * sqrt(768 / m), a constant angle a step."""
+    lora_alpha: float | Auto = "auto"
+    """lora, relora: the factors' product is scaled by lora_alpha / r; auto: r, a scaling of 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +77,13 @@ class OptimizerConfig:
     lr: float = 1.0e-3
     """Learning rate of dense parameters."""
     spectral_lr: float = 1.0e-3
-    """Learning rate of directions and singular values."""
+    """Learning rate of what the method trains: triplets, low-rank factors or projected matrices."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates."""
     eps: float = 1.0e-8
     """Adam's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled decay of dense matrices (never of norms, biases, directions or singular values)."""
+    """Decoupled decay of dense matrices (never of norms, biases, triplets or low-rank factors)."""
     clip_grad_norm: float = 1.0
     """Largest gradient norm of each parameter group by itself; 0 disables clipping."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
@@ -90,6 +94,8 @@ class OptimizerConfig:
     """wsd: steps of the final linear decay; auto: a tenth of the run."""
     min_lr_ratio: float = 0.0
     """Where linear, cosine and wsd end, as a fraction of the peak."""
+    galore_scale: float = 0.25
+    """galore: factor on the update when it is projected back (0.25 as published)."""
 
 
 @dataclass(frozen=True, kw_only=True)

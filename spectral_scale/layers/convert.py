@@ -2,7 +2,8 @@
 
 import fnmatch
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -10,9 +11,12 @@ from torch import nn
 from spectral_scale.config.check import trains_all_sigma
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.layers.base import FactoredLinear, factored_layers
 from spectral_scale.layers.sst import SpectralLinear
 
 logger = logging.getLogger(__name__)
+
+Layer = TypeVar("Layer", bound=FactoredLinear)
 
 
 def convert(
@@ -37,20 +41,57 @@ def convert(
     Raises:
         ConfigError: a pattern or the model yields no linear, a weight is shared, or r is too large.
     """
-    names = _find_targets(model, targets)
-    converted = {}
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        layer = _convert_linear(name, getattr(parent, child), config, frozen_dtype)
-        setattr(parent, child, layer)
-        converted[name] = layer
+
+    def make(linear: nn.Linear) -> SpectralLinear:
+        return SpectralLinear(
+            linear.in_features,
+            linear.out_features,
+            config.spectral_rank,
+            storage=config.storage,
+            enhanced=config.gradient == "enhanced",
+            active_sigma_only=not trains_all_sigma(config),
+            bias=linear.bias is not None,
+            frozen_dtype=frozen_dtype,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+
+    converted = replace_linears(model, config.spectral_rank, make, targets=targets)
     logger.info(
         "converted %d linear layers: %d triplets train at a time (%s storage)",
         len(converted),
         len(converted) * config.spectral_rank,
         config.storage,
     )
+    return converted
+
+
+def replace_linears(
+    model: nn.Module,
+    spectral_rank: int,
+    make: Callable[[nn.Linear], Layer],
+    *,
+    targets: Sequence[str] | None = None,
+) -> dict[str, Layer]:
+    """Put `make(linear)` in the place of every targeted linear; the new layers by fqn.
+
+    The bias moves over, and a real (not meta) dense weight waits as `initial_weight`. Raises
+    ConfigError as `convert` does, before anything is changed.
+    """
+    names = find_targets(model, targets)
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
+    for name, linear in linears.items():
+        _check_rank(name, linear.weight, spectral_rank)
+    converted = {}
+    for name, linear in linears.items():
+        layer = make(linear)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        if not linear.weight.is_meta:
+            layer.initial_weight = linear.weight.detach()
+        parent_name, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child, layer)
+        converted[name] = layer
     return converted
 
 
@@ -61,11 +102,11 @@ def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> int:
-    """Replace spectral layers by dense nn.Linear of the same function, in place; their number."""
-    layers = spectral_layers(model)
+    """Replace converted layers by dense nn.Linear of the same function, in place; their number."""
+    layers = factored_layers(model)
     for name, layer in layers.items():
         if not layer.ready:
-            raise SpectralError(f"{name} cannot be merged: its triplets were never installed")
+            raise SpectralError(f"{name} cannot be merged: no controller gave it values")
         weight = layer.effective_weight()
         dense = nn.Linear(
             layer.in_features,
@@ -81,7 +122,8 @@ def merge(model: nn.Module) -> int:
     return len(layers)
 
 
-def _find_targets(model: nn.Module, targets: Sequence[str] | None) -> list[str]:
+def find_targets(model: nn.Module, targets: Sequence[str] | None = None) -> list[str]:
+    """Names of the linears a method trains its way; see `convert` for `targets` and errors."""
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     if targets is None:
         found = [name for name in linears if any(p.isdigit() for p in name.split("."))]
@@ -109,29 +151,9 @@ def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
             raise ConfigError(f"{name} shares its weight ({', '.join(shared)}); leave it dense")
 
 
-def _convert_linear(
-    name: str, linear: nn.Linear, config: SpectralConfig, frozen_dtype: torch.dtype | None
-) -> SpectralLinear:
-    weight = linear.weight
-    if config.spectral_rank > min(weight.shape):
+def _check_rank(name: str, weight: torch.Tensor, spectral_rank: int) -> None:
+    if spectral_rank > min(weight.shape):
         raise ConfigError(
             f"{name} is {weight.shape[0]} x {weight.shape[1]}: spectral_rank="
-            f"{config.spectral_rank} exceeds {min(weight.shape)}; lower it"
+            f"{spectral_rank} exceeds {min(weight.shape)}; lower it"
         )
-    layer = SpectralLinear(
-        linear.in_features,
-        linear.out_features,
-        config.spectral_rank,
-        storage=config.storage,
-        enhanced=config.gradient == "enhanced",
-        active_sigma_only=not trains_all_sigma(config),
-        bias=linear.bias is not None,
-        frozen_dtype=frozen_dtype,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    if linear.bias is not None:
-        layer.bias = linear.bias
-    if not weight.is_meta:
-        layer.initial_weight = weight.detach()
-    return layer

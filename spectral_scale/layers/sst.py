@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spectral_scale.errors import SpectralError
+from spectral_scale.layers.base import FactoredLinear
 from spectral_scale.parallel.table import Role
 
 
@@ -101,7 +102,7 @@ def _sum_of_products(h: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     return (h.to(dtype) * z.to(dtype)).sum(0)
 
 
-class SpectralLinear(nn.Module):
+class SpectralLinear(FactoredLinear):
     """A linear layer of which r singular triplets train at a time.
 
     Parameters (all of fixed shape for the whole run):
@@ -123,7 +124,6 @@ class SpectralLinear(nn.Module):
     residual: nn.Parameter | None
     u_fixed: nn.Parameter | None
     v_fixed: nn.Parameter | None
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -139,8 +139,7 @@ class SpectralLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features)
         self.spectral_rank = spectral_rank
         self.enhanced, self.active_sigma_only = enhanced, active_sigma_only
         k = min(in_features, out_features)
@@ -160,8 +159,6 @@ class SpectralLinear(nn.Module):
         self.residual = frozen(out_features, in_features) if in_residual else None
         self.u_fixed = None if in_residual else frozen(out_features, k - spectral_rank)
         self.v_fixed = None if in_residual else frozen(in_features, k - spectral_rank)
-        self.initial_weight: Tensor | None = None
-        self.ready = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's."""

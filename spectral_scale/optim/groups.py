@@ -11,6 +11,8 @@ from spectral_scale.parallel.table import parameter_table
 
 REFERENCE_WIDTH = 768
 """Rows at which `direction_lr_scaling: width` leaves the learning rate as it is."""
+SPECTRAL_KINDS = ("spectral_direction", "spectral_value", "low_rank")
+"""Kinds of group that train at `spectral_lr`."""
 
 
 def param_groups(
@@ -21,10 +23,11 @@ def param_groups(
     weight_decay: float = 0.0,
     direction_lr_scaling: str = "none",
 ) -> list[dict[str, Any]]:
-    """Groups for torch.optim.AdamW: dense, dense_no_decay, spectral_direction, spectral_value.
+    """Groups for torch.optim.AdamW: those of dense, dense_no_decay, spectral_direction,
+    spectral_value and low_rank (the factors of LoRA) that the model has.
 
     Each holds `params`, their `fqns`, `name`, `lr`, `base_lr`, `weight_decay` (dense matrices only)
-    and `spectral` (whose lr the controller ramps after each swap). With `width` scaling the
+    and `spectral` (whose lr the controller ramps after each boundary). With `width` scaling the
     directions form one group for each number of rows m, at spectral_lr * sqrt(768 / m): an Adam
     step turns a unit vector by about lr * sqrt(m).
     """
@@ -38,7 +41,7 @@ def param_groups(
     parameters = dict(model.named_parameters())
     groups = []
     for name, fqns in sorted(by_name.items()):
-        spectral = name.startswith("spectral")
+        spectral = group_kind(name) in SPECTRAL_KINDS
         peak = (spectral_lr if spectral else lr) * _width_factor(name)
         groups.append(
             {
@@ -55,7 +58,7 @@ def param_groups(
 
 
 def group_kind(name: str) -> str:
-    """The part a group plays in metrics and clipping: dense, spectral_direction, spectral_value."""
+    """The part a group plays in metrics and clipping: dense, spectral_direction, low_rank, ..."""
     return "dense" if name.startswith("dense") else name.partition("/")[0]
 
 
@@ -71,7 +74,12 @@ def _group_name(role: str, rows: int, direction_lr_scaling: str) -> str:
     if role == "direction":
         suffix = f"/{rows}" if direction_lr_scaling == "width" else ""
         return "spectral_direction" + suffix
-    names = {"value": "spectral_value", "matrix": "dense", "vector": "dense_no_decay"}
+    names = {
+        "value": "spectral_value",
+        "factor": "low_rank",
+        "matrix": "dense",
+        "vector": "dense_no_decay",
+    }
     return names[role]
 
 

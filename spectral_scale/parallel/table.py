@@ -9,8 +9,9 @@ from typing import Literal
 
 from torch import nn
 
-Role = Literal["direction", "value", "residual", "fixed", "matrix", "vector"]
-"""direction: u, v; value: sigma; residual, fixed: frozen caches; matrix, vector: dense weights."""
+Role = Literal["direction", "value", "residual", "fixed", "factor", "base", "matrix", "vector"]
+"""direction: u, v; value: sigma; residual, fixed: frozen caches; factor: a low-rank factor,
+base: the frozen weight it adds to; matrix, vector: dense weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from spectral_scale.config.check import iterations_per_round
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.layers.base import weights_set_aside
 from spectral_scale.layers.convert import spectral_layers
 from spectral_scale.ops.sampling import sample_triplets
 from spectral_scale.parallel.collective import Collective, SingleProcess
 from spectral_scale.parallel.store import ParameterStore, TorchStore
 from spectral_scale.spectral.bank import SpectralBank
 from spectral_scale.spectral.owners import assign_owners
+from spectral_scale.spectral.ramp import ramp_learning_rates
 from spectral_scale.spectral.schedule import SpectralSchedule
 from spectral_scale.spectral.spectrum import LayerSpectrum, describe, spectra_by_kind
 
@@ -126,7 +128,7 @@ class SpectralController:
         if optimizer is not None:
             self.ramp_learning_rates(optimizer)
         if decompose:
-            self._decompose_initial(weights or self._weight_set_aside)
+            self._decompose_initial(weights or weights_set_aside(self.layers))
             self._begin_iteration(0)
 
     # -- what a training loop calls ---------------------------------------------------------
@@ -149,30 +151,21 @@ class SpectralController:
         return self.schedule.ramp(self.applied_steps)
 
     def ramp_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
-        """Multiply the lr of groups marked `spectral` by `lr_factor()` inside `optimizer.step`.
+        """Multiply the lr of groups marked `spectral` by `lr_factor()` inside `optimizer.step`."""
+        ramp_learning_rates(optimizer, self.lr_factor)
 
-        The groups' own lr is restored after the step, so any scheduler keeps working.
-        """
-        groups = [group for group in optimizer.param_groups if group.get("spectral")]
-        if not groups:
-            raise ConfigError(
-                "no parameter group of the optimizer is marked spectral; "
-                "build the groups with spectral_scale.param_groups(model, ...)"
-            )
+    def nbytes(self) -> int:
+        """Bytes of the triplets this rank owns."""
+        return self.bank.nbytes()
 
-        def scale(opt: torch.optim.Optimizer, *_: object) -> None:
-            for group in opt.param_groups:
-                if group.get("spectral"):
-                    group["lr_before_ramp"] = group["lr"]
-                    group["lr"] = group["lr"] * self.lr_factor()
-
-        def restore(opt: torch.optim.Optimizer, *_: object) -> None:
-            for group in opt.param_groups:
-                if group.get("spectral"):
-                    group["lr"] = group.pop("lr_before_ramp")
-
-        optimizer.register_step_pre_hook(scale)
-        optimizer.register_step_post_hook(restore)
+    def describe(self) -> str:
+        """One line for a person: what was converted, what trains, when it changes."""
+        config = self.config
+        return (
+            f"SST ({config.storage}): {len(self.layers)} matrices converted, "
+            f"{config.spectral_rank} triplets of each train for {config.steps_per_iteration} "
+            f"steps, SVD every {self.schedule.iterations_per_round} iterations"
+        )
 
     # -- the boundary ----------------------------------------------------------------------
 
@@ -323,15 +316,6 @@ class SpectralController:
                     problem = f"{name}: {error}"
             self.layers[name].initial_weight = None
         self._agree(problem, "initial decomposition")
-
-    def _weight_set_aside(self, name: str) -> Tensor:
-        weight = self.layers[name].initial_weight
-        if weight is None:
-            raise SpectralError(
-                f"{name} has no initial weight: it was converted on the meta device, "
-                "so give weights=, or another controller has already taken it"
-            )
-        return weight
 
     def _offset(self, name: str) -> int:
         if not self.config.stagger_rounds:

@@ -48,7 +48,7 @@ def materialise(model: PreTrainedModel, *, device: torch.device, dtype: Dtype) -
     for name, module in model.named_modules():
         if "RotaryEmbedding" in type(module).__name__:
             parent, _, child = name.rpartition(".")
-            fresh = type(module)(config=model.config, device=device)  # type: ignore[call-arg]
+            fresh = type(module)(config=model.config).to(device)  # type: ignore[call-arg]
             setattr(model.get_submodule(parent), child, fresh)
 
 

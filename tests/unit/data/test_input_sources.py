@@ -117,10 +117,12 @@ def test_a_document_too_long_for_memory_is_refused(
 ) -> None:
     monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 20)
     (tmp_path / "a.txt").write_text("x" * 21)
-    (tmp_path / "b.jsonl").write_text("x" * 20 + "\n" + "x" * 21 + "\n")
+    (tmp_path / "b.jsonl").write_text("x" * 19 + "\n" + "x" * 20 + "\n")
     with pytest.raises(DataError, match="21 bytes, but a text file is one document of at most 20"):
         documents(tmp_path / "a.txt")
-    with pytest.raises(DataError, match=r"b\.jsonl:2?1?: ?a line of more than 20 bytes"):
+    with pytest.raises(
+        DataError, match=r"b\.jsonl:2: a line of more than 20 bytes \(from byte 20\)"
+    ):
         documents(tmp_path / "b.jsonl")
 
 
@@ -129,7 +131,7 @@ def test_a_document_too_long_for_memory_is_refused(
     [
         ("hf:org/name", ("org/name", None, "train")),
         ("hf:name:conf", ("name", "conf", "train")),
-        ("hf:name:conf:test[:1%]".replace("[:1%]", ""), ("name", "conf", "test")),
+        ("hf:name:conf:test", ("name", "conf", "test")),
         ("hf:name::validation", ("name", None, "validation")),
     ],
 )

@@ -1,7 +1,6 @@
 """From a configuration to a run that is ready to train: the parts in order, nothing else."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,11 @@ from spectral_scale.data.loader import TrainLoader, ValidationLoader
 from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
 from spectral_scale.engine.identity import check_identity, run_identity
-from spectral_scale.layers.convert import convert, spectral_layers
+from spectral_scale.engine.methods import METHODS, ControllerParts, MethodController
 from spectral_scale.models.build import build_model, compile_blocks, materialise
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
-from spectral_scale.optim.build import build_adamw
-from spectral_scale.optim.groups import param_groups
 from spectral_scale.parallel.facts import RankFacts
 from spectral_scale.parallel.table import ParameterTable, parameter_table
-from spectral_scale.spectral.controller import SpectralController
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +48,8 @@ class Run:
     """Logical parameters."""
     optimizer: torch.optim.Optimizer
     """Its groups carry `name`, `fqns`, `base_lr`, `spectral`."""
-    controller: SpectralController | None
-    """None for dense training."""
+    controller: MethodController | None
+    """What the method does between steps; None for dense training."""
     loader: TrainLoader
     """Training batches by step."""
     validation: ValidationLoader | None
@@ -93,19 +89,31 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         check_identity(reader.identity, identity, allowed=allowed, run_dir=config.train.run_dir)
 
     model = build_model(architecture, config.model, eos_token_id=train_tokens.eos_token_id)
-    if config.spectral.method == "sst":
-        convert(model, config.spectral, frozen_dtype=_frozen_dtype(config))
+    method = METHODS[config.spectral.method]
+    method.convert(model, config.spectral, _frozen_dtype(config))
     table = parameter_table(model)
-    materialise(model, device=backend.device, dtype=MASTER_DTYPES[config.train.precision])
+    dtype = MASTER_DTYPES[config.train.precision]
+    materialise(model, device=backend.device, dtype=dtype)
     if config.model.compile:
         compile_blocks(model)
     weights = _initial_weights(config)
     if reader is None:
         _initialise_dense(model, table, weights)
     forward = backend.shard(model)
-    optimizer = _build_optimizer(model, config)
+    optimizer = method.optimizer(model, config, backend.collective)
     backend.attach(optimizer)
-    controller = _build_controller(model, optimizer, config, backend, weights, reader is None)
+    controller = method.controller(
+        ControllerParts(
+            model=model,
+            optimizer=optimizer,
+            config=config,
+            collective=backend.collective,
+            store=backend.store(),
+            weights=weights,
+            dtype=dtype,
+            fresh=reader is None,
+        )
+    )
     start_step = 0
     if reader is not None:
         backend.load_state(reader.read)
@@ -183,40 +191,3 @@ def _initialise_dense(
         for fqn, parameter in model.named_parameters():
             if table[fqn].layer is None:
                 parameter.copy_(weights.get(fqn, table[fqn].global_shape))
-
-
-def _build_optimizer(model: PreTrainedModel, config: RunConfig) -> torch.optim.Optimizer:
-    groups = param_groups(
-        model,
-        lr=config.optimizer.lr,
-        spectral_lr=config.optimizer.spectral_lr,
-        weight_decay=config.optimizer.weight_decay,
-        direction_lr_scaling=config.spectral.direction_lr_scaling,
-    )
-    return build_adamw(groups, config.optimizer)
-
-
-def _build_controller(
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    config: RunConfig,
-    backend: TorchBackend,
-    weights: InitialWeights,
-    fresh: bool,
-) -> SpectralController | None:
-    layers = spectral_layers(model)
-    if not layers:
-        return None
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    dense: Callable[[str], torch.Tensor] = lambda name: weights.get(f"{name}.weight", shapes[name])
-    return SpectralController(
-        model,
-        optimizer,
-        config.spectral,
-        seed=config.train.seed,
-        collective=backend.collective,
-        store=backend.store(),
-        weights=dense,
-        bank_dtype=MASTER_DTYPES[config.train.precision],
-        decompose=fresh,
-    )

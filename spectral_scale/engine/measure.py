@@ -60,7 +60,7 @@ def memory(run: Run) -> dict[str, float]:
         "memory/weights_bytes": tensor_bytes(run.model.parameters()),
         "memory/gradients_bytes": sum(p.nbytes for p in trained),
         "memory/states_bytes": tensor_bytes(states),
-        "memory/bank_bytes": 0 if run.controller is None else run.controller.bank.nbytes(),
+        "memory/bank_bytes": 0 if run.controller is None else run.controller.nbytes(),
         "memory/peak_bytes": peak_memory_bytes(run.backend.device),
     }
 

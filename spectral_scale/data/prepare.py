@@ -1,24 +1,16 @@
 """Text to token folders. `prepare` is the whole job; its steps are in visible order there."""
 
-import logging
 import os
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from spectral_scale import __version__
-from spectral_scale.data.encode import EncodedDocument, EncodeSettings, cut_pieces, encode_records
-from spectral_scale.data.index import ShardEntry, SourceEntry, TokenIndex
-from spectral_scale.data.order import hash64
+from spectral_scale.data.index import SourceEntry, TokenIndex
+from spectral_scale.data.prepare_job import Job, make_tokenizer, write_shards
 from spectral_scale.data.prepare_settings import SHARD_TOKENS, OnBad, PrepareSettings
-from spectral_scale.data.records import BadDocument, Record, extract_text
-from spectral_scale.data.sources import Source, find_sources, read_records
+from spectral_scale.data.sources import Source, find_sources
 from spectral_scale.data.target import (
     finished,
     locked,
@@ -26,27 +18,10 @@ from spectral_scale.data.target import (
     refuse_foreign,
     start_afresh,
 )
-from spectral_scale.data.tokenizer import (
-    TokenizerFacts,
-    find_tokenizer,
-    install_tokenizer,
-    train_bpe_tokenizer,
-)
-from spectral_scale.data.tokens import (
-    TOKENIZER_FOLDER,
-    TOKENIZER_NAME,
-    TokenFolder,
-    file_sha256,
-    open_tokens,
-)
-from spectral_scale.data.writer import TokenWriter, sync_files, write_index
+from spectral_scale.data.tokenizer import find_tokenizer
+from spectral_scale.data.tokens import TOKENIZER_FOLDER, TokenFolder, file_sha256, open_tokens
+from spectral_scale.data.writer import sync_files, write_index
 from spectral_scale.errors import ConfigError, DataError
-
-logger = logging.getLogger(__name__)
-BPE_SAMPLE_BYTES = 1 << 28
-"""A tokenizer is trained on about this much text, spread over the inputs."""
-_BPE_PIECE_CHARACTERS = 1 << 16
-_SKIPS_LOGGED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,24 +32,6 @@ class PrepareResult:
     """The output folder; with a split, its `train` and `valid` folders."""
     already_done: bool
     """The folders held exactly this before, and nothing was written."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One `prepare` under way."""
-
-    settings: PrepareSettings
-    sources: Sequence[Source]
-    parts: Mapping[str, Path]
-    streaming: bool
-    workers: int
-    progress: bool
-
-    def records(self) -> Iterator[Record]:
-        for source in self.sources:
-            yield from read_records(
-                source, text_field=self.settings.text_field, streaming=self.streaming
-            )
 
 
 def prepare(
@@ -96,7 +53,8 @@ def prepare(
     """Turn text into a token folder (two with `split_validation`).
 
     The folder appears whole or not at all: its index is written last. The same call again
-    finds it done; after an interruption it starts over. The bytes do not depend on `workers`.
+    finds it done (files are known by their content, datasets by their name); after an
+    interruption it starts over. The bytes do not depend on `workers`.
 
     Args:
         inputs: .txt (one document), .jsonl, .jsonl.gz and .parquet files, folders of these, and
@@ -132,7 +90,7 @@ def prepare(
     )
     settings.check()
     parts = settings.parts(Path(output))
-    job = _Job(
+    job = Job(
         settings=settings,
         sources=find_sources(inputs),
         parts=parts,
@@ -145,7 +103,7 @@ def prepare(
         return _prepare(job, overwrite=overwrite)
 
 
-def _prepare(job: _Job, *, overwrite: bool) -> PrepareResult:
+def _prepare(job: Job, *, overwrite: bool) -> PrepareResult:
     entries = tuple(_describe(source) for source in job.sources)
     stats = _stats(job.sources)
     request = job.settings.request()
@@ -159,8 +117,8 @@ def _prepare(job: _Job, *, overwrite: bool) -> PrepareResult:
         return PrepareResult(folders=tuple(f for f in found if f is not None), already_done=True)
     for folder in job.parts.values():
         start_afresh(folder)
-    facts = _make_tokenizer(job)
-    shards, skipped = _write_shards(job, facts)
+    facts = make_tokenizer(job)
+    shards, skipped = write_shards(job, facts)
     if _stats(job.sources) != stats:
         raise DataError("an input file changed while it was read; run the same command again")
     for part, folder in job.parts.items():
@@ -182,7 +140,7 @@ def _prepare(job: _Job, *, overwrite: bool) -> PrepareResult:
     )
 
 
-def _refuse_output(job: _Job, output: Path) -> None:
+def _refuse_output(job: Job, output: Path) -> None:
     nested = tuple(name for name, folder in job.parts.items() if folder != output)
     refuse_foreign(output, allowed=nested)
     for folder in job.parts.values():
@@ -217,120 +175,3 @@ def _describe(source: Source) -> SourceEntry:
 def _stats(sources: Sequence[Source]) -> list[tuple[int, int]]:
     found = [source.path.stat() for source in sources if source.path is not None]
     return [(stat.st_size, stat.st_mtime_ns) for stat in found]
-
-
-def _make_tokenizer(job: _Job) -> TokenizerFacts:
-    first, *others = [folder / TOKENIZER_FOLDER for folder in job.parts.values()]
-    if job.settings.tokenizer is not None:
-        facts = install_tokenizer(job.settings.tokenizer, first)
-    else:
-        facts = train_bpe_tokenizer(
-            _training_texts(job), vocab_size=job.settings.train_bpe or 0, target=first
-        )
-    for other in others:
-        shutil.copytree(first, other)
-    return facts
-
-
-def _training_texts(job: _Job) -> Iterator[str]:
-    """Pieces of the documents that are not held out, chosen by hash when there is too much."""
-    sizes = [source.path.stat().st_size for source in job.sources if source.path is not None]
-    share = min(1.0, BPE_SAMPLE_BYTES / max(1, sum(sizes)))
-    taken = pieces = 0
-    with _bar(job, "training the tokenizer") as bar:
-        for number, record in enumerate(job.records()):
-            bar.update(len(record.data or b""))
-            if job.settings.part_of(number) == "valid":
-                continue
-            for piece in cut_pieces(_usable_text(job, record), _BPE_PIECE_CHARACTERS):
-                pieces += 1
-                if taken < BPE_SAMPLE_BYTES and hash64(pieces) < share * 2.0**64:
-                    taken += len(piece)
-                    yield piece
-
-
-def _usable_text(job: _Job, record: Record) -> str:
-    try:
-        return extract_text(record, job.settings.text_field)
-    except BadDocument as error:
-        _stop_unless_skipped(job, error.reason, str(error))
-        return ""
-
-
-def _write_shards(
-    job: _Job, facts: TokenizerFacts
-) -> tuple[dict[str, tuple[ShardEntry, ...]], dict[str, Counter[str]]]:
-    writers = {
-        part: TokenWriter(
-            folder,
-            vocab_size=facts.vocab_size,
-            eos_token_id=facts.eos_token_id,
-            shard_tokens=job.settings.shard_tokens,
-        )
-        for part, folder in job.parts.items()
-    }
-    skipped: dict[str, Counter[str]] = {part: Counter() for part in job.parts}
-    try:
-        for number, document in enumerate(_encoded(job, facts)):
-            part = job.settings.part_of(number)
-            if document.ids is not None:
-                writers[part].append(document.ids)
-            elif document.reason is not None:
-                _stop_unless_skipped(job, document.reason, document.message)
-                skipped[part][document.reason] += 1
-                if sum(map(Counter.total, skipped.values())) <= _SKIPS_LOGGED:
-                    logger.warning("left out: %s", document.message)
-        shards = {part: writer.close() for part, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-    for part in job.parts:
-        _refuse_nothing(job, part, shards[part], sum(skipped.values(), Counter()))
-    return shards, skipped
-
-
-def _encoded(job: _Job, facts: TokenizerFacts) -> Iterator[EncodedDocument]:
-    first = next(iter(job.parts.values()))
-    settings = EncodeSettings(
-        tokenizer_file=first / TOKENIZER_FOLDER / TOKENIZER_NAME,
-        vocab_size=facts.vocab_size,
-        text_field=job.settings.text_field,
-    )
-    with _bar(job, "preparing") as bar:
-        for document in encode_records(job.records(), settings, workers=job.workers):
-            bar.update(document.input_bytes)
-            yield document
-
-
-def _stop_unless_skipped(job: _Job, reason: str, message: str) -> None:
-    if reason != "empty_document" and job.settings.on_bad == "error":
-        raise DataError(f"{message}; fix the input, or leave such out with --on-bad skip")
-
-
-def _refuse_nothing(
-    job: _Job, part: str, shards: tuple[ShardEntry, ...], skipped: Counter[str]
-) -> None:
-    if shards:
-        return
-    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-    if part == "all":
-        raise DataError(
-            f"{job.sources[0].name}{' ...' if len(job.sources) > 1 else ''}: no usable document in "
-            f"the inputs ({counts or 'they are empty'})"
-        )
-    raise DataError(
-        f"--split-validation {job.settings.split_validation} leaves no document for {part!r} "
-        f"(left out: {counts or 'none'}); give more documents, another share or another --seed"
-    )
-
-
-def _bar(job: _Job, what: str) -> "tqdm[Any]":
-    plain = all(source.suffix in (".txt", ".jsonl") for source in job.sources)
-    sizes = [source.path.stat().st_size for source in job.sources if source.path is not None]
-    return tqdm(
-        desc=what,
-        total=sum(sizes) if plain else None,
-        unit="B",
-        unit_scale=True,
-        disable=None if job.progress else True,
-    )

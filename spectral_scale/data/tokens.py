@@ -216,6 +216,8 @@ def _why_no_index(folder: Path, error: Exception) -> str:
         return f"{folder}: a file, but a token folder is required; {make}"
     if (folder / INCOMPLETE_NAME).exists():
         return f"{folder}: preparing it was interrupted; run the same prepare command again"
+    if inner := [name.parent.name for name in sorted(folder.glob(f"*/{INDEX_NAME}"))]:
+        return f"{folder}: holds the token folders {', '.join(inner)}; name one of them"
     if not (folder / INDEX_NAME).exists():
         return f"{folder}: not a token folder (no {INDEX_NAME}); {make}"
     return f"{folder / INDEX_NAME}: cannot be read ({error}); {_REDO}"

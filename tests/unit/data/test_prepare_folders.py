@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spectral_scale.data import prepare as prepare_module
+from spectral_scale.data import prepare_job
 from spectral_scale.data.prepare import PrepareResult, prepare
 from spectral_scale.data.tokenizer import END_OF_TEXT
 from spectral_scale.data.tokens import TokenFolder, open_tokens
@@ -100,6 +101,8 @@ def test_bytes_do_not_depend_on_workers(
 def test_split_takes_whole_documents_once(lines: Path, tmp_path: Path) -> None:
     train, valid = run(lines, tmp_path / "out", split_validation=0.3).folders
     assert (train.path, valid.path) == (tmp_path / "out/train", tmp_path / "out/valid")
+    with pytest.raises(DataError, match="holds the token folders train, valid; name one of them"):
+        open_tokens(tmp_path / "out")
     assert train.tokenizer_sha256 == valid.tokenizer_sha256
     assert sorted(decoded(train) + decoded(valid)) == sorted(TEXTS)
     assert 4 <= valid.index.num_documents <= 20
@@ -117,7 +120,8 @@ def test_held_out_documents_do_not_train_the_tokenizer(lines: Path, tmp_path: Pa
 
 
 def test_split_that_leaves_a_part_empty(lines: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--split-validation 1e-06 leaves no document for 'valid'"):
+    message = "--split-validation 1e-06 leaves no document for 'valid'"
+    with pytest.raises(DataError, match=message):
         run(lines, tmp_path / "out", split_validation=1e-6)
 
 
@@ -125,16 +129,16 @@ def test_tokenizer_sample_is_capped_and_fixed(
     lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    train = prepare_module.train_bpe_tokenizer
+    train = prepare_job.train_bpe_tokenizer
 
     def spy(texts: Any, **options: Any) -> Any:
         seen[:] = list(texts)
         return train(iter(seen), **options)
 
-    monkeypatch.setattr(prepare_module, "train_bpe_tokenizer", spy)
+    monkeypatch.setattr(prepare_job, "train_bpe_tokenizer", spy)
     run(lines, tmp_path / "whole")
     assert seen == TEXTS
-    monkeypatch.setattr(prepare_module, "BPE_SAMPLE_BYTES", 1500)
+    monkeypatch.setattr(prepare_job, "BPE_SAMPLE_BYTES", 1500)
     run(lines, tmp_path / "one")
     sample = list(seen)
     assert 500 < sum(map(len, sample)) < 1800
@@ -332,21 +336,21 @@ def test_impossible_settings(
 def test_input_that_changes_while_it_is_read(
     lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = prepare_module._make_tokenizer
+    make = prepare_module.make_tokenizer
 
     def and_change(job: Any) -> Any:
         facts = make(job)
         write_lines(lines, [*TEXTS, "one more"])
         return facts
 
-    monkeypatch.setattr(prepare_module, "_make_tokenizer", and_change)
+    monkeypatch.setattr(prepare_module, "make_tokenizer", and_change)
     with pytest.raises(DataError, match="changed while it was read"):
         run(lines, tmp_path / "out")
     assert not (tmp_path / "out/index.json").exists()
 
 
 def in_process(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    head = "import os, sys\nfrom spectral_scale.data import prepare as module\n"
+    head = "import os, sys\nfrom spectral_scale.data import prepare as module, prepare_job as job\n"
     body = textwrap.dedent(code)
     call = "module.prepare([sys.argv[1]], sys.argv[2], train_bpe=300)\n"
     return subprocess.run(
@@ -360,7 +364,7 @@ def in_process(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "killed_at",
-    ["module.train_bpe_tokenizer", "module.TokenWriter.append", "module.write_index"],
+    ["job.train_bpe_tokenizer", "job.TokenWriter.append", "module.write_index"],
 )
 @pytest.mark.parametrize("again", [False, True])
 def test_killed_run_leaves_no_index_and_is_redone(

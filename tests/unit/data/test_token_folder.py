@@ -174,7 +174,17 @@ def test_verify_checks_the_tokenizer(make_folder: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.bin", "/etc/passwd", "a/../../b", "", "a\\b", "a\0b", "link.bin"]
+    "name",
+    [
+        "../secret.bin",
+        "/etc/passwd",
+        "a/../../b",
+        "",
+        "a\\b",
+        "a\0b",
+        "link.bin",
+        "x/../shard_00000.bin",
+    ],
 )
 def test_file_names_stay_inside_the_folder(make_folder: Make, tmp_path: Path, name: str) -> None:
     folder = make_folder(DOCUMENTS)

@@ -9,7 +9,7 @@ from importlib import import_module
 from spectral_scale import __version__
 from spectral_scale.errors import SpectralScaleError
 
-COMMANDS = ("train", "prepare", "report", "verify")
+COMMANDS = ("train", "count", "prepare", "report", "verify")
 INTERRUPTED = 130
 
 

@@ -64,6 +64,9 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
         "optimizer.warmup_steps": config.optimizer.warmup_steps,
         "data.num_workers": config.data.num_workers,
     }
+    positive: dict[str, float] = {"optimizer.galore_scale": config.optimizer.galore_scale}
+    if config.spectral.lora_alpha != "auto":
+        positive["spectral.lora_alpha"] = config.spectral.lora_alpha
     fractions = {
         "model.dropout": config.model.dropout,
         "optimizer.betas[0]": config.optimizer.betas[0],
@@ -76,6 +79,9 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
     for key, number in at_least_zero.items():
         if not (number >= 0 and math.isfinite(number)):
             yield f"{key}={number} must be finite and at least 0"
+    for key, number in positive.items():
+        if not (number > 0 and math.isfinite(number)):
+            yield f"{key}={number} must be finite and above 0"
     for key, fraction in fractions.items():
         if not (0 <= fraction < 1 or (fraction == 1 and key.endswith("ratio"))):
             yield f"{key}={fraction} must lie in [0, 1)"
@@ -95,8 +101,14 @@ def _check_batches(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def _check_spectral(spectral: SpectralConfig, architecture: Architecture) -> Iterator[str]:
-    if spectral.method != "sst":
-        return
+    if spectral.method != "full":
+        yield from check_spectral_rank(spectral, architecture)
+    if spectral.method == "sst":
+        yield from _check_sst(spectral)
+
+
+def check_spectral_rank(spectral: SpectralConfig, architecture: Architecture) -> Iterator[str]:
+    """What is wrong with the rank for the model's linear layers, if anything."""
     r = spectral.spectral_rank
     for name, (out_features, in_features) in linear_shapes(architecture).items():
         if r > min(out_features, in_features):
@@ -104,6 +116,9 @@ def _check_spectral(spectral: SpectralConfig, architecture: Architecture) -> Ite
                 f"spectral.spectral_rank={r} exceeds min(m, n)={min(out_features, in_features)} of "
                 f"{name} ({out_features} x {in_features}); lower it to at most that"
             )
+
+
+def _check_sst(spectral: SpectralConfig) -> Iterator[str]:
     if spectral.iterations_per_round != "auto" and spectral.iterations_per_round < 1:
         yield f"spectral.iterations_per_round={spectral.iterations_per_round} must be at least 1"
     if spectral.trained_sigma == "all" and spectral.storage == "residual":

@@ -1,29 +1,31 @@
 """Numbers of a run that its metrics hold: FLOPs a token, memory by use."""
 
+import math
+
 import torch
 
 from spectral_scale.engine.build import Run
-from spectral_scale.layers.convert import spectral_layers
+from spectral_scale.engine.counts import count_parameters
 from spectral_scale.metrics.flops import (
     attention_flops_per_token,
     model_flops_per_token,
     model_flops_utilization,
     peak_flops,
-    sst_linear_flops,
 )
 from spectral_scale.metrics.measures import peak_memory_bytes, tensor_bytes
+from spectral_scale.parallel.table import ParameterInfo
 
 
 def flops_per_token(run: Run) -> float:
     """Training FLOPs a token of the whole model, from its shapes."""
-    a, spectral = run.architecture, run.config.spectral
+    a = run.architecture
     head = a.vocab_size * a.embedding_size
     dense = head + sum(
         info.global_shape[0] * info.global_shape[1]
         for fqn, info in run.table.items()
         if info.role == "matrix" and "embed" not in fqn and "lm_head" not in fqn
     )
-    layers = spectral_layers(run.model).values()
+    factors = [info for info in run.table.values() if info.layer and len(info.global_shape) == 2]
     return model_flops_per_token(
         dense_elements=dense,
         attention_flops=attention_flops_per_token(
@@ -31,13 +33,15 @@ def flops_per_token(run: Run) -> float:
             hidden_size=a.hidden_size,
             sequence_length=run.config.model.sequence_length,
         ),
-        spectral_flops=sum(
-            sst_linear_flops(
-                m.out_features, m.in_features, m.spectral_rank, 1, spectral.storage
-            )
-            for m in layers
-        ),
+        spectral_flops=sum(map(_factor_flops, factors)),
     )
+
+
+def _factor_flops(info: ParameterInfo) -> int:
+    """FLOPs a token of one matrix of a converted layer, whichever method's: forward, gradient of
+    its input and, if it trains, its own gradient, each a product of 2 FLOPs an element.
+    """
+    return 2 * (3 if info.trainable else 2) * math.prod(info.global_shape)
 
 
 def utilization(run: Run, flops_a_token: float, tokens_per_second: float) -> float | None:
@@ -67,7 +71,5 @@ def memory(run: Run) -> dict[str, float]:
 
 def parameter_counts(run: Run) -> dict[str, int]:
     """Trained elements, and elements of the dense model they stand for."""
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    converted = sum(m.in_features * m.out_features for m in spectral_layers(run.model).values())
-    dense = sum(p.numel() for f, p in run.model.named_parameters() if run.table[f].layer is None)
-    return {"parameters_trained": trained, "parameters_dense": dense + converted}
+    counts = count_parameters(run.model, run.table)
+    return {"parameters_trained": counts.trained, "parameters_dense": counts.dense}

@@ -19,7 +19,8 @@ def sst_linear_flops(m: int, n: int, r: int, tokens: int, storage: Storage) -> i
     """FLOPs, forward and backward, of an m x n SST layer with r active triplets.
 
     residual: [4 m n + 6 r (m + n)] T. The frozen residual has no weight gradient.
-    factored: [4 k (m + n) + 6 r (m + n)] T with k = min(m, n).
+    factored: [4 k (m + n) + 2 r (m + n)] T with k = min(m, n): all directions multiply forward
+    and backward, the active ones have a weight gradient too.
 
     Swaps and re-decompositions are not included; they are measured (`spectral/boundary_seconds`).
 
@@ -29,11 +30,10 @@ def sst_linear_flops(m: int, n: int, r: int, tokens: int, storage: Storage) -> i
     k = min(m, n)
     if not 0 <= r <= k:
         raise ValueError(f"r = {r} given, 0 to min(m, n) = {k} required")
-    active = 6 * r * (m + n)
     if storage == "residual":
-        return (4 * m * n + active) * tokens
+        return (4 * m * n + 6 * r * (m + n)) * tokens
     if storage == "factored":
-        return (4 * k * (m + n) + active) * tokens
+        return (4 * k + 2 * r) * (m + n) * tokens
     raise ValueError(f"storage {storage!r} given, 'residual' or 'factored' required")
 
 

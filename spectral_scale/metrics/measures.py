@@ -1,4 +1,4 @@
-"""What is measured: memory, time, and how the spectrum stands. Arithmetic is in `flops`."""
+"""Memory and time of a run. Its arithmetic is in `flops`, its spectra in `ops.decomposition`."""
 
 import sys
 import time
@@ -7,59 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-
-
-def effective_rank(sigma: Tensor) -> float:
-    """exp(entropy of sigma / sum sigma): how many directions share the spectrum's weight.
-
-    Args:
-        sigma: singular values, >= 0, any float dtype, shape (k,).
-
-    Returns:
-        Between 1 (one direction) and k (all equal); 0.0 when every value is zero or k = 0;
-        NaN when a value is not finite.
-
-    Raises:
-        ValueError: `sigma` is not one-dimensional or holds a negative value.
-
-    Source: Roy and Vetterli, The effective rank (EUSIPCO 2007).
-    """
-    if sigma.ndim != 1:
-        raise ValueError(f"singular values of shape {tuple(sigma.shape)} given, (k,) required")
-    values = sigma.detach().double()
-    if bool((values < 0).any()):
-        raise ValueError(f"a negative singular value ({float(values.min()):.3g}) given; clamp it")
-    if not bool(torch.isfinite(values).all()):
-        return float("nan")
-    if not bool(values.any()):
-        return 0.0
-    share = values / values.max()  # first by the largest: the sum of huge values may overflow
-    share = share / share.sum()
-    return float(torch.exp(-torch.special.xlogy(share, share).sum()))
-
-
-def orthogonality_error(u: Tensor) -> float:
-    """max |U^T U - I| over the columns of `u`, computed in fp64.
-
-    TF32 products, where a run allows them, would otherwise report their own rounding.
-
-    Args:
-        u: directions as columns, shape (rows, r), any float dtype.
-
-    Returns:
-        0.0 for orthonormal columns (and for r = 0), NaN when an element is not finite.
-
-    Raises:
-        ValueError: `u` is not a matrix.
-    """
-    if u.ndim != 2:
-        raise ValueError(f"directions of shape {tuple(u.shape)} given, (rows, r) required")
-    if u.shape[1] == 0:
-        return 0.0
-    columns = u.detach().double()
-    gram = columns.T @ columns
-    gram.diagonal().sub_(1)
-    return float(gram.abs().max())
 
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:

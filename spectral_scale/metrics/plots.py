@@ -89,7 +89,7 @@ class Chart:
     marks: list[tuple[float, str]] = field(default_factory=list)
     """Positions and colours of vertical marks (resumes)."""
     log_y: bool | None = None
-    """Logarithmic y axis; None: when the positive values span more than a factor of eight."""
+    """Logarithmic y axis; None: when the positive values span more than a factor of five."""
     count_x: bool = True
     """The x axis counts (steps, tokens), so that its ticks are shortened to 2k, 5M."""
     inches: tuple[float, float] = (6.0, 3.5)
@@ -120,7 +120,7 @@ def draw(chart: Chart) -> str:
         for line in chart.lines:
             _draw_line(axes, line)
         _draw_marks(axes, chart.marks)
-        if chart.log_y or (chart.log_y is None and _spans(chart.lines, 8.0)):
+        if chart.log_y or (chart.log_y is None and _spans(chart.lines, 5.0)):
             _make_log(axes, chart.lines)
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
         if chart.count_x:

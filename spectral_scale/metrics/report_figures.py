@@ -134,6 +134,7 @@ def family_figures(
     """
     keys = list(dict.fromkeys(key for run in runs for key in run.keys_under(prefix)))
     keys = [key for key in keys if any(len(run.series(key).finite()) for run in runs)]
+    keys.sort(key=lambda key: key != prefix)  # the total first, the others as they appeared
     if all(_is_repeated(run, prefix, keys) for run in runs):
         keys.remove(prefix)
     named = {key: family_label(key, prefix, total) for key in keys}

@@ -48,6 +48,7 @@ def headline(run: RunRecord) -> dict[str, Any]:
         "tokens_per_second": _median(run.series("train/tokens_per_second")),
         "mfu": _median(run.series("train/mfu")),
         "peak_memory_bytes": _whole(_largest(run.series("memory/peak_bytes"))),
+        "swaps": int((run.series("spectral/swapped_vectors").values > 0).sum()),
         "swapped_vectors": _whole(_total(run.series("spectral/swapped_vectors"))),
         "moments_reset": _whole(_total(run.series("spectral/moments_reset"))),
         "attempts": len(run.history.attempts()),
@@ -60,7 +61,8 @@ def state(run: RunRecord) -> str:
     """How the run stands: by status.json, else by the last event it logged."""
     for key in ("state", "status"):
         if isinstance(run.status.get(key), str):
-            return run.status[key]
+            found: str = run.status[key]
+            return "running or killed" if found == "running" else found
     events = [line["event"] for line in run.history.lines if isinstance(line.get("event"), str)]
     last = events[-1] if events else None
     return {"done": "done", "stop": "stopped"}.get(str(last), "running or killed")
@@ -121,7 +123,9 @@ def _identity(run: RunRecord) -> dict[str, Any]:
         "storage": spectral.get("storage"),
         "spectral_rank": spectral.get("spectral_rank"),
         "parameters_trained": run.fact("parameters_trained"),
-        "parameters_total": run.fact("parameters_total"),
+        "parameters_dense": run.fact("parameters_dense"),
+        "layers_converted": _whole(_last(run.series("spectral/layers"))),
+        "active_triplets": _whole(_last(run.series("spectral/active_triplets"))),
         "world_size": run.fact("world_size"),
         "device": run.fact("device"),
     }

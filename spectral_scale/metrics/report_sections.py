@@ -102,8 +102,12 @@ def speed_section(runs: Runs) -> Section | None:
         lines += _step_time_lines(runs, index, series, axis)
         facts.append(_step_time_facts(run, series, named=len(runs) > 1))
     if lines:
-        chart = Chart(x_label=axis.label, y_label="seconds a step", lines=lines)
-        caption = "Line: rolling median; diamonds: steps with a swap. " + "; ".join(facts) + "."
+        chart = Chart(x_label=axis.label, y_label="seconds", lines=lines)
+        caption = (
+            "Line: rolling median of a step; diamonds: each swap by itself. "
+            + "; ".join(facts)
+            + "."
+        )
         items.append(figure("Time per step", draw(chart), caption))
     speed = smoothed_lines(runs, "train/tokens_per_second", axis)
     if speed:
@@ -160,7 +164,7 @@ def spectral_section(runs: Runs) -> Section | None:
         axis=axis,
         title="Orthogonality error",
         caption="max |UᵀU − I| over the directions; it falls back at each re-decomposition.",
-        total="all layers",
+        total="worst",
         log_y=True,
     )
     return _section("spectral", "Spectral health", items)
@@ -215,7 +219,7 @@ def _step_time_lines(runs: Runs, index: int, series: Series, axis: Axis) -> list
     run, color = runs[index], run_color(index)
     x = axis.positions(run, series.steps)
     median = rolling(series.values, max(3, len(series) // 40), np.median)
-    swaps = np.isin(series.steps, _boundary_steps(run))
+    swaps = _swaps(run)
     lines = [
         Line(x=x, y=series.values, color=color, width=0, marker=".", alpha=0.3),
         Line(
@@ -226,28 +230,38 @@ def _step_time_lines(runs: Runs, index: int, series: Series, axis: Axis) -> list
             label=run_label(run, runs, "median"),
         ),
     ]
-    if swaps.any():
-        label = "with a swap" if len(runs) == 1 else None
+    if len(swaps):
+        label = "one swap" if len(runs) == 1 else None
         mark = color if len(runs) > 1 else "#d9480f"
         lines.append(
-            Line(x=x[swaps], y=series.values[swaps], color=mark, width=0, marker="D", label=label)
+            Line(
+                x=axis.positions(run, swaps.steps),
+                y=swaps.values,
+                color=mark,
+                width=0,
+                marker="D",
+                label=label,
+            )
         )
     return lines
 
 
 def _step_time_facts(run: RunRecord, series: Series, *, named: bool) -> str:
-    fact = f"{run.name}: median " if named else "Median "
+    fact = f"{run.name}: median" if named else "Median"
     fact += f" {number(float(np.median(series.values)), 3)} s a step"
-    boundary = run.series("spectral/boundary_seconds").finite().values
-    boundary = boundary[boundary > 0]
-    if len(boundary):
-        fact += f", {number(float(np.median(boundary)), 3)} s a swap ({len(boundary)} logged)"
+    swaps = _swaps(run).values
+    if len(swaps):
+        # A logged value is the mean over the steps since the one before.
+        total = float((series.values * np.diff(series.steps, prepend=0.0)).sum())
+        fact += f", {number(float(np.median(swaps)), 3)} s each of {len(swaps)} swaps"
+        fact += f", {swaps.sum() / total:.1%} of the time" if total > 0 else ""
     return fact
 
 
-def _boundary_steps(run: RunRecord) -> np.ndarray:
+def _swaps(run: RunRecord) -> Series:
+    """Seconds of each swap of triplets."""
     series = run.series("spectral/boundary_seconds").finite()
-    return series.steps[series.values > 0]
+    return Series(steps=series.steps[series.values > 0], values=series.values[series.values > 0])
 
 
 def _largest(run: RunRecord, key: str) -> float | None:

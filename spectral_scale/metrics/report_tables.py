@@ -11,6 +11,7 @@ from spectral_scale.metrics.report_headline import (
     compare_losses,
     headline,
     recomputed,
+    state,
 )
 from spectral_scale.metrics.report_html import (
     UNKNOWN,
@@ -54,7 +55,11 @@ def attempts_section(runs: Runs) -> Section | None:
     body = ""
     for run in interrupted:
         attempts = run.history.attempts()
-        rows = [_attempt_row(attempts, index) for index in range(len(attempts))]
+        ends = ["killed"] * (len(attempts) - 1) + [state(run)]
+        rows = [
+            _attempt_row(order, lines, end)
+            for order, (lines, end) in enumerate(zip(attempts, ends, strict=True), start=1)
+        ]
         title = f"<h3>{_named(run, runs.index(run))}</h3>" if len(runs) > 1 else ""
         head = ["Attempt", "Began (UTC)", "From", "Last logged step", "Time", "Ended"]
         body += title + f"<p>{_recomputed_sentence(recomputed(run))}</p>" + table(head, rows)
@@ -173,7 +178,7 @@ def _method(numbers: Headline) -> str:
 
 
 def _parameters(numbers: Headline) -> str:
-    trained, total = numbers["parameters_trained"], numbers["parameters_total"]
+    trained, total = numbers["parameters_trained"], numbers["parameters_dense"]
     if trained is None and total is None:
         return UNKNOWN
     return f"{count(trained)} of {count(total)}"
@@ -205,6 +210,11 @@ def _non_finite(numbers: Headline) -> str:
     return f'<span class="bad">{count(found)} logged steps</span>' if found else UNKNOWN
 
 
+def _swapped(numbers: Headline) -> str:
+    vectors, swaps = numbers["swapped_vectors"], numbers["swaps"]
+    return UNKNOWN if vectors is None else f"{count(vectors)} at {count(swaps)} swaps"
+
+
 def _resumes(numbers: Headline) -> str:
     steps = numbers["resumed_at_steps"]
     if not steps:
@@ -229,26 +239,26 @@ _ROWS: dict[str, Callable[[Headline], str]] = {
     "Tokens a second, median": lambda n: number(n["tokens_per_second"], 4),
     "MFU, median": lambda n: UNKNOWN if n["mfu"] is None else f"{n['mfu']:.1%}",
     "Peak memory": lambda n: size(n["peak_memory_bytes"]),
-    "Vectors swapped": lambda n: count(n["swapped_vectors"]),
+    "Layers converted": lambda n: count(n["layers_converted"]),
+    "Active triplets": lambda n: count(n["active_triplets"]),
+    "Vectors swapped": _swapped,
     "Moments reset": lambda n: count(n["moments_reset"]),
     "Resumed": _resumes,
 }
 
 
-def _attempt_row(attempts: Sequence[list[Line]], index: int) -> list[str]:
-    lines = attempts[index]
+def _attempt_row(order: int, lines: list[Line], end: str) -> list[str]:
     times = [line["time"] for line in lines if isinstance(line.get("time"), (int, float))]
     opening = lines[0].get("event")
     began = "scratch" if opening != "resume" else f"step {count(lines[0]['step'])}"
-    unfinished = "killed" if index + 1 < len(attempts) else "running or killed"
-    ended = {"done": "done", "stop": "stopped"}.get(str(lines[-1].get("event")), unfinished)
+    ended = {"done": "done", "stop": "stopped"}.get(str(lines[-1].get("event")), end)
     return [
-        str(index + 1),
+        str(order),
         _clock(times[0]) if times else UNKNOWN,
         began,
         count(max(line["step"] for line in lines)),
         duration(max(times) - min(times)) if times else UNKNOWN,
-        ended,
+        text(ended),
     ]
 
 

@@ -32,7 +32,7 @@ def line_at(step: int, seed: int) -> Values:
         "train/tokens": step * 8192,
         "train/lr": rate,
         "train/grad_norm": norm,
-        "train/step_seconds": 0.31 + 0.02 * math.sin(step * 1.7) + 0.9 * (step % 200 == 0),
+        "train/step_seconds": 0.31 + 0.02 * math.sin(step * 1.7) + 0.09 * (step % 200 == 0),
         "train/tokens_per_second": 26000 + 900 * math.sin(step * 1.7),
         "memory/weights_bytes": 18_300_000,
         "memory/gradients_bytes": 6_100_000,
@@ -55,7 +55,8 @@ def boundary_at(step: int) -> Values:
     values["validation/perplexity"] = math.exp(values["validation/loss"])
     if step:
         values |= {"spectral/boundary_seconds": 0.9, "spectral/swapped_vectors": 24 * 16}
-        values |= {"spectral/moments_reset": 24 * 3}
+        values |= {"spectral/moments_reset": 24 * 3, "spectral/layers": 24}
+        values |= {"spectral/active_triplets": 24 * 16}
     for place, kind in enumerate(KINDS):
         values[f"spectral/effective_rank/{kind}"] = (
             180 - place * 6 - 40 * (1 - math.exp(-step / 500))
@@ -94,8 +95,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                 log.write(end, {"event": "done"})
             log.close()
         spread_times(folder)
-        environment = {"torch": "2.13.0", "device": "cpu", "world_size": 1}
-        environment |= {"parameters_trained": 1_234_567, "parameters_total": 4_567_890}
+        environment: Values = {"versions": {"torch": "2.13.0"}, "device": "cpu", "world_size": 1}
+        environment |= {"parameters_trained": 1_234_567, "parameters_dense": 4_567_890}
         if fingerprint is not None:
             environment["data_fingerprint"] = fingerprint
         (folder / "environment.json").write_text(json.dumps(environment))

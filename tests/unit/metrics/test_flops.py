@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from spectral_scale.layers.sst import SpectralLinear
 from spectral_scale.metrics.flops import (
     attention_flops_per_token,
     dense_linear_flops,
@@ -16,6 +17,13 @@ from spectral_scale.metrics.flops import (
 M, N, R, TOKENS = 24, 16, 3, 10
 
 
+def in_place_addmm(added, left, right, **_):
+    return 2 * left[0] * left[1] * right[1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: in_place_addmm}  # torch's counter leaves it out
+
+
 def counted(*products):
     """FLOPs of products given as (rows, inner, columns)."""
     with FlopCounterMode(display=False) as counter:
@@ -24,41 +32,34 @@ def counted(*products):
     return counter.get_total_flops()
 
 
-def active_products():
-    forward = [(TOKENS, N, R), (TOKENS, R, M)]
-    to_input = [(TOKENS, M, R), (TOKENS, R, N)]
-    to_factors = [(M, TOKENS, R), (N, TOKENS, R)]
-    return [*forward, *to_input, *to_factors]
-
-
 def test_dense_flops_are_three_products():
     assert dense_linear_flops(M, N, TOKENS) == counted(
         (TOKENS, N, M), (TOKENS, M, N), (M, TOKENS, N)
     )
 
 
-def test_residual_flops_are_the_frozen_and_the_active_products():
-    frozen = [(TOKENS, N, M), (TOKENS, M, N)]
-    assert sst_linear_flops(M, N, R, TOKENS, "residual") == counted(*frozen, *active_products())
-
-
-def test_factored_flops_are_all_directions_and_the_active_products():
-    k = min(M, N)
-    frozen = [(TOKENS, N, k), (TOKENS, k, M), (TOKENS, M, k), (TOKENS, k, N)]
-    assert sst_linear_flops(M, N, R, TOKENS, "factored") == counted(*frozen, *active_products())
+@pytest.mark.parametrize("storage", ["residual", "factored"])
+@pytest.mark.parametrize("m, n", [(M, N), (N, M), (M, M)])
+def test_sst_flops_are_those_of_the_layer(storage, m, n):
+    layer = SpectralLinear(n, m, R, storage=storage)
+    layer.ready = True
+    x = torch.zeros(TOKENS, n, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        layer(x).sum().backward()
+    assert sst_linear_flops(m, n, R, TOKENS, storage) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
     "m, n, r, storage, ratio",
     [
         (4096, 4096, 128, "residual", 0.73),
-        (4096, 4096, 128, "factored", 1.40),
+        (4096, 4096, 128, "factored", 1.35),
         (11008, 4096, 128, "residual", 0.71),
-        (11008, 4096, 128, "factored", 0.96),
-        (28672, 8192, 256, "factored", 0.90),
+        (11008, 4096, 128, "factored", 0.93),
+        (28672, 8192, 256, "factored", 0.87),
     ],
 )
-def test_ratios_to_dense_of_the_design(m, n, r, storage, ratio):
+def test_ratios_to_dense(m, n, r, storage, ratio):
     measured = sst_linear_flops(m, n, r, 1, storage) / dense_linear_flops(m, n, 1)
     assert measured == pytest.approx(ratio, abs=0.006)
 

@@ -115,9 +115,32 @@ def test_headline_numbers_are_those_of_the_log(make_run):
         "sst, residual, rank 16",
         "600 of 600",
         "1 ×, at step 200",
+        "1,152 at 3 swaps",
+        "s each of 3 swaps",
         "opt-tiny",
     ):
         assert shown in page.text, shown
+
+
+def test_state_comes_from_the_status_file_else_from_the_log(make_run):
+    run = make_run("first", steps=40, kills=((30, 20),))
+    for status, shown in (("completed", "completed"), ("running", "running or killed")):
+        (run / "status.json").write_text(json.dumps({"state": status}))
+        assert build_report([run]).headlines[0]["state"] == shown
+    (run / "status.json").unlink()
+    assert build_report([run]).headlines[0]["state"] == "done"
+    lines = (run / "metrics.jsonl").read_text().replace('"event": "done"', '"event": "other"')
+    (run / "metrics.jsonl").write_text(lines)
+    assert build_report([run]).headlines[0]["state"] == "running or killed"
+
+
+def test_share_of_the_time_spent_in_swaps_counts_unlogged_steps(make_run):
+    def exact(attempt, step, values):
+        return values | {"train/step_seconds": 0.5}
+
+    page = Page(build_report([make_run("timed", steps=400, change=exact)]).html)
+    # Two swaps of 0.9 s in 400 steps of 0.5 s, of which every tenth was logged.
+    assert "Median 0.5 s a step, 0.9 s each of 2 swaps, 0.9% of the time." in page.text
 
 
 def test_exact_resume_is_shown_as_exact(make_run):
@@ -260,9 +283,9 @@ HOSTILE = "_$x^<script>alert(1)<&script> \"'><img src=x onerror=alert(1)>$"
 @pytest.mark.parametrize("quick_charts", [False], indirect=True)
 def test_hostile_names_and_values_are_text(make_run):
     def hostile(attempt, step, values):
-        values[f"spectral/effective_rank/{HOSTILE}"] = 3.0
-        values[f"train/lr/{HOSTILE}"] = 1e-3
-        return values
+        named = {f"spectral/effective_rank/{HOSTILE}": 3.0, f"train/lr/{HOSTILE}": 1e-3}
+        kept = ("train/loss", "memory/peak_bytes", "train/lr/dense")
+        return {key: values[key] for key in kept} | named
 
     runs = [make_run(name, steps=20, change=hostile) for name in (HOSTILE, "$\\frac{$\u4e2d\n_")]
     for run in runs:

@@ -57,6 +57,8 @@ def test_killed_before_each_file_operation_in_turn(checkpoints, kind):
         )
         found = checkpoints.check(checkpoints.manager().latest_good())
         assert found in allowed
+        for path in checkpoints.root.glob("step_*"):
+            checkpoints.check(CheckpointReader.open(path))
         seen.add(found)
         if through:
             break

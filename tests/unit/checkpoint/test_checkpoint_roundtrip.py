@@ -10,16 +10,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from spectral_scale.checkpoint import format as file_format
-from spectral_scale.checkpoint.format import DTYPE_CODES, TensorChunk, whole
+from spectral_scale.checkpoint.format import DTYPE_CODES, TensorChunk, create_file, whole
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.checkpoint.writer import save_checkpoint
 from spectral_scale.errors import CheckpointError
 from spectral_scale.parallel.collective import SingleProcess
 
 
-def save(root, chunks, collective=None, step=7, state=None):
+def save(root, chunks, collective=None, step=7, state=None, open_new=create_file):
     return save_checkpoint(
-        root, step, chunks, state=state or {}, identity={}, collective=collective or SingleProcess()
+        root,
+        step,
+        chunks,
+        state=state or {},
+        identity={},
+        collective=collective or SingleProcess(),
+        open_new=open_new,
     )
 
 
@@ -217,11 +223,12 @@ HALF = TensorChunk("w", torch.ones(2, 3), (4, 3), (0, 0))
         ([whole("__metadata__", torch.ones(2))], "__metadata__"),
     ],
 )
-def test_chunks_that_do_not_make_whole_tensors_are_refused(tmp_path, chunks, words):
+def test_chunks_that_do_not_make_whole_tensors_are_refused_before_writing(tmp_path, chunks, words):
+    opened = []
     with pytest.raises(CheckpointError) as error:
-        save(tmp_path, chunks)
+        save(tmp_path, chunks, open_new=opened.append)
     assert words in str(error.value)
-    assert list(tmp_path.iterdir()) == []
+    assert opened == [] and list(tmp_path.iterdir()) == []
 
 
 def test_the_rank_that_disagrees_is_named(tmp_path, run_ranks):

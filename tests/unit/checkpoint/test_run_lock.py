@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import threading
 
 import pytest
 
@@ -18,6 +19,13 @@ def hold(run_dir, ready):
     with RunLock(run_dir):
         ready.send(os.getpid())
         CONTEXT.Event().wait()
+
+
+def gone_pid():
+    gone = CONTEXT.Process(target=int)
+    gone.start()
+    gone.join()
+    return gone.pid
 
 
 @pytest.fixture
@@ -73,13 +81,19 @@ def test_a_refused_process_does_not_disturb_the_holders_file(tmp_path):
 def test_an_orphan_that_still_has_the_lock_is_named_after_its_parent(tmp_path, holder, monkeypatch):
     """The lock is held, but its process is gone: a child inherited it."""
     monkeypatch.setattr(lock_module, "_ORPHAN_SECONDS", 0.2)
-    gone = CONTEXT.Process(target=int)
-    gone.start()
-    gone.join()
-    values = {"host": socket.gethostname(), "pid": gone.pid, "started": "earlier"}
+    pid = gone_pid()
+    values = {"host": socket.gethostname(), "pid": pid, "started": "earlier"}
     (tmp_path / "run" / "lock.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=f"a child left by process {gone.pid}"):
+    with pytest.raises(ConfigError, match=f"a child left by process {pid}"):
         RunLock(tmp_path / "run").acquire()
+
+
+def test_an_orphan_that_leaves_in_time_is_waited_for(tmp_path, holder):
+    values = {"host": socket.gethostname(), "pid": gone_pid(), "started": "earlier"}
+    (tmp_path / "run" / "lock.json").write_text(json.dumps(values))
+    threading.Timer(0.2, holder.kill).start()
+    with RunLock(tmp_path / "run"):
+        assert read_holder(tmp_path / "run").pid == os.getpid()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"host": "a", "pid": "x", "started": ""}'])

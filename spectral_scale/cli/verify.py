@@ -4,9 +4,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from spectral_scale.checkpoint.status import CheckpointStatus, inspect_checkpoints
-
 if TYPE_CHECKING:
+    from spectral_scale.checkpoint.status import CheckpointStatus
+
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _DESCRIPTION = (
@@ -31,6 +31,8 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the state of each checkpoint, newest first. Raises CheckpointError if there is none."""
+    from spectral_scale.checkpoint.status import inspect_checkpoints  # torch: slow to import
+
     found = inspect_checkpoints(args.path)
     if args.format == "json":
         print(json.dumps([_as_json(status) for status in found], indent=2))
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found[0].good else 1
 
 
-def _as_json(status: CheckpointStatus) -> dict[str, Any]:
+def _as_json(status: "CheckpointStatus") -> dict[str, Any]:
     return {
         "path": str(status.path),
         "step": status.step,
@@ -49,7 +51,7 @@ def _as_json(status: CheckpointStatus) -> dict[str, Any]:
     }
 
 
-def _table(found: list[CheckpointStatus]) -> str:
+def _table(found: "list[CheckpointStatus]") -> str:
     lines = [f"{'step':>8}  {'bytes':>15}  state"]
     for status in found:
         step = "?" if status.step is None else str(status.step)

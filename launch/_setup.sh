@@ -1,0 +1,223 @@
+# Sourced by quickstart and selftest: makes .venv hold this checkout and what it needs.
+# Gives $root and $venv. Installs nothing while the stamp of the last installation matches.
+# shellcheck shell=bash
+
+CPU_INDEX=https://download.pytorch.org/whl/cpu
+CPU_NEED_MB=3000
+CUDA_NEED_MB=10000
+
+root="$(unset CDPATH && cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="$root/.venv"
+stamp="$venv/.spectral_scale"
+log="$venv/install.log"
+cd -- "$root"
+# Another Python's packages must not stand in for what is missing here, nor pip's --user.
+unset PYTHONHOME PYTHONPATH
+export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+say() { printf '%s\n' "$*" >&2; }
+
+die() {
+    say "error: $1"
+    shift
+    if (($#)); then printf '  %s\n' "$@" >&2; fi
+    exit 1
+}
+
+# set_up base|test: the one entry point.
+set_up() {
+    local extra=$1 build
+    trap 'say "interrupted; run the same command again to continue"; exit 130' INT TERM
+    one_at_a_time
+    build=$(wanted_build)
+    is_ready "$extra" "$build" || install "$extra" "$build"
+    trap - INT TERM
+    exec 9<&-
+}
+
+# Two commands started together take turns; the lock goes when the descriptor is closed.
+one_at_a_time() {
+    exec 9<"$root/launch/_setup.sh"
+    if command -v flock >/dev/null && ! flock --nonblock 9; then
+        say "another set-up of this checkout is running; waiting for it"
+        flock 9
+    fi
+}
+
+# The CUDA build of torch where there is an NVIDIA GPU, else the far smaller CPU build.
+wanted_build() {
+    if [[ "$(nvidia-smi -L 2>/dev/null || true)" == *GPU\ [0-9]* ]]; then echo cuda; else echo cpu; fi
+}
+
+# What an installation depends on, as one line; fails where $venv has no Python >= 3.11.
+fingerprint() {
+    "$venv/bin/python" - "$root" pyproject.toml constraints.txt 2>/dev/null <<'PYTHON'
+import hashlib, pathlib, sys
+if sys.version_info < (3, 11):
+    sys.exit(1)
+inputs = [sys.version, sys.argv[1], *(pathlib.Path(name).read_text() for name in sys.argv[2:])]
+print(hashlib.sha256("\0".join(inputs).encode()).hexdigest())
+PYTHON
+}
+
+# A CUDA build serves a machine without a GPU too (login nodes), and `test` includes `base`.
+is_ready() {
+    local was_extra was_build was_fingerprint was_root
+    read_stamp || return 1
+    [[ $was_extra == "$1" || $was_extra == test ]] &&
+        [[ $was_build == "$2" || $was_build == cuda ]] &&
+        [[ $was_fingerprint == "$(fingerprint)" ]]
+}
+
+# Sets the caller's was_* variables; fails where there is no stamp.
+read_stamp() {
+    [[ -f $stamp ]] || return 1
+    { read -r was_extra && read -r was_build && read -r was_fingerprint && read -r was_root; } <"$stamp"
+}
+
+install() {
+    local extra=$1 build=$2 seconds=$SECONDS need=$CPU_NEED_MB torch_source=()
+    if [[ $build == cuda ]]; then need=$CUDA_NEED_MB; fi
+    require_space "$need"
+    require_venv
+    rm -f "$stamp"
+    : >"$log"
+    say "installing into $venv ($build build of torch; some minutes the first time)"
+    if [[ $build == cuda ]]; then
+        remove_cpu_torch
+    elif answers "$CPU_INDEX/torch/"; then
+        torch_source=(--extra-index-url "$CPU_INDEX")
+    else
+        warn_of_cuda_packages
+    fi
+    local target=.
+    if [[ $extra == test ]]; then target='.[test]'; fi
+    pip_install ${torch_source[@]+"${torch_source[@]}"} --editable "$target" >>"$log" 2>&1 ||
+        explain_failed_install
+    if [[ $build == cuda ]]; then warn_of_unusable_gpu; fi
+    printf '%s\n' "$extra" "$build" "$(fingerprint)" "$root" >"$stamp.new"
+    mv -- "$stamp.new" "$stamp"
+    say "installed in $((SECONDS - seconds)) s"
+}
+
+pip_install() {
+    "$venv/bin/python" -m pip install --retries 2 --progress-bar off \
+        --constraint constraints.txt "$@"
+}
+
+require_space() {
+    local free
+    free=$(df -Pk "$root" | awk 'NR == 2 { print int($4 / 1024) }')
+    ((free >= $1)) || die "not enough disk space in $root: $free MB are free, $1 MB are needed" \
+        "Free some space, or move the checkout to a larger disk, and run the same command again."
+}
+
+# Keeps a .venv that works and was made here; replaces a half-made, moved or outdated one.
+require_venv() {
+    local base_python output was_extra was_build was_fingerprint was_root=$root
+    read_stamp || true
+    if [[ $was_root == "$root" ]] && fingerprint >/dev/null &&
+        "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        return
+    fi
+    find_python
+    output=$("$base_python" -m venv --clear "$venv" 2>&1) ||
+        die "$base_python could not make the virtual environment $venv:" "$output"
+}
+
+# Sets the caller's base_python: $PYTHON if it is given, else the first that is new enough.
+find_python() {
+    local candidate seen=() names=(python3 python3.13 python3.12 python3.11 python3.14 python)
+    if [[ -n ${PYTHON:-} ]]; then names=("$PYTHON"); fi
+    for candidate in "${names[@]}"; do
+        base_python=$candidate
+        case "$(probe_python "$candidate")" in
+            ready) return ;;
+            no-venv) die_without_venv_module ;;
+            "") ;;
+            *) seen+=("$candidate is $(probe_python "$candidate")") ;;
+        esac
+    done
+    die "no Python 3.11 or newer was found" \
+        "Looked for: ${names[*]}${seen[*]+ (${seen[*]})}" \
+        "Install one (https://www.python.org/downloads, or: apt install python3 python3-venv)," \
+        "or name one: PYTHON=/path/to/python3.12 $0"
+}
+
+# "ready", "no-venv", an older version, or nothing where the command does not run.
+probe_python() {
+    "$1" - 2>/dev/null <<'PYTHON' || true
+import sys
+if sys.version_info < (3, 11):
+    print(".".join(str(part) for part in sys.version_info[:3]))
+else:
+    try:
+        import ensurepip, venv
+        print("ready")
+    except ImportError:
+        print("no-venv")
+PYTHON
+}
+
+die_without_venv_module() {
+    local version
+    version=$("$base_python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    die "$base_python (Python $version) has no venv module" \
+        "On Debian or Ubuntu: apt install python$version-venv" \
+        "Or name another Python: PYTHON=/path/to/python3.12 $0"
+}
+
+answers() {
+    "$venv/bin/python" - "$1" >/dev/null 2>&1 <<'PYTHON'
+import sys, urllib.request
+urllib.request.urlopen(sys.argv[1], timeout=5).close()
+PYTHON
+}
+
+# pip takes 2.13.0+cpu for torch==2.13.0, so a GPU that joined later needs the other build fetched.
+remove_cpu_torch() {
+    if [[ "$(torch_version)" == *+cpu ]]; then
+        "$venv/bin/python" -m pip uninstall --yes torch >>"$log" 2>&1
+    fi
+}
+
+torch_version() {
+    "$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true
+}
+
+# Without PyTorch's CPU index, pip's own sources decide; gigabytes are announced before they come.
+warn_of_cuda_packages() {
+    local count
+    count=$(pip_install --dry-run --quiet --ignore-installed --report - torch 2>>"$log" |
+        "$venv/bin/python" -c '
+import json, sys
+names = [item["metadata"]["name"] for item in json.load(sys.stdin)["install"]]
+print(sum(name.startswith(("nvidia-", "cuda-")) for name in names))' 2>>"$log") || return 0
+    ((count > 0)) || return 0
+    require_space "$CUDA_NEED_MB"
+    say "note: this machine has no NVIDIA GPU, but $CPU_INDEX cannot be reached," \
+        "and pip's own sources offer only the CUDA build of torch: $count more packages," \
+        "several GB. Installing it all the same; press Ctrl-C to stop."
+}
+
+warn_of_unusable_gpu() {
+    if ! "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+        >>"$log" 2>&1; then
+        say "note: nvidia-smi lists a GPU, but torch $(torch_version) cannot use it (an old driver" \
+            "is the usual cause; details: $log). Training will run on the CPU."
+    fi
+}
+
+explain_failed_install() {
+    local what="installing failed"
+    if grep -qi 'no space left' "$log"; then
+        what="installing failed: no space left on the disk"
+    elif grep -Eqi 'connection|timed out|name resolution|No matching distribution|proxy' "$log"; then
+        what="installing failed: no package index could be reached, or it lacks a version"
+    fi
+    say "error: $what. The last lines of pip's log:"
+    tail -n 6 -- "$log" | sed 's/^/  /' >&2
+    say "The whole log: $log"
+    say "Behind a proxy set HTTPS_PROXY; with a mirror set PIP_INDEX_URL. Then run the same command again."
+    exit 1
+}

@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from spectral_scale import __version__
 from spectral_scale.checkpoint.format import (
     FileOpener,
     TensorChunk,
@@ -142,7 +142,7 @@ class _Save:
             step=self.step,
             world_size=self.collective.world_size,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            package_version=_package_version(),
+            package_version=__version__,
             files={},
             tensors=join_plans(plans),
             state=plain(state, where="state"),
@@ -206,10 +206,3 @@ def _no_space(root: Path, needed: int) -> str:
         f"no space: need {needed / _GIB:.3g} GiB, have {free / _GIB:.3g} GiB at {root}; "
         "free space or lower checkpoint.keep_last"
     )
-
-
-def _package_version() -> str:
-    try:
-        return metadata.version("spectral-scale")
-    except metadata.PackageNotFoundError:
-        return "not installed"

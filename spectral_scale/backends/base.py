@@ -54,5 +54,5 @@ class Backend(Protocol):
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Logical tensors this rank writes to a checkpoint, by checkpoint name."""
 
-    def close(self) -> None:
-        """Leave the process group."""
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the process group; collective unless this rank has failed."""

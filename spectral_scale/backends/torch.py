@@ -1,5 +1,6 @@
 """One process, or DistributedDataParallel: every rank holds every parameter whole."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -29,12 +30,14 @@ class TorchBackend:
     collective: Collective
 
     def __init__(self, facts: RankFacts, device: str) -> None:
-        self.device = _pick_device(device, facts.local_rank)
+        self.device = pick_device(device, facts.local_rank)
         if facts.world_size > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             host = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(host, timeout=COLLECTIVE_TIMEOUT)
+            if host == "gloo" and dist.group.WORLD is not None:
+                _keep_until_exit(dist.group.WORLD)
             self.collective = ProcessGroup(self.device)
         else:
             self.collective = SingleProcess()
@@ -50,7 +53,7 @@ class TorchBackend:
             self._wrapped = DistributedDataParallel(
                 model,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
+                forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
             )
         return self._wrapped
@@ -111,13 +114,25 @@ class TorchBackend:
                 for key, value in sorted(self._optimizer.state[parameter].items()):
                     yield f"optimizer/{fqn}/{key}", value
 
-    def close(self) -> None:
-        """Leave the process group, if there is one."""
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the process group, if there is one; collective unless this rank has failed."""
         if dist.is_initialized():
+            if not failed:
+                dist.barrier()
             dist.destroy_process_group()
 
 
-def _pick_device(wanted: str, local_rank: int) -> torch.device:
+def _keep_until_exit(group: dist.ProcessGroup) -> None:
+    """Never let the group's destructor run; the process's end frees it.
+
+    gloo's thread takes the GIL to drop the tensors of its last collective, and the destructor joins
+    that thread while it holds the GIL: a group that is freed too soon hangs the process for good.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` means for this rank. Raises ConfigError."""
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise ConfigError("train.device=cuda, but torch sees no GPU; set train.device=auto or cpu")

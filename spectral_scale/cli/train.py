@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectral_scale.config.check import check_config
 from spectral_scale.config.load import ResolvedConfig, build_parser, load_config
+from spectral_scale.config.method_keys import keys_without_effect
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import SpectralScaleError
 
@@ -92,44 +93,52 @@ def _alone(run_dir: Path, rank: int) -> Iterator[None]:
 
 def _train(config: RunConfig, run_dir: Path, output: str) -> int:
     from spectral_scale.engine.build import build_run
-    from spectral_scale.engine.loop import TrainingLoop
-    from spectral_scale.engine.run_folder import write_config, write_status
-    from spectral_scale.metrics.sinks import MetricsLog, NullLog
     from spectral_scale.parallel.facts import detect_rank_facts
 
     built = build_run(config, detect_rank_facts())
-    speaks = built.backend.collective.rank == 0
-    steps = config.train.steps
     try:
-        if built.start_step >= steps:
-            if speaks:
-                write_status(run_dir, "completed", step=built.start_step, steps=steps)
-                _say_done(run_dir, built.start_step, output)
-            return 0
-        log: MetricsLog | NullLog = NullLog()
-        progress = None
-        if speaks:
-            from spectral_scale.cli.progress import make_progress
+        code = _loop(built, run_dir, output)
+    except BaseException:
+        built.backend.close(failed=True)
+        raise
+    built.backend.close()
+    return code
 
-            write_config(run_dir, built.config)
-            _introduce(built)
-            write_status(run_dir, "running", step=built.start_step, steps=steps)
-            log = MetricsLog(
-                run_dir,
-                tensorboard=config.metrics.tensorboard,
-                resume_step=built.start_step or None,
-            )
-            progress = make_progress(
-                start_step=built.start_step, steps=steps, bar=config.metrics.progress
-            )
-        outcome = TrainingLoop(built, log, progress).train()
-        log.close()
-        if progress is not None:
-            progress.close()
-            _conclude(run_dir, outcome, steps, output)
-        return 0 if outcome.stopped is None else RESUMABLE
-    finally:
-        built.backend.close()
+
+def _loop(built: "Run", run_dir: Path, output: str) -> int:
+    from spectral_scale.engine.loop import TrainingLoop
+    from spectral_scale.engine.run_folder import write_config, write_status
+    from spectral_scale.metrics.sinks import MetricsLog, NullLog
+
+    config = built.config
+    speaks, steps = built.backend.collective.rank == 0, config.train.steps
+    if built.start_step >= steps:
+        if speaks:
+            write_status(run_dir, "completed", step=built.start_step, steps=steps)
+            _say_done(run_dir, built.start_step, output)
+        return 0
+    log: MetricsLog | NullLog = NullLog()
+    progress = None
+    if speaks:
+        from spectral_scale.cli.progress import make_progress
+
+        write_config(run_dir, built.config)
+        _introduce(built)
+        write_status(run_dir, "running", step=built.start_step, steps=steps)
+        log = MetricsLog(
+            run_dir,
+            tensorboard=config.metrics.tensorboard,
+            resume_step=built.start_step or None,
+        )
+        progress = make_progress(
+            start_step=built.start_step, steps=steps, bar=config.metrics.progress
+        )
+    outcome = TrainingLoop(built, log, progress).train()
+    log.close()
+    if progress is not None:
+        progress.close()
+        _conclude(run_dir, outcome, steps, output)
+    return 0 if outcome.stopped is None else RESUMABLE
 
 
 def _introduce(built: "Run") -> None:
@@ -155,6 +164,8 @@ def _introduce(built: "Run") -> None:
     )
     if built.controller is not None:
         _say(built.controller.describe())
+    if unused := keys_without_effect(config):
+        _say(f"without effect for spectral.method={config.spectral.method}: {', '.join(unused)}")
     if built.start_step:
         _say(f"resuming at step {built.start_step} of {config.train.steps}")
 

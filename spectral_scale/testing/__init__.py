@@ -1,0 +1,1 @@
+"""Helpers of the test-suite that users may borrow. Nothing in the product imports this."""

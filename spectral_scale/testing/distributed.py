@@ -1,0 +1,103 @@
+"""Run a function in fresh processes that form a gloo group on this machine."""
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from queue import Empty
+from typing import Any
+
+PRELOADED = ["spectral_scale.engine.loop", "spectral_scale.metrics.sinks"]
+JOIN_SECONDS = 10.0
+
+
+class WorkerError(AssertionError):
+    """A worker raised, died or did not finish; carries every rank's traceback."""
+
+
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 40.0
+) -> list[Any]:
+    """Call `function(*arguments)` in `world_size` fresh processes; their results by rank.
+
+    The processes see torchrun's environment (RANK, WORLD_SIZE, MASTER_PORT, ...) and one thread
+    each; with world size 1 they see none, as a plain process would. The function must be a
+    module's own, and results must be picklable plain values or CPU tensors.
+
+    Raises:
+        WorkerError: with the tracebacks of the ranks that failed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    results: Any = context.Queue()
+    port = _free_port()
+    workers = [
+        context.Process(
+            target=_work,
+            args=(function, arguments, rank, world_size, port, timeout_seconds, results),
+            daemon=True,
+        )
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    values: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    try:
+        while len(values) + len(failures) < world_size:
+            rank, value, failure = results.get(timeout=timeout_seconds)
+            if failure is None:
+                values[rank] = value
+            else:
+                failures[rank] = failure
+    except Empty:
+        silent = sorted(set(range(world_size)) - values.keys() - failures.keys())
+        for rank in silent:
+            code = workers[rank].exitcode
+            state = "it still runs" if code is None else f"it ended with exit code {code}"
+            failures[rank] = f"no result after {timeout_seconds} s; {state}"
+    finally:
+        for worker in workers:
+            worker.join(JOIN_SECONDS if not failures else 0.5)
+            if worker.is_alive():
+                worker.kill()
+    if failures:
+        raise WorkerError(
+            "\n".join(f"--- rank {rank}:\n{text}" for rank, text in sorted(failures.items()))
+        )
+    return [values[rank] for rank in range(world_size)]
+
+
+def _work(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout_seconds: float,
+    results: Any,
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(0.9 * timeout_seconds)  # where a hanging rank stands
+    if world_size > 1:
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    try:
+        results.put((rank, function(*arguments), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,104 @@
+"""A run so small that a step takes milliseconds, for tests of the whole path."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_scale.config.load import load_config
+from spectral_scale.config.schema import RunConfig
+
+TINY = {
+    "model.hidden_size": 32,
+    "model.num_layers": 2,
+    "model.num_heads": 2,
+    "model.sequence_length": 32,
+    "spectral.spectral_rank": 8,
+    "spectral.steps_per_iteration": 4,
+    "spectral.iterations_per_round": 2,
+    "spectral.iteration_warmup_steps": 2,
+    "optimizer.warmup_steps": 3,
+    "data.validation_sequences": 8,
+    "train.steps": 12,
+    "train.global_batch_size": 12,
+    "train.micro_batch_size": 2,
+    "train.eval_interval": 6,
+    "train.device": "cpu",
+    "checkpoint.interval": 100,
+    "metrics.log_interval": 1,
+    "metrics.tensorboard": False,
+}
+
+
+def tiny_config(corpus: Path, run_dir: Path, **changes: Any) -> RunConfig:
+    """TINY on `corpus`, with changes given as section__key=value."""
+    values = TINY | {
+        "data.train": str(corpus / "train"),
+        "data.validation": str(corpus / "valid"),
+        "train.run_dir": str(run_dir),
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return load_config([], [f"--{key}={value}" for key, value in values.items()]).config
+
+
+def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, Any]:
+    """Train in this process; losses by step, index sets, and every tensor of the final state.
+
+    Args:
+        config: the run.
+        stop_after: raise KeyboardInterrupt's request after that many steps of this attempt.
+    """
+    import os
+    import signal
+
+    from spectral_scale.engine.build import build_run
+    from spectral_scale.engine.loop import TrainingLoop
+    from spectral_scale.engine.run_folder import create_run_folder
+    from spectral_scale.metrics.sinks import NullLog
+    from spectral_scale.parallel.facts import detect_rank_facts
+
+    facts = detect_rank_facts()
+    create_run_folder(Path(config.train.run_dir))
+    run = build_run(config, facts)
+    recorder = _Recorder()
+    taken = 0
+
+    class Stopper:
+        def advance(self, step: int, values: dict[str, Any]) -> None:
+            nonlocal taken
+            taken += 1
+            if taken == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    log: Any = recorder if facts.rank == 0 else NullLog()
+    outcome = TrainingLoop(run, log, Stopper()).train()
+    tensors = {name: tensor.clone() for name, tensor in run.backend.state_tensors()}
+    if run.controller is not None:
+        tensors |= {name: tensor.clone() for name, tensor in run.controller.state_tensors()}
+    frozen = {
+        f"frozen/{name}": parameter.detach().clone()
+        for name, parameter in run.model.named_parameters()
+        if not parameter.requires_grad
+    }
+    run.backend.close()
+    return {
+        "step": outcome.step,
+        "stopped": outcome.stopped,
+        "lines": recorder.lines,
+        "losses": recorder.series("train/loss"),
+        "tensors": {k: v.numpy() if v.dtype != torch.bfloat16 else v.float().numpy()
+                    for k, v in (tensors | frozen).items()},
+    }  # fmt: skip
+
+
+class _Recorder:
+    """Keeps what a metrics log would write."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict[str, Any]]] = []
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self.lines.append((step, dict(values)))
+
+    def series(self, key: str) -> dict[int, Any]:
+        return {step: values[key] for step, values in self.lines if key in values}

@@ -1,0 +1,33 @@
+"""Shared fixtures: one thread a process, and a small prepared corpus of real text."""
+
+import os
+import sysconfig
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TEXT_FILES = ("argparse.py", "ast.py", "calendar.py", "decimal.py", "difflib.py", "inspect.py")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `train` and `valid` token folders (512-entry BPE) of library sources."""
+    from spectral_scale.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    texts = []
+    for name in TEXT_FILES:
+        text = (stdlib / name).read_text(encoding="utf-8")[:20_000]
+        texts.append(folder / f"{name}.txt")
+        texts[-1].write_text(text, encoding="utf-8")
+    prepare(texts[1:], folder / "train", train_bpe=512, progress=False)
+    tokenizer = folder / "train" / "tokenizer"
+    prepare(texts[:1], folder / "valid", tokenizer=tokenizer, progress=False)
+    return folder

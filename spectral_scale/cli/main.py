@@ -5,11 +5,13 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
+from typing import Any
 
 from spectral_scale import __version__
 from spectral_scale.errors import SpectralScaleError
 
-COMMANDS = ("train", "count", "prepare", "report", "verify")
+COMMANDS = ("train", "prepare", "evaluate", "report", "export", "import", "count", "verify")
 INTERRUPTED = 130
 
 
@@ -23,8 +25,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spectral-scale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        import_module(f"spectral_scale.cli.{name}").add_parser(commands)
+        _module(name).add_parser(commands)
     return parser
+
+
+def _module(command: str) -> Any:
+    """The command's file; `import` and other keywords have an underscore behind."""
+    return import_module(f"spectral_scale.cli.{command}{'_' if iskeyword(command) else ''}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     parsed.overrides = rest
     try:
-        code: int = import_module(f"spectral_scale.cli.{parsed.command}").run(parsed)
+        code: int = _module(parsed.command).run(parsed)
     except SpectralScaleError as error:
         print(f"spectral-scale {parsed.command}: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -2,11 +2,14 @@
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 15.0
+
+Item = TypeVar("Item")
 
 
 class BarProgress:
@@ -62,3 +65,12 @@ def make_progress(*, start_step: int, steps: int, bar: bool) -> BarProgress | Li
     """A bar where standard error is a terminal and it is wanted, else lines."""
     kind = BarProgress if bar and sys.stderr.isatty() else LineProgress
     return kind(start_step=start_step, steps=steps)
+
+
+def watch_batches(label: str) -> Callable[[Iterable[Item], int], Iterable[Item]]:
+    """Hands batches on and shows a bar while they are read; nothing where there is no terminal."""
+
+    def watch(batches: Iterable[Item], count: int) -> Iterable[Item]:
+        return tqdm(batches, desc=label, total=count, unit="batch", leave=False, disable=None)
+
+    return watch

@@ -141,7 +141,9 @@ def _architecture_of_folder(folder: Path, model: ModelConfig) -> Architecture:
             f"model.path={folder}: config.json cannot be read ({error}); "
             "give a folder written by save_pretrained"
         ) from None
-    reader = {"opt": _read_opt, "llama": _read_llama}.get(raw.get("model_type"))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"model.path={folder}: config.json must hold an object")
+    reader = {"opt": _read_opt, "llama": _read_llama}.get(str(raw.get("model_type")))
     if reader is None:
         raise ConfigError(
             f"model.path={folder} holds model_type={raw.get('model_type')!r}; "

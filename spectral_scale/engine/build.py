@@ -19,7 +19,9 @@ from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
 from spectral_scale.engine.identity import check_identity, run_identity
 from spectral_scale.engine.methods import METHODS, ControllerParts, MethodController
+from spectral_scale.engine.tokenizers import check_folder_tokenizer
 from spectral_scale.models.build import build_model, compile_blocks, materialise
+from spectral_scale.models.folder import check_folder
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
 from spectral_scale.parallel.facts import RankFacts
 from spectral_scale.parallel.table import ParameterTable, parameter_table
@@ -89,8 +91,11 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         check_identity(reader.identity, identity, allowed=allowed, run_dir=config.train.run_dir)
 
     model = build_model(architecture, config.model, eos_token_id=train_tokens.eos_token_id)
+    if reader is None and config.model.path is not None:
+        check_folder(Path(config.model.path), model)
+        check_folder_tokenizer(Path(config.model.path), train_tokens)
     method = METHODS[config.spectral.method]
-    method.convert(model, config.spectral, _frozen_dtype(config))
+    method.convert(model, config.spectral, frozen_dtype(config))
     table = parameter_table(model)
     dtype = MASTER_DTYPES[config.train.precision]
     materialise(model, device=backend.device, dtype=dtype)
@@ -98,7 +103,7 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         compile_blocks(model)
     weights = _initial_weights(config)
     if reader is None:
-        _initialise_dense(model, table, weights)
+        initialise_dense(model, table, weights)
     forward = backend.shard(model)
     optimizer = method.optimizer(model, config, backend.collective)
     backend.attach(optimizer)
@@ -145,7 +150,8 @@ def _set_determinism(config: RunConfig, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=device.type == "cpu")
 
 
-def _frozen_dtype(config: RunConfig) -> torch.dtype:
+def frozen_dtype(config: RunConfig) -> torch.dtype:
+    """Dtype of frozen weights in training."""
     if config.train.precision == "bf16":
         return torch.bfloat16
     return MASTER_DTYPES[config.train.precision]
@@ -183,7 +189,7 @@ def _initial_weights(config: RunConfig) -> InitialWeights:
     return KeyedWeights(config.train.seed)
 
 
-def _initialise_dense(
+def initialise_dense(
     model: PreTrainedModel, table: ParameterTable, weights: InitialWeights
 ) -> None:
     """Fill every dense parameter from its own key or file entry, in place."""

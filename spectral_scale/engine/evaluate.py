@@ -1,6 +1,7 @@
 """Validation loss on fixed batches."""
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from spectral_scale.data.loader import Batch, ValidationLoader
 from spectral_scale.parallel.collective import Collective
 
 IGNORED = -100
+
+Watch = Callable[[Iterable[Batch], int], Iterable[Batch]]
+"""Hands on this rank's batches, of which it is told the number, as tqdm does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +47,16 @@ def evaluate(
     device: torch.device,
     collective: Collective,
     autocast: torch.dtype | None,
+    watch: Watch | None = None,
 ) -> Evaluation:
     """Loss over the loader's batches of all ranks. Collective: every rank runs as many forwards."""
     was_training = model.training
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-        for batch in _equal_batches(loader, collective.world_size):
+        count = _equal_count(loader, collective.world_size)
+        batches: Iterable[Batch] = _equal_batches(loader, count)
+        for batch in watch(batches, count) if watch is not None else batches:
             moved = Batch(batch.input_ids.to(device), batch.labels.to(device))
             totals[0] += token_loss_sum(model, moved).double()
             totals[1] += (moved.labels != IGNORED).sum()
@@ -58,12 +65,16 @@ def evaluate(
     return Evaluation(loss=loss_sum / max(tokens, 1.0), tokens=int(tokens))
 
 
-def _equal_batches(loader: ValidationLoader, world_size: int) -> list[Batch]:
+def _equal_count(loader: ValidationLoader, world_size: int) -> int:
+    """Batches of the rank that has most."""
+    largest_share = -(-loader.num_sequences // world_size)
+    return -(-largest_share // loader.micro_batch_size)
+
+
+def _equal_batches(loader: ValidationLoader, count: int) -> Iterator[Batch]:
     """This rank's batches, filled up with unlabelled ones: hosts that shard weights need all ranks
     in every forward pass."""
-    batches = list(loader)
-    largest_share = -(-loader.num_sequences // world_size)
-    count = -(-largest_share // loader.micro_batch_size)
+    yield from loader
     empty = torch.zeros(1, loader.sequence_length, dtype=torch.int64)
-    filler = Batch(empty, torch.full_like(empty, IGNORED))
-    return batches + [filler] * (count - len(batches))
+    for _ in range(count - len(loader)):
+        yield Batch(empty, torch.full_like(empty, IGNORED))

@@ -22,6 +22,16 @@ FREE_KEYS = {
     "optimizer.min_lr_ratio",
 }
 """Keys of the compared sections that may change on resume without being named."""
+METHOD_KEYS = ("method", "storage", "spectral_rank", "lora_alpha")
+"""Keys of the spectral section that decide what a checkpoint's tensors mean."""
+
+
+def model_identity(config: RunConfig, architecture: Architecture) -> dict[str, Any]:
+    """The part of the identity that decides what weights a checkpoint holds."""
+    facts: dict[str, Any] = {
+        f"model.{key}": value for key, value in dataclasses.asdict(architecture).items()
+    }
+    return facts | {f"spectral.{key}": getattr(config.spectral, key) for key in METHOD_KEYS}
 
 
 def run_identity(
@@ -29,9 +39,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """Flat JSON facts that a resumed run must share with its checkpoint."""
     values = to_dict(config)
-    facts: dict[str, Any] = {
-        f"model.{key}": value for key, value in dataclasses.asdict(architecture).items()
-    }
+    facts = model_identity(config, architecture)
     facts["model.dropout"] = config.model.dropout
     facts["train.precision"] = config.train.precision
     for section in ("spectral", "optimizer"):

@@ -5,7 +5,7 @@ Both are pure functions of (name, shape), so no value depends on world size, bac
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,19 +48,46 @@ class FolderWeights:
         self.folder = folder
         self._file_of = _weight_map(folder)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the stored tensors, as the files have them."""
+        return list(self._file_of)
+
+    def stored_name(self, fqn: str) -> str | None:
+        """The file's name of a weight, which may lack the base model's prefix; None if absent."""
+        return next((n for n in (fqn, fqn.removeprefix("model.")) if n in self._file_of), None)
+
+    def facts(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and safetensors dtype code of a stored tensor, without reading it."""
+        with self._open(name) as file:
+            stored = file.get_slice(name)
+            return tuple(stored.get_shape()), stored.get_dtype()
+
+    def read(self, name: str) -> Tensor:
+        """A stored tensor in its own dtype."""
+        with self._open(name) as file:
+            value: Tensor = file.get_tensor(name)
+            return value
+
     def get(self, fqn: str, shape: tuple[int, ...]) -> Tensor:
         """The stored tensor in float32. Raises ConfigError if it is missing or of another shape."""
-        name = next((n for n in (fqn, fqn.removeprefix("model.")) if n in self._file_of), None)
+        name = self.stored_name(fqn)
         if name is None:
-            raise ConfigError(f"model.path={self.folder} holds no weight {fqn}; check the folder")
-        with safe_open(self._file_of[name], framework="pt") as file:
-            value: Tensor = file.get_tensor(name)
+            raise ConfigError(f"{self.folder} holds no weight {fqn}; check the folder")
+        value = self.read(name)
         if tuple(value.shape) != shape:
             raise ConfigError(
-                f"model.path={self.folder}: {name} has shape {tuple(value.shape)}, "
+                f"{self.folder}: {name} has shape {tuple(value.shape)}, "
                 f"the configuration asks for {shape}"
             )
         return value.float()
+
+    def _open(self, name: str) -> Any:
+        path = self._file_of[name]
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:
@@ -73,16 +100,25 @@ def _weight_map(folder: Path) -> dict[str, Path]:
         if single.is_file():
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), single)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ConfigError(f"model.path={folder}: weights cannot be read: {error}") from None
-    raise ConfigError(
-        f"model.path={folder} holds no model.safetensors; pickled weights are not loaded, "
-        "convert them with save_pretrained(safe_serialization=True)"
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: weights cannot be read: {error}") from None
+    raise ConfigError(_why_no_weights(folder))
+
+
+def _why_no_weights(folder: Path) -> str:
+    pickled = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
+    if not pickled:
+        return f"{folder} holds no model.safetensors; give a folder written by save_pretrained"
+    return (
+        f"{folder} holds its weights only as a pickle ({pickled[0]}), which could run code and is "
+        "never loaded; convert it with transformers on a machine you can spare: "
+        "from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
     )
 
 
 def _confined(folder: Path, name: str) -> Path:
-    path = (folder / name).resolve()
-    if path.parent != folder.resolve() or not path.is_file():
+    """A file directly in the folder; as in the hub's cache, it may be a link."""
+    path = folder / str(name)
+    if path.name != name or not path.is_file():
         raise ConfigError(f"{folder}: the weight index names {name!r}, not a file of this folder")
     return path

@@ -75,7 +75,9 @@ def train(resolved: ResolvedConfig, *, output: str) -> int:
             except BaseException as error:
                 if facts.rank == 0 and not isinstance(error, SystemExit):
                     reason = f"{type(error).__name__}: {error}"
-                    write_status(run_dir, "failed", step=-1, steps=config.train.steps, reason=reason)
+                    write_status(
+                        run_dir, "failed", step=-1, steps=config.train.steps, reason=reason
+                    )
                 raise
     finally:
         logging.getLogger("spectral_scale").removeHandler(handler)

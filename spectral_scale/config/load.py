@@ -59,9 +59,7 @@ def known_keys() -> list[str]:
     ]
 
 
-def load_config(
-    files: Sequence[str | Path] = (), overrides: Sequence[str] = ()
-) -> ResolvedConfig:
+def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> ResolvedConfig:
     """Merge YAML files and command-line overrides over the defaults. Raises ConfigError.
 
     Args:

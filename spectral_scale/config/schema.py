@@ -11,7 +11,7 @@ class ModelConfig:
     """Which model is trained."""
 
     name: str | None = "opt-tiny"
-    """A preset (opt-tiny, opt-125m ... opt-66b, llama-60m ... llama-7b); null when `path` is given."""
+    """A preset (opt-tiny, opt-125m ... opt-66b, llama-60m ... llama-7b); null with `path`."""
     path: str | None = None
     """A local transformers folder (OPT or LLaMA) whose architecture is used instead of a preset."""
     sequence_length: int = 256
@@ -41,14 +41,14 @@ class SpectralConfig:
     method: Literal["full", "sst", "lora", "relora", "galore"] = "sst"
     """full: dense training; sst: Sparse Spectral Training; lora, relora, galore: its baselines."""
     storage: Literal["residual", "factored"] = "residual"
-    """residual: the inactive triplets live merged in one frozen matrix; factored: all stay factored."""
+    """residual: inactive triplets live merged in one frozen matrix; factored: all stay factored."""
     spectral_rank: int = 16
     """r: triplets that train at a time (sst), rank of the factors (lora, relora) or of the
     projected gradient (galore)."""
     steps_per_iteration: int = 200
     """T3, optimizer steps between swaps (sst), merges (relora) or projector refreshes (galore)."""
     iterations_per_round: int | Auto = "auto"
-    """T2, iterations between two re-decompositions; auto: ceil(min(m, n) / r) of the largest matrix."""
+    """T2, iterations between re-decompositions; auto: ceil(min(m, n) / r) of the largest matrix."""
     iteration_warmup_steps: int = 20
     """Steps over which the spectral learning rates ramp up after each swap or merge."""
     sampling: Literal["mixed", "sigma", "uniform", "partitioned"] = "mixed"
@@ -63,7 +63,7 @@ class SpectralConfig:
     """Where the fp32 triplets (relora: base weights) live; auto: beside the model, cpu: pinned host
     memory."""
     direction_lr_scaling: Literal["none", "width"] = "none"
-    """width: a factor with m rows trains at spectral_lr * sqrt(768 / m), a constant angle a step."""
+    """width: a factor of m rows trains at spectral_lr * sqrt(768 / m), a constant angle a step."""
     lora_alpha: float | Auto = "auto"
     """lora, relora: the factors' product is scaled by lora_alpha / r; auto: r, a scaling of 1."""
 

@@ -60,6 +60,7 @@ class TrainingLoop:
         self._evaluations: list[Evaluation] = []
         self._first: Evaluation | None = None
         self._timed_steps, self._timed_seconds = 0, 0.0
+        self._ramp = 1.0
         self._latest: tuple[torch.Tensor, StepStats]
 
     def train(self) -> Outcome:
@@ -137,9 +138,11 @@ class TrainingLoop:
         factor = lr_factor(self.run.config.optimizer, step, self.run.config.train.steps)
         for group in self.run.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+        controller = self.run.controller
+        self._ramp = 1.0 if controller is None else controller.lr_factor()
 
     def _read_latest(self) -> tuple[float, dict[str, float]]:
-        """Mean loss and gradient norms of the latest step, known finite. Collective; waits for it."""
+        """Mean loss and gradient norms of the latest step, known finite. Collective; waits."""
         loss, stats = self._latest
         norms = {kind: float(norm) for kind, norm in stats.grad_norms.items()}
         mean_loss = float(self.run.backend.collective.all_reduce_sum(loss.clone()))
@@ -172,9 +175,8 @@ class TrainingLoop:
             "train/tokens_per_second": speed,
         }
         values |= {f"train/grad_norm/{kind}": norm for kind, norm in norms.items()}
-        ramp = 1.0 if run.controller is None else run.controller.lr_factor()
         for group in run.optimizer.param_groups:
-            lr = group["lr"] * (ramp if group["spectral"] else 1.0)
+            lr = group["lr"] * (self._ramp if group["spectral"] else 1.0)
             values[f"train/lr/{group_kind(group['name'])}"] = lr
         if "train/lr/dense" in values:
             values["train/lr"] = values["train/lr/dense"]

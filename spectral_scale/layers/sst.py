@@ -24,7 +24,7 @@ class SpectralProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_TI: Tensor,
         residual_OI: Tensor | None,

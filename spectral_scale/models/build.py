@@ -1,10 +1,18 @@
 """A transformers causal language model on the meta device, and its move to a real one."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import ModelConfig
@@ -20,10 +28,10 @@ def build_model(
     Published special-token ids are not carried over: a padding id would silently freeze the
     embedding row of an ordinary token of another tokenizer.
     """
-    if architecture.family == "opt":
-        hf_config, model_class = _opt_config(architecture, config, eos_token_id), OPTForCausalLM
-    else:
-        hf_config, model_class = _llama_config(architecture, config, eos_token_id), LlamaForCausalLM
+    opt = architecture.family == "opt"
+    make_config: Callable[..., PreTrainedConfig] = _opt_config if opt else _llama_config
+    model_class: Callable[..., PreTrainedModel] = OPTForCausalLM if opt else LlamaForCausalLM
+    hf_config = make_config(architecture, config, eos_token_id)
     hf_config.use_cache = False
     hf_config._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -48,7 +56,7 @@ def materialise(model: PreTrainedModel, *, device: torch.device, dtype: Dtype) -
     for name, module in model.named_modules():
         if "RotaryEmbedding" in type(module).__name__:
             parent, _, child = name.rpartition(".")
-            fresh = type(module)(config=model.config).to(device)  # type: ignore[call-arg]
+            fresh = type(module)(config=model.config).to(device)
             setattr(model.get_submodule(parent), child, fresh)
 
 

@@ -64,6 +64,4 @@ def sample_triplets(
             k, r, iteration % blocks, seed, "partition", layer, round, iteration // blocks
         )
     probabilities = sampling_probabilities(sigma, rule)
-    return sample_without_replacement(
-        probabilities, r, seed, "triplets", layer, round, iteration
-    )
+    return sample_without_replacement(probabilities, r, seed, "triplets", layer, round, iteration)

@@ -18,5 +18,6 @@ def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
         return 1.0 - (1.0 - floor) * min(1.0, max(0.0, progress))
     span = max(1, total_steps - config.warmup_steps)
     progress = min(1.0, (step + 1 - config.warmup_steps) / span)
-    shape = 1.0 - progress if config.schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * progress)
+    linear = config.schedule == "linear"
+    shape = 1.0 - progress if linear else 0.5 + 0.5 * math.cos(math.pi * progress)
     return floor + (1.0 - floor) * shape

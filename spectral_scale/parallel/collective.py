@@ -112,7 +112,7 @@ class ProcessGroup:
         return json.loads(bytes(data.cpu().numpy()))
 
     def agree(self, error: str | None, *, what: str) -> str | None:
-        """The first failing rank's error on every rank, or None; one small all-reduce if all is well."""
+        """The first failing rank's error on every rank, or None; if all is well, one all-reduce."""
         first = torch.tensor([self.world_size if error is None else self.rank], device=self.device)
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
         failed = int(first)

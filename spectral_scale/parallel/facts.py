@@ -22,7 +22,7 @@ class RankFacts:
 
 
 def detect_rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
-    """Read torchrun's variables; without them, one process. Raises ConfigError on contradictions."""
+    """Read torchrun's variables; without them, one process. Raises ConfigError if they clash."""
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return RankFacts()
     try:

@@ -324,7 +324,9 @@ class SpectralController:
         return index * self.schedule.iterations_per_round // len(self.layers)
 
     def _trained_fqns(self) -> list[str]:
-        return [f"{n}.{leaf}" for n, layer in self.layers.items() for leaf in layer.trained_shapes()]
+        return [
+            f"{n}.{leaf}" for n, layer in self.layers.items() for leaf in layer.trained_shapes()
+        ]
 
     def _agree(self, problem: str | None, what: str) -> None:
         agreed = self.collective.agree(problem, what=what)

@@ -31,6 +31,6 @@ class SpectralSchedule:
         return iteration > 0 and self.position(iteration, offset)[1] == 0
 
     def ramp(self, applied_steps: int) -> float:
-        """Factor on the spectral learning rates of the next step: linear up to 1 after each swap."""
+        """Factor on the spectral learning rates of the next step: up to 1 linearly after a swap."""
         done = applied_steps % self.steps_per_iteration
         return 1.0 if self.warmup_steps == 0 else min(1.0, (done + 1) / self.warmup_steps)

@@ -1,0 +1,67 @@
+"""Settings of the methods: checked where they are used, named where they are not."""
+
+from dataclasses import replace
+
+import pytest
+
+from spectral_scale.config.check import check_config
+from spectral_scale.config.load import known_keys, load_config
+from spectral_scale.config.method_keys import METHOD_KEYS, keys_without_effect
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.engine.methods import METHODS
+from spectral_scale.errors import ConfigError
+
+
+def config(**changes: object) -> RunConfig:
+    return load_config([], [f"--{k.replace('__', '.')}={v}" for k, v in changes.items()]).config
+
+
+def test_every_method_is_known_everywhere() -> None:
+    assert METHODS.keys() == METHOD_KEYS.keys()
+    for method in METHODS:
+        assert check_config(config(spectral__method=method), world_size=1)
+    assert set().union(*METHOD_KEYS.values()) <= set(known_keys())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_never_named(method: str) -> None:
+    assert keys_without_effect(config(spectral__method=method)) == []
+
+
+def test_keys_given_in_vain_are_named() -> None:
+    given = {
+        "spectral__storage": "factored",
+        "spectral__lora_alpha": 32,
+        "optimizer__galore_scale": 1.0,
+    }
+    named = {
+        method: keys_without_effect(config(spectral__method=method, **given)) for method in METHODS
+    }
+    storage, alpha, scale = "spectral.storage", "spectral.lora_alpha", "optimizer.galore_scale"
+    assert named == {
+        "full": [scale, alpha, storage],
+        "sst": [scale, alpha],
+        "lora": [scale, storage],
+        "relora": [scale, storage],
+        "galore": [alpha, storage],
+    }
+
+
+@pytest.mark.parametrize("method", ["sst", "lora", "relora", "galore"])
+def test_a_rank_that_does_not_fit_is_refused(method: str) -> None:
+    with pytest.raises(ConfigError, match="spectral_rank=300 exceeds"):
+        check_config(config(spectral__method=method, spectral__spectral_rank=300), world_size=1)
+
+
+def test_full_training_has_no_rank_to_check() -> None:
+    check_config(config(spectral__method="full", spectral__spectral_rank=300), world_size=1)
+
+
+@pytest.mark.parametrize("key", ["spectral__lora_alpha", "optimizer__galore_scale"])
+@pytest.mark.parametrize("value", [0, -1, "inf", "nan"])
+def test_scales_must_be_positive(key: str, value: object) -> None:
+    section, name = key.split("__")
+    run = RunConfig()
+    changed = replace(getattr(run, section), **{name: float(value)})
+    with pytest.raises(ConfigError, match=f"{section}.{name}=.* must be finite and above 0"):
+        check_config(replace(run, **{section: changed}), world_size=1)

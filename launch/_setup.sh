@@ -10,6 +10,8 @@ root="$(unset CDPATH && cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
 stamp="$venv/.spectral_scale"
 log="$venv/install.log"
+pip_install=("$venv/bin/python" -m pip install --retries 2 --progress-bar off
+    --constraint constraints.txt)
 cd -- "$root"
 # Another Python's packages must not stand in for what is missing here, nor pip's --user.
 unset PYTHONHOME PYTHONPATH
@@ -92,17 +94,12 @@ install() {
     fi
     local target=.
     if [[ $extra == test ]]; then target='.[test]'; fi
-    pip_install ${torch_source[@]+"${torch_source[@]}"} --editable "$target" >>"$log" 2>&1 ||
-        explain_failed_install
+    "${pip_install[@]}" ${torch_source[@]+"${torch_source[@]}"} --editable "$target" \
+        >>"$log" 2>&1 || explain_failed_install
     if [[ $build == cuda ]]; then warn_of_unusable_gpu; fi
     printf '%s\n' "$extra" "$build" "$(fingerprint)" "$root" >"$stamp.new"
     mv -- "$stamp.new" "$stamp"
     say "installed in $((SECONDS - seconds)) s"
-}
-
-pip_install() {
-    "$venv/bin/python" -m pip install --retries 2 --progress-bar off \
-        --constraint constraints.txt "$@"
 }
 
 require_space() {
@@ -188,7 +185,7 @@ torch_version() {
 # Without PyTorch's CPU index, pip's own sources decide; gigabytes are announced before they come.
 warn_of_cuda_packages() {
     local count
-    count=$(pip_install --dry-run --quiet --ignore-installed --report - torch 2>>"$log" |
+    count=$("${pip_install[@]}" --dry-run --quiet --ignore-installed --report - torch 2>>"$log" |
         "$venv/bin/python" -c '
 import json, sys
 names = [item["metadata"]["name"] for item in json.load(sys.stdin)["install"]]

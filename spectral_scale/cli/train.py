@@ -13,7 +13,7 @@ from spectral_scale.config.check import check_config
 from spectral_scale.config.load import ResolvedConfig, build_parser, load_config
 from spectral_scale.config.method_keys import keys_without_effect
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.errors import SpectralScaleError
+from spectral_scale.errors import ConfigError, SpectralScaleError
 
 if TYPE_CHECKING:
     from spectral_scale.engine.build import Run
@@ -58,13 +58,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def train(resolved: ResolvedConfig, *, output: str) -> int:
-    """Check, build, loop, report. Every rank runs it; rank 0 speaks."""
-    from spectral_scale.engine.run_folder import create_run_folder, log_to_file, write_status
+    """Check, build, loop, report. Every rank runs it; rank 0 speaks.
+
+    What is wrong with the configuration is found before anything is written.
+    """
     from spectral_scale.parallel.facts import detect_rank_facts
 
     config = resolved.config
     facts = detect_rank_facts()
     check_config(config, world_size=facts.world_size)
+
+    from spectral_scale.engine.build import check_inputs
+    from spectral_scale.engine.run_folder import create_run_folder, log_to_file, write_failure
+
+    check_inputs(config, facts)
     run_dir = Path(config.train.run_dir)
     create_run_folder(run_dir)
     handler = log_to_file(run_dir, facts.rank)
@@ -73,11 +80,9 @@ def train(resolved: ResolvedConfig, *, output: str) -> int:
             try:
                 return _train(config, run_dir, output)
             except BaseException as error:
-                if facts.rank == 0 and not isinstance(error, SystemExit):
+                if facts.rank == 0 and not isinstance(error, ConfigError):  # else nothing began
                     reason = f"{type(error).__name__}: {error}"
-                    write_status(
-                        run_dir, "failed", step=-1, steps=config.train.steps, reason=reason
-                    )
+                    write_failure(run_dir, steps=config.train.steps, reason=reason)
                 raise
     finally:
         logging.getLogger("spectral_scale").removeHandler(handler)

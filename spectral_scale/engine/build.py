@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectral_scale.backends.torch import TorchBackend
+from spectral_scale.backends.torch import TorchBackend, pick_device
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.config.check import check_config
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.data.loader import TrainLoader, ValidationLoader
+from spectral_scale.data.packing import count_samples
 from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
 from spectral_scale.engine.identity import check_identity, run_identity
@@ -66,15 +67,45 @@ class Run:
     """Compute dtype of the forward pass, if it differs from the weights'."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run starts from, found fit for each other."""
+
+    config: RunConfig
+    """With the vocabulary resolved."""
+    architecture: Architecture
+    """The model's shapes."""
+    train: TokenFolder
+    """Training tokens."""
+    validation: TokenFolder | None
+    """Validation tokens."""
+
+
+def check_inputs(config: RunConfig, facts: RankFacts) -> Inputs:
+    """Everything that can be known to be wrong before anything is written or allocated.
+
+    Raises ConfigError or DataError.
+    """
+    check_config(config, world_size=facts.world_size)
+    pick_device(config.train.device, facts.local_rank)
+    train, validation = open_data(config)
+    config = with_vocabulary(config, train)
+    architecture = check_config(config, world_size=facts.world_size)
+    check_vocabulary(architecture.vocab_size, train)
+    count_samples(train, config.model.sequence_length)
+    if validation is not None:
+        count_samples(validation, config.model.sequence_length, keep_tail=True)
+    return Inputs(config=config, architecture=architecture, train=train, validation=validation)
+
+
 def build_run(config: RunConfig, facts: RankFacts) -> Run:
     """Build, and resume if the run folder holds a good checkpoint. Collective.
 
     Raises ConfigError, DataError or CheckpointError on all ranks alike.
     """
-    train_tokens, validation_tokens = open_data(config)
-    config = with_vocabulary(config, train_tokens)
-    architecture = check_config(config, world_size=facts.world_size)
-    check_vocabulary(architecture.vocab_size, train_tokens)
+    inputs = check_inputs(config, facts)
+    config, architecture = inputs.config, inputs.architecture
+    train_tokens, validation_tokens = inputs.train, inputs.validation
 
     backend = TorchBackend(facts, config.train.device)
     _set_determinism(config, backend.device)

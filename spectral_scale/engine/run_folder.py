@@ -15,7 +15,10 @@ from spectral_scale.config.load import to_dict
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 State = Literal["running", "completed", "stopped", "failed"]
+STATUS_NAME = "status.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
@@ -26,7 +29,7 @@ def create_run_folder(run_dir: Path) -> None:
         for folder in (run_dir, run_dir / "checkpoints", run_dir / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"spectral_scale")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a rank of another host may have the same process id
     except OSError as error:
         raise ConfigError(
             f"train.run_dir={run_dir} cannot be written ({error.strerror}); "
@@ -67,11 +70,24 @@ def write_environment(run_dir: Path, facts: dict[str, Any]) -> None:
 
 
 def write_status(run_dir: Path, state: State, *, step: int, steps: int, reason: str = "") -> None:
-    """Write status.json, which tells schedulers and people where the run stands."""
-    write_json(
-        run_dir / "status.json",
-        {"state": state, "step": step, "steps": steps, "reason": reason, "time": time.time()},
-    )
+    """Write status.json, which tells schedulers and people where the run stands.
+
+    Never raises for a full disk: a run must not end, nor its error be hidden, for want of it.
+    """
+    status = {"state": state, "step": step, "steps": steps, "reason": reason, "time": time.time()}
+    try:
+        write_json(run_dir / STATUS_NAME, status)
+    except OSError as error:
+        logger.warning("%s could not be written: %s", STATUS_NAME, error)
+
+
+def write_failure(run_dir: Path, *, steps: int, reason: str) -> None:
+    """Write status.json of a run that failed, at the step it was last known to have saved."""
+    try:
+        step = int(json.loads((run_dir / STATUS_NAME).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        step = 0
+    write_status(run_dir, "failed", step=step, steps=steps, reason=reason)
 
 
 def log_to_file(run_dir: Path, rank: int) -> logging.Handler:

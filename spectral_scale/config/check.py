@@ -41,7 +41,9 @@ def trains_all_sigma(spectral: SpectralConfig) -> bool:
 
 
 def _check_ranges(config: RunConfig) -> Iterator[str]:
+    overrides = ("hidden_size", "num_layers", "num_heads", "ffn_size")
     at_least_one = {
+        **{f"model.{k}": v for k in overrides if (v := getattr(config.model, k)) is not None},
         "model.sequence_length": config.model.sequence_length,
         "spectral.spectral_rank": config.spectral.spectral_rank,
         "spectral.steps_per_iteration": config.spectral.steps_per_iteration,
@@ -64,6 +66,8 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
         "optimizer.warmup_steps": config.optimizer.warmup_steps,
         "data.num_workers": config.data.num_workers,
     }
+    if config.optimizer.decay_steps != "auto":
+        at_least_one["optimizer.decay_steps"] = config.optimizer.decay_steps
     positive: dict[str, float] = {"optimizer.galore_scale": config.optimizer.galore_scale}
     if config.spectral.lora_alpha != "auto":
         positive["spectral.lora_alpha"] = config.spectral.lora_alpha

@@ -1,6 +1,7 @@
 """Stopping early: a request on any rank becomes one decision of all ranks."""
 
 import signal
+import time
 from types import FrameType, TracebackType
 
 import torch
@@ -8,10 +9,13 @@ import torch
 from spectral_scale.parallel.collective import Collective
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ECHO_SECONDS = 2.0
+"""A signal this soon after the first is the same request: on Ctrl-C the terminal signals the whole
+group and a launcher such as torchrun signals its workers again."""
 
 
 class StopRequest:
-    """Turns the first signal into a flag; a second one ends the process at once.
+    """Turns the first signal into a flag; one that comes later ends the process at once.
 
     Use as a context manager around the loop. The previous checkpoint stays valid either way.
     """
@@ -20,6 +24,7 @@ class StopRequest:
         self._collective = collective
         self._device = device
         self._received: str | None = None
+        self._received_at = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -37,10 +42,12 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received is not None:
+        now = time.monotonic()
+        if self._received is None:
+            self._received, self._received_at = signal.Signals(number).name, now
+        elif now - self._received_at > ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._received = signal.Signals(number).name
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective; called between steps."""

@@ -24,7 +24,7 @@ from spectral_scale.engine.tokenizers import check_folder_tokenizer
 from spectral_scale.models.build import build_model, compile_blocks, materialise
 from spectral_scale.models.folder import check_folder
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
-from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.facts import RankFacts, require_rendezvous
 from spectral_scale.parallel.table import ParameterTable, parameter_table
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def check_inputs(config: RunConfig, facts: RankFacts) -> Inputs:
 
     Raises ConfigError or DataError.
     """
+    require_rendezvous(facts)
     check_config(config, world_size=facts.world_size)
     pick_device(config.train.device, facts.local_rank)
     train, validation = open_data(config)

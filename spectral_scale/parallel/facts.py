@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from spectral_scale.errors import ConfigError
 
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankFacts:
@@ -43,3 +45,14 @@ def detect_rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
             "check the launcher's environment"
         )
     return facts
+
+
+def require_rendezvous(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError if there are several ranks and nothing says where they meet."""
+    missing = [name for name in RENDEZVOUS if name not in environment]
+    if facts.world_size > 1 and missing:
+        raise ConfigError(
+            f"incomplete launcher environment: WORLD_SIZE={facts.world_size}, but "
+            f"{' and '.join(missing)} must be set for the ranks to meet; start through torchrun, "
+            "or unset RANK and WORLD_SIZE for a single process"
+        )

@@ -37,7 +37,7 @@ def run_distributed(
         context.Process(
             target=_work,
             args=(function, arguments, rank, world_size, port, timeout_seconds, results),
-            daemon=True,
+            daemon=False,  # a rank may have loader workers of its own
         )
         for rank in range(world_size)
     ]

@@ -1,0 +1,78 @@
+"""SVD with a fixed gauge, its fall-backs, and measures of spectra."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from spectral_scale.ops.decomposition import compose, effective_rank, fix_gauge, orthogonality_error
+from spectral_scale.ops.decomposition import svd as thin_svd
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 6), (1, 4), (4, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_svd_reconstructs(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    u, sigma, v = thin_svd(weight)
+    k = min(shape)
+    assert u.shape == (shape[0], k) and v.shape == (shape[1], k) and sigma.shape == (k,)
+    torch.testing.assert_close(compose(u, sigma, v), weight)
+    assert bool((sigma.diff() <= 0).all()) and bool((sigma >= 0).all())
+    assert max(orthogonality_error(u), orthogonality_error(v)) < 1e-5
+    assert u.is_contiguous() and v.is_contiguous()
+
+
+def test_gauge_is_fixed() -> None:
+    """Two decompositions that differ in signs become one."""
+    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    u, sigma, v = thin_svd(weight)
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    u2, _, v2 = fix_gauge(u * signs, sigma, v * signs)
+    assert torch.equal(u, u2) and torch.equal(v, v2)
+    assert bool((u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_not_finite_is_refused(bad: float) -> None:
+    weight = torch.zeros(3, 3)
+    weight[1, 1] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        thin_svd(weight)
+
+
+def test_falls_back_to_float64(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = torch.linalg.svd
+
+    def fails_in_single(matrix: torch.Tensor, **kwargs: object) -> object:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(matrix, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", fails_in_single)
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
+    with caplog.at_level(logging.WARNING):
+        u, sigma, v = thin_svd(weight)
+    assert u.dtype == torch.float32
+    torch.testing.assert_close(compose(u, sigma, v), weight)
+    assert "float64 on the CPU" in caplog.text
+    with pytest.raises(torch.linalg.LinAlgError, match="no SVD driver succeeded"):
+        monkeypatch.setattr(
+            torch.linalg, "svd", lambda *_, **__: (_ for _ in ()).throw(torch.linalg.LinAlgError())
+        )
+        thin_svd(weight)
+
+
+def test_effective_rank() -> None:
+    assert effective_rank(torch.ones(7)) == pytest.approx(7)
+    assert effective_rank(torch.tensor([5.0, 0.0, 0.0])) == pytest.approx(1)
+    assert effective_rank(torch.zeros(3)) == 0
+    p = torch.tensor([0.75, 0.25])
+    assert effective_rank(8 * p) == pytest.approx(math.exp(-(p * p.log()).sum()))
+
+
+def test_orthogonality_error() -> None:
+    assert orthogonality_error(torch.eye(4)[:, :2]) == 0
+    assert orthogonality_error(torch.ones(2, 1)) == pytest.approx(1.0)

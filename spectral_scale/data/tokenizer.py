@@ -93,6 +93,15 @@ def install_tokenizer(source: Path, target: Path) -> TokenizerFacts:
     )
 
 
+def is_same_tokenizer(source: Path, installed: Path) -> bool:
+    """Whether a tokenizer folder encodes as the one of a token folder, however it is written.
+
+    Raises:
+        DataError: `source` cannot be loaded.
+    """
+    return _same_tokenizer(installed / TOKENIZER_NAME, _load(source).backend_tokenizer)
+
+
 def train_bpe_tokenizer(texts: Iterator[str], *, vocab_size: int, target: Path) -> TokenizerFacts:
     """Train a byte-level BPE tokenizer; the same texts give the same file.
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from spectral_scale.backends.torch import TorchBackend, pick_device
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.config.check import check_config
-from spectral_scale.config.presets import Architecture
+from spectral_scale.config.presets import Architecture, linear_shapes
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.data.loader import TrainLoader, ValidationLoader
 from spectral_scale.data.packing import count_samples
@@ -21,6 +21,8 @@ from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabul
 from spectral_scale.engine.identity import check_identity, run_identity
 from spectral_scale.engine.methods import METHODS, ControllerParts, MethodController
 from spectral_scale.engine.tokenizers import check_folder_tokenizer
+from spectral_scale.errors import SpectralError
+from spectral_scale.layers.base import factored_layers
 from spectral_scale.models.build import build_model, compile_blocks, materialise
 from spectral_scale.models.folder import check_folder
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
@@ -128,6 +130,7 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         check_folder_tokenizer(Path(config.model.path), train_tokens)
     method = METHODS[config.spectral.method]
     method.convert(model, config.spectral, frozen_dtype(config))
+    check_converted(model, architecture)
     table = parameter_table(model)
     dtype = MASTER_DTYPES[config.train.precision]
     materialise(model, device=backend.device, dtype=dtype)
@@ -174,6 +177,17 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         start_step=start_step,
         autocast=torch.bfloat16 if config.train.precision == "bf16" else None,
     )
+
+
+def check_converted(model: nn.Module, architecture: Architecture) -> None:
+    """Raise SpectralError unless every linear of every block was converted, or none (dense)."""
+    converted = len(factored_layers(model))
+    expected = architecture.num_layers * len(linear_shapes(architecture))
+    if converted not in (0, expected):
+        raise SpectralError(
+            f"{converted} linear layers were converted, the model's blocks hold {expected}; "
+            "the installed transformers may name or fuse them differently"
+        )
 
 
 def _set_determinism(config: RunConfig, device: torch.device) -> None:

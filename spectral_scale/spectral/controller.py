@@ -80,13 +80,15 @@ class SpectralController:
 
     Args:
         model: converted by `convert()`; unwrapped (no DDP prefix in the names).
-        optimizer: the torch optimizer, or None if it is attached later through `attach`.
+        optimizer: the torch optimizer with groups of `param_groups`; None leaves learning rates
+            alone (a host's optimizer is then given to `ramp_learning_rates`).
         config: the method's settings.
         seed: with layer, round and iteration it determines every draw.
         collective: all ranks that train this model.
         store: how parameters are reached; by default as plain torch tensors.
         weights: initial dense weights by layer name; by default those that convert() set aside.
         bank_dtype: float32, or float64 in tests.
+        decompose: False leaves the bank empty for `load_state`.
 
     Collective: all ranks construct it and call its methods alike.
     """
@@ -124,7 +126,6 @@ class SpectralController:
             compute_device=compute_device,
             dtype=bank_dtype,
         )
-        self._hooked: torch.optim.Optimizer | None = None
         if optimizer is not None:
             self.ramp_learning_rates(optimizer)
         if decompose:

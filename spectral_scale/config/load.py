@@ -7,6 +7,8 @@ the nearest key. Values are checked against the schema's types by jsonargparse.
 import argparse
 import dataclasses
 import difflib
+import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +88,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes: not a configuration")
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -94,8 +96,30 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold sections (model:, spectral:, ...), not {type(raw)}")
+        raise ConfigError(
+            f"{path} must hold sections (model:, spectral:, ...), not a {type(raw).__name__}"
+        )
     return raw
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe YAML in which nothing is given twice or expanded: each would hide what a run uses."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _flatten(raw: Mapping[str, Any], origin: str) -> Iterator[tuple[str, Any]]:
@@ -103,8 +127,12 @@ def _flatten(raw: Mapping[str, Any], origin: str) -> Iterator[tuple[str, Any]]:
     for section, body in raw.items():
         if section not in sections:
             raise ConfigError(f"{origin}: {_unknown(str(section), sections, 'section')}")
+        if body is None:  # every key of the section is commented out
+            continue
         if not isinstance(body, Mapping):
-            raise ConfigError(f"{origin}: section {section} must hold keys, not {body!r}")
+            raise ConfigError(
+                f"{origin}: section {section} must hold keys, not {reprlib.repr(body)}"
+            )
         for key, value in body.items():
             yield _known(f"{section}.{key}", origin), value
 
@@ -157,8 +185,21 @@ def _build(values: Mapping[str, Any], sources: Mapping[str, str]) -> RunConfig:
     try:
         config = parser.instantiate(parser.parse_object(nested)).as_dict()
     except argparse.ArgumentError as error:
-        message = " ".join(str(error).split())
-        culprit = next((key for key in values if f'"{key}"' in message), None)
-        origin = f"{sources[culprit]}: {culprit}={values[culprit]!r}: " if culprit else ""
-        raise ConfigError(f"{origin}{message}") from None
+        raise ConfigError(_type_error(str(error), values, sources)) from None
     return RunConfig(**config)
+
+
+def _type_error(message: str, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+    """jsonargparse's message in the words of a configuration file."""
+    message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
+    message = message.replace("Expected a typing.Literal", "Expected one of ").replace(
+        "a int.", "an int."
+    )
+    culprit = next((key for key in values if f'"{key}"' in message), None)
+    if culprit is None:
+        return message
+    message = message.removeprefix(f'Parser key "{culprit}": ')
+    return (
+        f"{sources[culprit]}: {culprit}={reprlib.repr(values[culprit])}: {message} "
+        "(--help-config describes every key)"
+    )

@@ -213,7 +213,7 @@ explain_failed_install() {
         what="installing failed: no package index could be reached, or it lacks a version"
     fi
     say "error: $what. The last lines of pip's log:"
-    tail -n 6 -- "$log" | sed 's/^/  /' >&2
+    tail -n 12 -- "$log" | sed 's/^\(.\{200\}\).*/\1.../; s/^/  /' >&2
     say "The whole log: $log"
     say "Behind a proxy set HTTPS_PROXY; with a mirror set PIP_INDEX_URL. Then run the same command again."
     exit 1

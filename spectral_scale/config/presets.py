@@ -153,6 +153,8 @@ def _architecture_of_folder(folder: Path, model: ModelConfig) -> Architecture:
         found = reader(raw)
     except KeyError as error:
         raise ConfigError(f"model.path={folder}: config.json lacks {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"model.path={folder}: config.json: {error}") from None
     if model.vocab_size not in ("auto", found.vocab_size):
         raise ConfigError(
             f"model.vocab_size={model.vocab_size}, but {folder} has {found.vocab_size}; use auto"
@@ -160,33 +162,48 @@ def _architecture_of_folder(folder: Path, model: ModelConfig) -> Architecture:
     return _check(found, model)
 
 
+def _size(raw: dict[str, Any], *keys: str) -> int:
+    """The first of `keys` that is given; KeyError without one, ValueError unless it is a size."""
+    key = next((key for key in keys if raw.get(key) is not None), keys[-1])
+    size = raw[key]
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{key} is {size!r}, a whole number of at least 1 is required")
+    return size
+
+
 def _read_opt(raw: dict[str, Any]) -> Architecture:
     return Architecture(
         family="opt",
-        hidden_size=raw["hidden_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw["num_attention_heads"],
-        ffn_size=raw["ffn_dim"],
-        vocab_size=raw["vocab_size"],
-        max_positions=raw["max_position_embeddings"],
-        embedding_size=raw.get("word_embed_proj_dim") or raw["hidden_size"],
+        hidden_size=_size(raw, "hidden_size"),
+        num_layers=_size(raw, "num_hidden_layers"),
+        num_heads=_size(raw, "num_attention_heads"),
+        num_kv_heads=_size(raw, "num_attention_heads"),
+        ffn_size=_size(raw, "ffn_dim"),
+        vocab_size=_size(raw, "vocab_size"),
+        max_positions=_size(raw, "max_position_embeddings"),
+        embedding_size=_size(raw, "word_embed_proj_dim", "hidden_size"),
         pre_norm=raw.get("do_layer_norm_before", True),
         tied_embeddings=raw.get("tie_word_embeddings", True),
     )
 
 
 def _read_llama(raw: dict[str, Any]) -> Architecture:
+    hidden, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
+    if raw.get("head_dim") not in (None, hidden // heads):
+        raise ValueError(
+            f"head_dim is {raw['head_dim']}; only hidden_size / num_attention_heads = "
+            f"{hidden // heads} is supported"
+        )
     return Architecture(
         family="llama",
-        hidden_size=raw["hidden_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        ffn_size=raw["intermediate_size"],
-        vocab_size=raw["vocab_size"],
-        max_positions=raw["max_position_embeddings"],
-        embedding_size=raw["hidden_size"],
+        hidden_size=hidden,
+        num_layers=_size(raw, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=_size(raw, "num_key_value_heads", "num_attention_heads"),
+        ffn_size=_size(raw, "intermediate_size"),
+        vocab_size=_size(raw, "vocab_size"),
+        max_positions=_size(raw, "max_position_embeddings"),
+        embedding_size=hidden,
         tied_embeddings=raw.get("tie_word_embeddings", False),
     )
 
@@ -196,6 +213,16 @@ def _check(found: Architecture, model: ModelConfig) -> Architecture:
         raise ConfigError(
             f"hidden size {found.hidden_size} is not divisible by {found.num_heads} heads; "
             "change model.hidden_size or model.num_heads"
+        )
+    if found.num_heads % found.num_kv_heads:
+        raise ConfigError(
+            f"{found.num_heads} attention heads are not divisible by {found.num_kv_heads} key and "
+            "value heads; correct num_key_value_heads in config.json"
+        )
+    if found.family == "llama" and found.head_size % 2:
+        raise ConfigError(
+            f"rotary positions need an even head size, not {found.hidden_size} / "
+            f"{found.num_heads} = {found.head_size}; change model.hidden_size or model.num_heads"
         )
     if model.sequence_length > found.max_positions:
         raise ConfigError(

@@ -74,6 +74,7 @@ def _opt_config(
     if config.path is not None:
         found = OPTConfig.from_json_file(str(Path(config.path) / "config.json"))
         found.dropout = config.dropout
+        found.attention_dropout = found.layerdrop = 0.0  # the settings alone decide on randomness
         return found
     return OPTConfig(
         hidden_size=architecture.hidden_size,
@@ -97,7 +98,9 @@ def _llama_config(
     architecture: Architecture, config: ModelConfig, eos_token_id: int | None
 ) -> LlamaConfig:
     if config.path is not None:
-        return LlamaConfig.from_json_file(str(Path(config.path) / "config.json"))
+        kept = LlamaConfig.from_json_file(str(Path(config.path) / "config.json"))
+        kept.attention_dropout = 0.0
+        return kept
     return LlamaConfig(
         hidden_size=architecture.hidden_size,
         num_hidden_layers=architecture.num_layers,

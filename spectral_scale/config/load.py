@@ -161,11 +161,17 @@ def _known(key: str, origin: str) -> str:
 
 
 def _unknown(given: str, known: Sequence[str], what: str) -> str:
-    near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
-    if not near:  # the right name under the wrong section
-        near = [key for key in known if key.split(".")[-1] == given.split(".")[-1]]
-    hint = f"; did you mean {near[0]}?" if near else ""
+    near = max(known, key=lambda key: _likeness(given, key))
+    hint = f"; did you mean {near}?" if _likeness(given, near) > 0.6 else ""
     return f"unknown {what} {given}{hint} (--print-config lists all)"
+
+
+def _likeness(given: str, key: str) -> float:
+    """How likely `key` was meant: by its own name first (whole or in part), then by section."""
+    (section, _, name), (other, _, own) = given.rpartition("."), key.rpartition(".")
+    part = 0.5 if len(name) > 2 and (name in own or own in name) else 0.0
+    similar = difflib.SequenceMatcher(None, name, own).ratio()
+    return similar + part + 0.2 * difflib.SequenceMatcher(None, section, other).ratio()
 
 
 def build_parser() -> ArgumentParser:

@@ -10,12 +10,12 @@ from spectral_scale.errors import ConfigError
 
 def check_config(config: RunConfig, *, world_size: int) -> Architecture:
     """Raise one ConfigError that lists every broken rule; return the model's shapes if none is."""
-    architecture = resolve_architecture(config.model)
-    problems = [
-        *_check_ranges(config),
-        *_check_batches(config, world_size),
-        *_check_spectral(config.spectral, architecture),
-    ]
+    problems = [*_check_ranges(config), *_check_batches(config, world_size)]
+    try:
+        architecture = resolve_architecture(config.model)
+        problems += _check_spectral(config.spectral, architecture)
+    except ConfigError as error:
+        problems.append(str(error))
     if problems:
         raise ConfigError("the configuration cannot run:\n  - " + "\n  - ".join(problems))
     return architecture
@@ -97,7 +97,8 @@ def _check_batches(config: RunConfig, world_size: int) -> Iterator[str]:
         return
     if total % (micro * world_size):
         allowed = [m for m in range(1, total + 1) if total % (m * world_size) == 0]
-        advice = f"micro_batch_size must be one of {allowed}" if allowed else "change the batch"
+        multiple = f"set train.global_batch_size to a multiple of {micro * world_size}"
+        advice = f"micro_batch_size must be one of {allowed}" if allowed else multiple
         yield (
             f"train.global_batch_size={total} is not divisible by train.micro_batch_size={micro} x "
             f"{world_size} data-parallel ranks; {advice}"

@@ -133,8 +133,13 @@ def _run_subject(request: PerplexityRequest, device: torch.device) -> _Subject:
     tokens = tokens_of_run(run, request.data)
     trained = run.config.train.precision
     precision = trained if request.precision == "auto" else request.precision
+    model = restore_model(run, device=device, exact=precision != "bf16")
+    if precision != "fp64":
+        for parameter in model.parameters():
+            if parameter.dtype == torch.float64:
+                parameter.data = parameter.data.float()
     return _Subject(
-        model=restore_model(run, device=device, exact=precision != "bf16"),
+        model=model,
         tokens=tokens,
         tokenizer="same",
         sequence_length=_sequence_length(

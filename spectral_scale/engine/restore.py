@@ -1,6 +1,5 @@
 """A run's model from its folder and a checkpoint: no optimizer state, no training data."""
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from spectral_scale.models.weights import KeyedWeights
 from spectral_scale.optim.groups import param_groups
 from spectral_scale.parallel.collective import SingleProcess
 from spectral_scale.parallel.store import TorchStore
-
-logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import BF16, FULL, LORA, OPT, POST_NORM, command, train
+from tiny_runs import BF16, FP64, FULL, LORA, OPT, POST_NORM, command, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -41,7 +41,7 @@ def run_of(
     llama = {"model.path": llama_folder, "model.name": "null"}
     llama |= dict.fromkeys(("model.hidden_size", "model.num_layers", "model.num_heads"), "null")
     kinds = {"opt": OPT, "post_norm": POST_NORM, "llama": llama}
-    kinds |= {"bf16": BF16, "lora": LORA, "full": FULL}
+    kinds |= {"bf16": BF16, "lora": LORA, "full": FULL, "fp64": FP64}
     runs: dict[str, Path] = {}
 
     def get(kind: str) -> Path:

@@ -19,14 +19,14 @@ def logged(run: Path) -> float:
     return [line["validation/loss"] for line in read_metrics(run) if "validation/loss" in line][-1]
 
 
-@pytest.mark.parametrize("kind", ["opt", "post_norm", "llama", "bf16", "lora", "full"])
+@pytest.mark.parametrize("kind", ["opt", "post_norm", "llama", "bf16", "fp64", "lora", "full"])
 def test_a_run_gives_exactly_the_loss_it_logged(kind: str, run_of: Runs) -> None:
     found = command("evaluate", run_of(kind), "--sequences", 8, *JSON).json
     assert found["loss"] == logged(run_of(kind))
     assert found["perplexity"] == math.exp(found["loss"])
     assert (found["step"], found["sequences"], found["sequence_length"]) == (STEPS, 8, 32)
     assert found["tokens"] == 8 * 32
-    assert found["precision"] == ("bf16" if kind == "bf16" else "fp32")
+    assert found["precision"] == (kind if kind in ("bf16", "fp64") else "fp32")
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])
@@ -49,6 +49,14 @@ def test_everything_is_read_unless_told_otherwise(run_of: Runs, corpus: Path) ->
     assert short["tokens"] == found["tokens"] and short["loss"] != found["loss"]
     bf16 = command("evaluate", run_of("opt"), "--precision", "bf16", *JSON).json
     assert 0 < abs(bf16["loss"] - found["loss"]) < 0.02
+
+
+def test_a_double_precision_run_can_be_measured_in_single(run_of: Runs) -> None:
+    words = ("evaluate", run_of("fp64"), "--sequences", 8, *JSON, "--precision")
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.02)):
+        found = command(*words, precision).json
+        assert 0 < abs(found["loss"] - logged(run_of("fp64"))) < tolerance
+        assert found["precision"] == precision
 
 
 def test_text_output_names_what_was_measured(run_of: Runs, corpus: Path) -> None:

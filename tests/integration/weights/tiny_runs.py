@@ -15,6 +15,7 @@ STEPS = 10
 OPT: dict[str, Any] = {}
 POST_NORM = {"model.name": "opt-350m", "spectral.storage": "factored"}
 BF16 = {"train.precision": "bf16"}
+FP64 = {"train.precision": "fp64"}
 LORA = {"spectral.method": "lora"}
 FULL = {"spectral.method": "full"}
 

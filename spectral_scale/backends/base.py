@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
 
@@ -33,11 +34,11 @@ class Backend(Protocol):
     data_rank: int
     data_world_size: int
 
-    def shard(self, model: nn.Module) -> nn.Module:
-        """Take the materialised model over; the returned module is what forward is called on."""
+    def shard(self, model: nn.Module) -> None:
+        """Take the materialised model over, in place; before the optimizer is built."""
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the optimizer over."""
+    def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Take the optimizer over; the module that forward is called on."""
 
     def store(self) -> ParameterStore:
         """Access to logical parameters for the spectral controller."""
@@ -51,8 +52,11 @@ class Backend(Protocol):
     def step(self, *, clip_grad_norm: float) -> StepStats:
         """Clip each group kind by its own norm, update, and clear the gradients."""
 
-    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Logical tensors this rank writes to a checkpoint, by checkpoint name."""
+    def state_chunks(self) -> Iterator[TensorChunk]:
+        """What this rank writes to a checkpoint: `model/<fqn>` and `optimizer/<fqn>/<key>`."""
+
+    def load_state(self, read: ReadTensor) -> None:
+        """Overwrite trained parameters and optimizer state, in place, from a checkpoint."""
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the process group; collective unless this rank has failed."""

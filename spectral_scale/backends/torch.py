@@ -1,7 +1,7 @@
 """One process, or DistributedDataParallel: every rank holds every parameter whole."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -13,15 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spectral_scale.backends.base import StepStats
 from spectral_scale.errors import CheckpointError, ConfigError
+from spectral_scale.optim.build import create_state
 from spectral_scale.optim.groups import kinds
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
 from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
 from spectral_scale.parallel.facts import RankFacts
 from spectral_scale.parallel.store import TorchStore
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-
-ReadTensor = Callable[[str], Tensor]
-"""Checkpoint name -> whole tensor."""
 
 
 class TorchBackend:
@@ -46,21 +45,23 @@ class TorchBackend:
         self._wrapped: nn.Module
         self._optimizer: torch.optim.Optimizer
 
-    def shard(self, model: nn.Module) -> nn.Module:
-        """Wrap in DistributedDataParallel if there is more than one rank."""
-        self._model = self._wrapped = model
+    def shard(self, model: nn.Module) -> None:
+        """Nothing is sharded: every rank keeps the whole model."""
+        self._model = model
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Create the optimizer's state, and wrap the model if there is more than one rank."""
+        self._optimizer = optimizer
+        create_state(optimizer)
+        self._wrapped = self._model
         if self.collective.world_size > 1:
             self._wrapped = DistributedDataParallel(
-                model,
+                self._model,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
                 forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
             )
         return self._wrapped
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep the optimizer; its state is replicated like the parameters."""
-        self._optimizer = optimizer
 
     def store(self) -> TorchStore:
         """Whole parameters and their moments."""
@@ -90,10 +91,10 @@ class TorchBackend:
         self._optimizer.zero_grad(set_to_none=True)
         return StepStats(applied=True, grad_norms=norms)
 
-    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def state_chunks(self) -> Iterator[TensorChunk]:
         """Trained parameters and moments, written by rank 0."""
         if self.collective.rank == 0:
-            yield from self._state()
+            yield from (whole(name, tensor) for name, tensor in self._state())
 
     def load_state(self, read: ReadTensor) -> None:
         """Overwrite trained parameters and moments in place from a checkpoint."""

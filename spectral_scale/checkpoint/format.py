@@ -9,15 +9,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
 
-from spectral_scale.checkpoint.rectangles import Rectangle, Shape
 from spectral_scale.errors import CheckpointError
+from spectral_scale.parallel.chunks import TensorChunk
 
 DTYPE_CODES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -48,45 +46,6 @@ FileOpener = Callable[[Path], BinaryIO]
 def create_file(path: Path) -> BinaryIO:
     """Open a new file for unbuffered writing."""
     return open(path, "xb", buffering=0)
-
-
-@dataclass(frozen=True)
-class TensorChunk:
-    """A rectangle of a logical tensor, as the rank that writes it holds it."""
-
-    name: str
-    """Logical name, the same on every rank, e.g. `optimizer/<fqn>/exp_avg`."""
-    tensor: Tensor
-    """The elements of the rectangle, on any device."""
-    global_shape: Shape
-    """Shape of the whole logical tensor."""
-    offset: Shape
-    """Where the rectangle begins in it."""
-
-    @property
-    def rectangle(self) -> Rectangle:
-        """The part of the logical tensor held here."""
-        return Rectangle(tuple(self.offset), tuple(self.tensor.shape))
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether this is the whole tensor."""
-        return tuple(self.tensor.shape) == tuple(self.global_shape)
-
-    @property
-    def key(self) -> str:
-        """Name inside the file: the logical name if whole, else `name@offset` (names have no @)."""
-        return self.name if self.is_whole else f"{self.name}@{','.join(map(str, self.offset))}"
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the elements."""
-        return self.tensor.numel() * self.tensor.element_size()
-
-
-def whole(name: str, tensor: Tensor) -> TensorChunk:
-    """The chunk that is all of a logical tensor."""
-    return TensorChunk(name, tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
 def dtype_code(name: str, dtype: torch.dtype) -> str:

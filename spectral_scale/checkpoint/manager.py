@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spectral_scale.checkpoint.format import FileOpener, TensorChunk, create_file
+from spectral_scale.checkpoint.format import FileOpener, create_file
 from spectral_scale.checkpoint.layout import (
     list_checkpoints,
     remove_checkpoint,
@@ -20,6 +20,7 @@ from spectral_scale.checkpoint.manifest import manifest_sha256
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.checkpoint.writer import save_checkpoint
 from spectral_scale.errors import CheckpointError, ConfigError
+from spectral_scale.parallel.chunks import TensorChunk
 from spectral_scale.parallel.collective import Collective
 
 logger = logging.getLogger(__name__)

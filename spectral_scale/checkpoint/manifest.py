@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from spectral_scale.checkpoint.format import DTYPES
-from spectral_scale.checkpoint.rectangles import Rectangle, Shape, tiling_fault
 from spectral_scale.checkpoint.strict_json import (
     canonical,
     expect,
@@ -24,6 +23,7 @@ from spectral_scale.checkpoint.strict_json import (
     read_text,
 )
 from spectral_scale.errors import CheckpointError
+from spectral_scale.parallel.rectangles import Rectangle, Shape, tiling_fault
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

@@ -4,15 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from spectral_scale.checkpoint.format import (
-    TensorChunk,
-    dtype_code,
-    encode_header,
-    split_into_files,
-)
+from spectral_scale.checkpoint.format import dtype_code, encode_header, split_into_files
 from spectral_scale.checkpoint.manifest import ChunkEntry, TensorEntry
-from spectral_scale.checkpoint.rectangles import outside, tiling_fault
 from spectral_scale.errors import CheckpointError
+from spectral_scale.parallel.chunks import TensorChunk
+from spectral_scale.parallel.rectangles import outside, tiling_fault
 
 FileGroups = list[tuple[str, list[TensorChunk]]]
 """A rank's files: name and what goes into it."""

@@ -22,8 +22,8 @@ from spectral_scale.checkpoint.manifest import (
     read_manifest,
     regular_file,
 )
-from spectral_scale.checkpoint.rectangles import Rectangle, Shape, outside
 from spectral_scale.errors import CheckpointError
+from spectral_scale.parallel.rectangles import Rectangle, Shape, outside
 
 _HASH_THREADS = 4
 

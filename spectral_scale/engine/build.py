@@ -139,9 +139,9 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
     weights = _initial_weights(config)
     if reader is None:
         initialise_dense(model, table, weights)
-    forward = backend.shard(model)
+    backend.shard(model)
     optimizer = method.optimizer(model, config, backend.collective)
-    backend.attach(optimizer)
+    forward = backend.attach(optimizer)
     controller = method.controller(
         ControllerParts(
             model=model,

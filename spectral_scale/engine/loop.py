@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 
 from spectral_scale.backends.base import StepStats
-from spectral_scale.checkpoint.format import whole
 from spectral_scale.data.loader import Batch, StepBatch
 from spectral_scale.engine.build import Run
 from spectral_scale.engine.evaluate import Evaluation, evaluate, token_loss_sum
@@ -22,6 +21,7 @@ from spectral_scale.metrics.sinks import MetricsLog, NullLog
 from spectral_scale.ops.keyed_random import keyed_seed
 from spectral_scale.optim.groups import group_kind
 from spectral_scale.optim.schedules import lr_factor
+from spectral_scale.parallel.chunks import whole
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class TrainingLoop:
             return None
         started = time.perf_counter()
         result = evaluate(
-            run.model,
+            run.forward,
             run.validation,
             device=run.backend.device,
             collective=run.backend.collective,
@@ -208,10 +208,9 @@ class TrainingLoop:
             return 0.0
         started = time.perf_counter()
         self._read_latest()  # never save a poisoned state over the last good one
-        tensors = list(run.backend.state_tensors())
+        chunks = list(run.backend.state_chunks())
         if run.controller is not None:
-            tensors += run.controller.state_tensors()
-        chunks = [whole(name, tensor) for name, tensor in tensors]
+            chunks += [whole(name, tensor) for name, tensor in run.controller.state_tensors()]
         state = {
             "step": self.step,
             "applied_steps": 0 if run.controller is None else run.controller.applied_steps,

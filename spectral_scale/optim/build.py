@@ -1,4 +1,4 @@
-"""The optimizer of a run, with its whole state created up front."""
+"""The optimizer of a run, and its state, created up front."""
 
 from typing import Any
 
@@ -8,14 +8,18 @@ from spectral_scale.config.schema import OptimizerConfig
 
 
 def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over `groups`; exp_avg, exp_avg_sq and step exist before the first step.
+    """Fused AdamW over `groups`, without state yet."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
-    State in the constructor makes checkpoints symmetric across ranks and lets the first boundary
-    reset what it expects to reset.
+
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give an AdamW its exp_avg, exp_avg_sq and step, of each parameter's own kind and placement.
+
+    State before the first step makes checkpoints symmetric across ranks and lets the first
+    boundary reset what it expects to reset. An optimizer that has state already is left alone.
     """
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    if optimizer.state:
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -23,4 +27,3 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    return optimizer

@@ -72,7 +72,7 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
 
     log: Any = recorder if facts.rank == 0 else NullLog()
     outcome = TrainingLoop(run, log, Stopper()).train()
-    tensors = {name: tensor.clone() for name, tensor in run.backend.state_tensors()}
+    tensors = {chunk.key: chunk.tensor.clone() for chunk in run.backend.state_chunks()}
     if run.controller is not None:
         tensors |= {name: tensor.clone() for name, tensor in run.controller.state_tensors()}
     frozen = {

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from spectral_scale.checkpoint.format import TensorChunk, whole
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
+from spectral_scale.parallel.chunks import TensorChunk, whole
 from spectral_scale.parallel.collective import SingleProcess
 
 

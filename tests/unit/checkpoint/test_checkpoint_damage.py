@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from spectral_scale.checkpoint import manifest as manifest_module
-from spectral_scale.checkpoint.format import TensorChunk
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.checkpoint.strict_json import canonical
 from spectral_scale.checkpoint.writer import save_checkpoint
 from spectral_scale.errors import CheckpointError
+from spectral_scale.parallel.chunks import TensorChunk
 
 DATA, MANIFEST = "rank_00000.safetensors", "manifest.json"
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from spectral_scale.checkpoint import format as file_format
-from spectral_scale.checkpoint.format import create_file, whole
+from spectral_scale.checkpoint.format import create_file
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.checkpoint.writer import save_checkpoint
 from spectral_scale.errors import CheckpointError
+from spectral_scale.parallel.chunks import whole
 
 
 class FailingFile(io.FileIO):

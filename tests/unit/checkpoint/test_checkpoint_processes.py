@@ -13,9 +13,9 @@ SCRIPT = """
 import sys
 import torch
 import torch.distributed as dist
-from spectral_scale.checkpoint.format import TensorChunk
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.errors import CheckpointError
+from spectral_scale.parallel.chunks import TensorChunk
 from spectral_scale.parallel.collective import ProcessGroup
 
 rank, world_size, store, root, broken = sys.argv[1:]

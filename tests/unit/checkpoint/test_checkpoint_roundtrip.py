@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from spectral_scale.checkpoint import format as file_format
-from spectral_scale.checkpoint.format import DTYPE_CODES, TensorChunk, create_file, whole
+from spectral_scale.checkpoint.format import DTYPE_CODES, create_file
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.checkpoint.writer import save_checkpoint
 from spectral_scale.errors import CheckpointError
+from spectral_scale.parallel.chunks import TensorChunk, whole
 from spectral_scale.parallel.collective import SingleProcess
 
 

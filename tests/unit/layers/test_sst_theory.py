@@ -67,9 +67,7 @@ def _gradcheck(shape: tuple[int, int], storage: str, *, enhanced: bool) -> bool:
     trained = sigma if factored else sigma[:r]
 
     def layer(x: Tensor, u_a: Tensor, v_a: Tensor, s: Tensor, b: Tensor) -> Tensor:
-        return SpectralProduct.apply(
-            x, residual, u_a, v_a, u_fixed, v_fixed, s, b, enhanced, False
-        )
+        return SpectralProduct.apply(x, residual, u_a, v_a, u_fixed, v_fixed, s, b, enhanced, False)
 
     inputs = [t.clone().requires_grad_() for t in (x, u[:, :r], v[:, :r], trained, bias)]
     return torch.autograd.gradcheck(layer, inputs, raise_exception=False)
@@ -192,9 +190,7 @@ def test_dense_gradient_would_be_seen() -> None:
     assert (6, 9) in shapes or (9, 6) in shapes
 
 
-def _run_once(
-    x: Tensor, g: Tensor, u: Tensor, sigma: Tensor, v: Tensor, storage: str
-) -> None:
+def _run_once(x: Tensor, g: Tensor, u: Tensor, sigma: Tensor, v: Tensor, storage: str) -> None:
     r = 2
     residual = compose(u[:, r:], sigma[r:], v[:, r:]) if storage == "residual" else None
     fixed = (None, None) if storage == "residual" else (u[:, r:], v[:, r:])

@@ -1,0 +1,50 @@
+"""A rectangle of a logical tensor, as one rank holds it: what backends hand to checkpoints."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spectral_scale.parallel.rectangles import Rectangle, Shape
+
+ReadTensor = Callable[..., Tensor]
+"""(name, offset=None, shape=None) -> that rectangle of a saved logical tensor, or all of it."""
+
+
+@dataclass(frozen=True)
+class TensorChunk:
+    """A rectangle of a logical tensor, as the rank that writes it holds it."""
+
+    name: str
+    """Logical name, the same on every rank, e.g. `optimizer/<fqn>/exp_avg`."""
+    tensor: Tensor
+    """The elements of the rectangle, on any device."""
+    global_shape: Shape
+    """Shape of the whole logical tensor."""
+    offset: Shape
+    """Where the rectangle begins in it."""
+
+    @property
+    def rectangle(self) -> Rectangle:
+        """The part of the logical tensor held here."""
+        return Rectangle(tuple(self.offset), tuple(self.tensor.shape))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the whole tensor."""
+        return tuple(self.tensor.shape) == tuple(self.global_shape)
+
+    @property
+    def key(self) -> str:
+        """Name inside the file: the logical name if whole, else `name@offset` (names have no @)."""
+        return self.name if self.is_whole else f"{self.name}@{','.join(map(str, self.offset))}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the elements."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+def whole(name: str, tensor: Tensor) -> TensorChunk:
+    """The chunk that is all of a logical tensor."""
+    return TensorChunk(name, tensor, tuple(tensor.shape), (0,) * tensor.dim())

@@ -11,7 +11,7 @@ from spectral_scale.baselines.low_rank import LowRankController
 from spectral_scale.config.schema import OptimizerConfig, SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.layers.convert import convert
-from spectral_scale.optim.build import build_adamw
+from spectral_scale.optim.build import build_adamw, create_state
 from spectral_scale.optim.groups import param_groups
 
 T3 = 4
@@ -25,6 +25,7 @@ def prepare(model: nn.Module, config: SpectralConfig = RELORA, **options: Any):
     convert_lora(model, config, frozen_dtype=options.pop("frozen_dtype", None))
     groups = param_groups(model, lr=1e-2, spectral_lr=options.pop("spectral_lr", 1e-2))
     optimizer = build_adamw(groups, OptimizerConfig(lr=1e-2))
+    create_state(optimizer)
     options.setdefault("base_dtype", torch.float64)
     return optimizer, LowRankController(model, optimizer, config, **options)
 
@@ -214,6 +215,7 @@ def test_a_reset_that_misses_state_is_an_error(stack, take_step) -> None:
     groups = param_groups(stack, lr=1e-2, spectral_lr=1e-2)
     next(g for g in groups if g["name"] == "low_rank")["params"].pop()
     optimizer = build_adamw(groups, OptimizerConfig())
+    create_state(optimizer)
     controller = LowRankController(stack, optimizer, RELORA)
     with pytest.raises(SpectralError, match="touched 168 moments_reset, expected 188"):
         for number in range(T3):

@@ -1,0 +1,80 @@
+"""What the README shows, works: its Python runs, its commands parse, its names exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from spectral_scale.cli.main import build_parser
+from spectral_scale.config.check import check_config
+from spectral_scale.config.load import config_from_dict, load_config
+from spectral_scale.config.presets import PRESETS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [w for w in words if w and w[0] == "spectral-scale"]
+
+
+def test_own_loop_runs_and_learns() -> None:
+    """The example of under ten lines, on a small transformers OPT."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    model = OPTForCausalLM(
+        OPTConfig(
+            hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=64, max_position_embeddings=32, word_embed_proj_dim=32,
+        )
+    )  # fmt: skip
+    tokens = torch.randint(4, 64, (4, 16))
+    batches = [{"input_ids": tokens, "labels": tokens}] * 12
+    before = model(**batches[0]).loss.item()
+    (source,) = blocks("python")
+    statements = source.split("convert(model", 1)[1].strip().splitlines()
+    assert len(statements) <= 10
+    namespace = {"model": model, "batches": batches}
+    exec(compile(source.replace("=200)", "=5)"), "README.md", "exec"), namespace)
+    assert model(**batches[0]).loss.item() < before - 0.1
+    assert namespace["controller"].applied_steps == 12
+    assert all(type(m).__name__ != "SpectralLinear" for m in model.modules())
+
+
+def test_commands_parse() -> None:
+    parser = build_parser()
+    found = commands()
+    assert len(found) >= 8
+    for words in found:
+        arguments, rest = parser.parse_known_args(words[1:])
+        if rest:
+            assert arguments.command == "train", words
+            load_config([], rest)
+
+
+def test_configuration_is_accepted() -> None:
+    (text,) = blocks("yaml")
+    config = config_from_dict(yaml.safe_load(text), "README.md")
+    check_config(config, world_size=2)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_listed(name: str) -> None:
+    assert f"`{name}`" in README
+
+
+def test_files_and_links_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+    for path in re.findall(r"(?:\./)?((?:launch|tests)/[\w/.]+)", README):
+        assert (ROOT / path).exists(), path

@@ -11,7 +11,17 @@ from typing import Any
 from spectral_scale import __version__
 from spectral_scale.errors import SpectralScaleError
 
-COMMANDS = ("train", "prepare", "evaluate", "report", "export", "import", "count", "verify")
+COMMANDS = (
+    "train",
+    "prepare",
+    "evaluate",
+    "report",
+    "export",
+    "import",
+    "count",
+    "verify",
+    "bench",
+)
 INTERRUPTED = 130
 
 

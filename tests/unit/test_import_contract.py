@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "checkpoint": frozenset({"errors", "parallel", "layers"}),
     "metrics": frozenset({"errors", "config", "ops"}),
     "engine": BELOW_ENGINE,
-    "cli": BELOW_ENGINE | {"engine"},
+    "bench": BELOW_ENGINE | {"engine"},
+    "cli": BELOW_ENGINE | {"engine", "bench"},
     "testing": BELOW_ENGINE | {"engine", "cli"},
     "__init__": BELOW_BACKENDS,
     "__main__": frozenset({"cli"}),
@@ -48,11 +49,11 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 ONLY_IN = {
     "torch": (
         *("ops/", "parallel/", "layers/", "models/", "data/", "spectral/", "optim/", "backends/"),
-        *("baselines/", "checkpoint/", "metrics/", "engine/", "testing/"),
+        *("baselines/", "checkpoint/", "metrics/", "engine/", "bench/", "testing/"),
     ),
     "torch.distributed": ("parallel/", "backends/", "checkpoint/", "engine/", "testing/"),
     "transformers": (
-        *("models/", "data/", "engine/", "backends/", "cli/"),
+        *("models/", "data/", "engine/", "bench/", "backends/", "cli/"),
         *("checkpoint/export", "testing/"),
     ),
     "deepspeed": ("backends/deepspeed.py",),

@@ -1,0 +1,1 @@
+"""What a training step costs, measured: time by part and bytes of persistent state."""

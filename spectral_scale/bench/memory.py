@@ -1,0 +1,49 @@
+"""Bytes of persistent training state by formula, from shapes alone. No torch here.
+
+Trained elements cost 16 bytes (weight, gradient, two moments, all fp32), frozen ones those of their
+dtype, the bank 4 bytes an element of u (m, k), sigma (k,) and v (n, k), k = min(m, n).
+"""
+
+from collections.abc import Iterable
+
+from spectral_scale.bench.settings import Variant
+
+FP32_BYTES = 4
+
+
+def state_formula(
+    variant: Variant,
+    matrices: Iterable[tuple[int, int]],
+    *,
+    other_elements: int,
+    spectral_rank: int,
+    frozen_bytes: int,
+) -> dict[str, int]:
+    """Bytes by use: weights, gradients, moments, bank.
+
+    Args:
+        variant: the method and its storage.
+        matrices: (m, n) of each converted matrix.
+        other_elements: trained elements besides them (biases, norms, embeddings).
+        spectral_rank: r.
+        frozen_bytes: bytes of one frozen element.
+    """
+    r, trained, frozen, banked = spectral_rank, other_elements, 0, 0
+    for m, n in matrices:
+        k = min(m, n)
+        if variant == "dense":
+            trained += m * n
+            continue
+        banked += k * (m + n) + k
+        if variant == "sst residual":
+            trained += r * (m + n) + r
+            frozen += m * n
+        else:
+            trained += r * (m + n) + k
+            frozen += (k - r) * (m + n)
+    return {
+        "weights": FP32_BYTES * trained + frozen_bytes * frozen,
+        "gradients": FP32_BYTES * trained,
+        "moments": 2 * FP32_BYTES * trained,
+        "bank": FP32_BYTES * banked,
+    }

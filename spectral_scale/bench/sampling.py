@@ -1,0 +1,66 @@
+"""Steps of several subjects, interleaved, so that a drift of the machine meets all alike."""
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from spectral_scale.bench.subject import Subject
+from spectral_scale.metrics.measures import StepTimer
+
+PHASES = ("forward", "backward", "optimizer")
+SWAPS = 3
+"""Timed swaps without decomposition."""
+
+Notify = Callable[[str], None]
+Sample = dict[str, float]
+"""Seconds of one step: its phases, `step` (their sum) and `cpu` (processor time)."""
+
+
+def warm_up(subject: Subject, steps: int) -> dict[str, int]:
+    """Take untimed steps; the state's bytes, counted while gradients exist."""
+    timer = StepTimer()
+    for _ in range(steps):
+        subject.step(timer)
+    subject.forward_backward(timer)
+    counted = subject.state_bytes()
+    subject.optimizer.zero_grad(set_to_none=True)
+    return counted
+
+
+def interleave(subjects: Sequence[Subject], rounds: int, notify: Notify) -> dict[str, list[Sample]]:
+    """Each round takes one step of every subject, starting with the next one: ABC, BCA, CAB."""
+    samples: dict[str, list[Sample]] = {subject.variant: [] for subject in subjects}
+    for i in range(rounds):
+        first = i % len(subjects)
+        for subject in [*subjects[first:], *subjects[:first]]:
+            samples[subject.variant].append(_timed_step(subject))
+        steps = ", ".join(f"{name} {taken[-1]['step']:.3f} s" for name, taken in samples.items())
+        notify(f"round {i + 1} of {rounds}: {steps}")
+    return samples
+
+
+def _timed_step(subject: Subject) -> Sample:
+    gc.collect()
+    timer = StepTimer(subject.synchronize)
+    begin = time.process_time()
+    subject.step(timer)
+    cpu = time.process_time() - begin
+    phases = timer.take()
+    return {**phases, "step": sum(phases.values()), "cpu": cpu}
+
+
+def time_boundaries(subject: Subject, iterations_per_round: int) -> tuple[float, float]:
+    """Seconds of a boundary that only swaps (median), and of one that ends every round."""
+    timer = StepTimer(subject.synchronize)
+    swaps = []
+    for position in range(1, SWAPS + 1):
+        # Beyond the first round, so that no position is a multiple of a short round.
+        iteration = iterations_per_round * position + 1
+        if subject.boundary(timer, iteration=iteration):
+            break
+        swaps.append(timer.take()["boundary"])
+    timer.take()
+    subject.boundary(timer, iteration=iterations_per_round * (SWAPS + 1))
+    redecompose = timer.take()["boundary"]
+    return median(swaps or [redecompose]), redecompose

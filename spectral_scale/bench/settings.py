@@ -1,0 +1,94 @@
+"""What `bench step` measures. No torch here."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from spectral_scale.config.check import check_spectral_rank
+from spectral_scale.config.presets import PRESETS, Architecture, resolve_architecture
+from spectral_scale.config.schema import ModelConfig, RunConfig, SpectralConfig, TrainConfig
+from spectral_scale.errors import ConfigError
+
+Variant = Literal["dense", "sst residual", "sst factored"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """One run of the benchmark."""
+
+    model: str = "opt-1.3b"
+    """A preset, or a local transformers folder."""
+    blocks: int | None = None
+    """Transformer blocks; None: 1, or all of a whole model."""
+    whole_model: bool = False
+    """With embeddings, final norm, head and loss; otherwise blocks alone."""
+    batch_size: int = 1
+    """Sequences a step."""
+    sequence_length: int = 512
+    """Tokens a sequence."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """As `train.precision`: bf16 has bf16 products and frozen weights, fp32 trained weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the step runs."""
+    threads: int = 1
+    """Threads of one operation on the CPU."""
+    spectral_rank: int = 64
+    """r of both SST storages."""
+    steps: int = 7
+    """Timed steps of each variant."""
+    warmup_steps: int = 2
+    """Untimed steps of each variant before."""
+    steps_per_iteration: int = 200
+    """T3, over which a boundary's time is spread."""
+
+
+def architecture_of(settings: StepSettings) -> Architecture:
+    """The model's shapes. Raises ConfigError for settings that cannot run."""
+    architecture = resolve_architecture(model_config(settings))
+    spectral = SpectralConfig(spectral_rank=settings.spectral_rank)
+    for problem in check_spectral_rank(spectral, architecture):
+        raise ConfigError(problem)
+    if num_blocks(settings, architecture) > architecture.num_layers:
+        raise ConfigError(
+            f"--blocks {settings.blocks} given, {settings.model} has {architecture.num_layers}"
+        )
+    taken = settings.warmup_steps + settings.steps
+    if taken >= settings.steps_per_iteration:
+        raise ConfigError(
+            f"{taken} steps given with the warm-up, fewer than --steps-per-iteration "
+            f"{settings.steps_per_iteration} required: no boundary may fall among timed steps"
+        )
+    return architecture
+
+
+def num_blocks(settings: StepSettings, architecture: Architecture) -> int:
+    """Transformer blocks that are measured."""
+    if settings.blocks is not None:
+        return settings.blocks
+    return architecture.num_layers if settings.whole_model else 1
+
+
+def model_config(settings: StepSettings) -> ModelConfig:
+    """The `model` section of a run of these settings."""
+    name = settings.model
+    is_folder = name not in PRESETS and Path(name).is_dir()
+    model = ModelConfig(name=None, path=name) if is_folder else ModelConfig(name=name)
+    return replace(model, sequence_length=settings.sequence_length)
+
+
+def run_config(settings: StepSettings, variant: Variant) -> RunConfig:
+    """The run whose step `variant` is, with the defaults of training in everything not measured."""
+    spectral = SpectralConfig(
+        method="full" if variant == "dense" else "sst",
+        storage="factored" if variant == "sst factored" else "residual",
+        spectral_rank=settings.spectral_rank,
+        steps_per_iteration=settings.steps_per_iteration,
+    )
+    train = TrainConfig(
+        precision=settings.dtype,
+        device=settings.device,
+        global_batch_size=settings.batch_size,
+        micro_batch_size=settings.batch_size,
+    )
+    return RunConfig(model=model_config(settings), spectral=spectral, train=train)

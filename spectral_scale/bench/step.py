@@ -1,0 +1,148 @@
+"""Dense AdamW, SST residual and SST factored in one run, interleaved, by the parts of a step."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from spectral_scale.backends.torch import pick_device
+from spectral_scale.bench.machine import LoadWatch, describe_machine, load_warning
+from spectral_scale.bench.memory import state_formula
+from spectral_scale.bench.results import Boundary, Spread, StepBench, VariantResult
+from spectral_scale.bench.sampling import (
+    PHASES,
+    Notify,
+    Sample,
+    interleave,
+    time_boundaries,
+    warm_up,
+)
+from spectral_scale.bench.settings import (
+    VARIANTS,
+    StepSettings,
+    Variant,
+    architecture_of,
+    num_blocks,
+)
+from spectral_scale.bench.subject import Subject
+from spectral_scale.bench.workload import build_on_meta, make_workload
+from spectral_scale.config.presets import Architecture, linear_shapes
+
+
+def bench_step(settings: StepSettings, notify: Notify = lambda _: None) -> StepBench:
+    """Measure a step of every variant on this machine.
+
+    Args:
+        settings: what to measure.
+        notify: told what happens, a line at a time.
+
+    Raises:
+        ConfigError: settings that cannot run.
+    """
+    architecture = architecture_of(settings)
+    device = pick_device(settings.device, 0)
+    average = os.getloadavg()[0]
+    with _threads(settings.threads):
+        workload = make_workload(settings, architecture, device)
+        subjects, counted = [], {}
+        for variant in VARIANTS:
+            notify(f"building {variant}")
+            subjects.append(Subject(settings, variant, architecture, workload))
+            counted[variant] = warm_up(subjects[-1], settings.warmup_steps)
+        load = LoadWatch()
+        samples = interleave(subjects, settings.steps, notify)
+        others = load.others()
+        results = [
+            _result(
+                variant,
+                samples,
+                counted=counted[variant],
+                formula=_formula(settings, variant, architecture),
+                boundary=_boundary(subject, samples[variant], notify),
+            )
+            for variant, subject in zip(VARIANTS, subjects, strict=True)
+        ]
+    return StepBench(
+        machine=describe_machine(device),
+        settings=settings,
+        blocks=num_blocks(settings, architecture),
+        load_average_at_start=average,
+        load_average_at_end=os.getloadavg()[0],
+        other_processors_busy=others,
+        warning=load_warning(average_at_start=average, others=others, threads=settings.threads),
+        results=results,
+    )
+
+
+def _result(
+    variant: Variant,
+    samples: dict[str, list[Sample]],
+    *,
+    counted: dict[str, int],
+    formula: dict[str, int],
+    boundary: Boundary | None,
+) -> VariantResult:
+    own, dense = samples[variant], samples["dense"]
+
+    def spread(key: str) -> Spread:
+        return Spread.of([sample[key] for sample in own])
+
+    def ratio(key: str) -> Spread:
+        return Spread.of([a[key] / b[key] for a, b in zip(own, dense, strict=True)])
+
+    return VariantResult(
+        variant=variant,
+        step_seconds=spread("step"),
+        phase_seconds={phase: spread(phase) for phase in PHASES},
+        cpu_seconds=spread("cpu"),
+        step_ratio=ratio("step"),
+        cpu_ratio=ratio("cpu"),
+        state_bytes=counted,
+        formula_bytes=formula,
+        boundary=boundary,
+    )
+
+
+def _boundary(subject: Subject, samples: list[Sample], notify: Notify) -> Boundary | None:
+    if subject.controller is None:
+        return None
+    notify(f"boundaries of {subject.variant}")
+    schedule = subject.controller.schedule
+    swap, redecompose = time_boundaries(subject, schedule.iterations_per_round)
+    extra = (redecompose - swap) / schedule.iterations_per_round
+    amortised = (swap + extra) / schedule.steps_per_iteration
+    step = Spread.of([sample["step"] for sample in samples]).median
+    return Boundary(
+        swap_seconds=swap,
+        redecompose_seconds=redecompose,
+        iterations_per_round=schedule.iterations_per_round,
+        amortised_seconds=amortised,
+        share_of_step=amortised / step,
+    )
+
+
+def _formula(
+    settings: StepSettings, variant: Variant, architecture: Architecture
+) -> dict[str, int]:
+    """Expected bytes; the elements besides the blocks' matrices are those of the dense model."""
+    blocks = num_blocks(settings, architecture)
+    matrices = [*linear_shapes(architecture).values()] * blocks
+    total = sum(p.numel() for p in build_on_meta(settings, architecture).parameters())
+    return state_formula(
+        variant,
+        matrices,
+        other_elements=total - sum(m * n for m, n in matrices),
+        spectral_rank=settings.spectral_rank,
+        frozen_bytes=2 if settings.dtype == "bf16" else 4,
+    )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

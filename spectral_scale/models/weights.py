@@ -100,7 +100,7 @@ def _weight_map(folder: Path) -> dict[str, Path]:
         if single.is_file():
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), single)
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: weights cannot be read: {error}") from None
     raise ConfigError(_why_no_weights(folder))
 

@@ -196,5 +196,3 @@ def test_a_folder_fixes_shapes_and_vocabulary(tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
         resolve_architecture(ModelConfig(name=None, path=str(tmp_path / "none")))
-
-

@@ -119,6 +119,7 @@ class SpectralController:
         )
         self.owners = assign_owners(shapes, self.collective.world_size)
         self.applied_steps = 0
+        self._proven = False
         self.store = store or TorchStore(model, optimizer, self.collective)
         compute_device = next(iter(self.layers.values())).u.device
         self.bank = SpectralBank(
@@ -186,6 +187,8 @@ class SpectralController:
         self._gather_spectra(mine, report)
         self._begin_iteration(iteration, report)
         self._check_counts(report)
+        if not self._proven:
+            self._prove_installed(report)
         report.seconds = time.perf_counter() - started
         return report
 
@@ -279,6 +282,31 @@ class SpectralController:
         k = min(min(m.in_features, m.out_features) for m in self.layers.values())
         if report.swapped_triplets == 0 and r < k:
             logger.warning("boundary %d swapped no triplet", report.iteration)
+
+    def _prove_installed(self, report: BoundaryReport) -> None:
+        """Read every installed direction back, once a process, and log what the boundary touched."""
+        device = next(iter(self.layers.values())).u.device
+        found = torch.zeros((), dtype=torch.int64, device=device)
+        for name, owner in self.owners.items():
+            installed = self.store.collect(f"{name}.u", owner=owner)
+            if installed is not None:
+                entry = self.bank[name]
+                expected = entry.u[:, entry.active].to(installed)
+                found += torch.isclose(installed, expected, atol=1e-2, rtol=0).all(dim=0).sum()
+        count = int(self.collective.all_reduce_sum(found))
+        if count != report.active_triplets:
+            raise SpectralError(
+                f"boundary {report.iteration} installed {count} of {report.active_triplets} "
+                "triplets; the store does not write where the model reads"
+            )
+        self._proven = True
+        logger.info(
+            "first boundary: %d layers, %d active triplets (%d of them swapped in), %d moments reset",
+            report.layers,
+            report.active_triplets,
+            report.swapped_triplets,
+            report.moments_reset,
+        )
 
     # -- state -----------------------------------------------------------------------------
 

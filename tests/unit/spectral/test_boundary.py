@@ -312,3 +312,13 @@ def test_state_round_trip_into_fresh_objects() -> None:
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     second.controller.load_state(saved.__getitem__, first.controller.applied_steps)
     assert second.run(11) == expected
+
+
+def test_a_store_that_writes_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first boundary reads back what it installed; the twin loses every write."""
+    trainer = Trainer()
+    trainer.run(4)
+    trainer.step()
+    monkeypatch.setattr(trainer.controller.store, "install", lambda *_, **__: None)
+    with pytest.raises(SpectralError, match=r"installed \d+ of 8 triplets"):
+        trainer.controller.after_step()

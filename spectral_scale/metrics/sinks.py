@@ -16,7 +16,6 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-HISTOGRAM_SUFFIX = "/histogram"
 TENSORBOARD_FLUSH_SECONDS = 10
 
 Value = float | int | str | Sequence[Any] | Mapping[str, Any]
@@ -61,8 +60,7 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Append one line of `values` at `step`, flushed; never raises.
 
-        Numbers also become tensorboard scalars, and lists under keys that end in `/histogram`
-        tensorboard histograms. NaN and infinities are written as the strings "NaN", "Infinity"
+        Numbers also become tensorboard scalars, and lists of numbers tensorboard histograms. NaN and infinities are written as the strings "NaN", "Infinity"
         and "-Infinity", which `read_metrics` turns back. `step` and `time` are the log's own.
         """
         for sink in self._sinks:
@@ -227,7 +225,7 @@ class _TensorboardSink:
                 value, bool
             ):
                 self._writer.add_scalar(key, number, step)
-            elif isinstance(value, list) and key.endswith(HISTOGRAM_SUFFIX):
+            elif isinstance(value, list):
                 finite = [item for item in value if isinstance(item, (int, float))]
                 if finite:
                     self._writer.add_histogram(key, np.asarray(finite), step)

@@ -1,4 +1,4 @@
-"""Shapes by name: the built models have the published sizes, and their linears the stated shapes."""
+"""Shapes by name: built models have the published sizes, their linears the stated shapes."""
 
 import json
 from pathlib import Path

@@ -1,13 +1,10 @@
 """One process, or DistributedDataParallel: every rank holds every parameter whole."""
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,11 +13,10 @@ from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.optim.build import create_state
 from spectral_scale.optim.groups import kinds
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
-from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
+from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.group import join_group, leave_group
 from spectral_scale.parallel.store import TorchStore
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class TorchBackend:
@@ -30,16 +26,7 @@ class TorchBackend:
 
     def __init__(self, facts: RankFacts, device: str) -> None:
         self.device = pick_device(device, facts.local_rank)
-        if facts.world_size > 1:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            host = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(host, timeout=COLLECTIVE_TIMEOUT)
-            if host == "gloo" and dist.group.WORLD is not None:
-                _keep_until_exit(dist.group.WORLD)
-            self.collective = ProcessGroup(self.device)
-        else:
-            self.collective = SingleProcess()
+        self.collective = join_group(facts.world_size, self.device)
         self.data_rank, self.data_world_size = facts.rank, facts.world_size
         self._model: nn.Module
         self._wrapped: nn.Module
@@ -117,19 +104,7 @@ class TorchBackend:
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the process group, if there is one; collective unless this rank has failed."""
-        if dist.is_initialized():
-            if not failed:
-                dist.barrier()
-            dist.destroy_process_group()
-
-
-def _keep_until_exit(group: dist.ProcessGroup) -> None:
-    """Never let the group's destructor run; the process's end frees it.
-
-    gloo's thread takes the GIL to drop the tensors of its last collective, and the destructor joins
-    that thread while it holds the GIL: a group that is freed too soon hangs the process for good.
-    """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        leave_group(failed=failed)
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:

@@ -67,7 +67,7 @@ class TrainingLoop:
         """Run to the end. A stop request is honoured after the step in progress."""
         run, total = self.run, self.run.config.train.steps
         stopped = None
-        with StopRequest(run.backend.collective, run.backend.device) as stop:
+        with StopRequest(run.backend.collective) as stop:
             if self.step == 0:
                 opening: dict[str, Any] = {}
                 self._first = self._evaluate(opening)

@@ -20,9 +20,8 @@ class StopRequest:
     Use as a context manager around the loop. The previous checkpoint stays valid either way.
     """
 
-    def __init__(self, collective: Collective, device: torch.device) -> None:
+    def __init__(self, collective: Collective) -> None:
         self._collective = collective
-        self._device = device
         self._received: str | None = None
         self._received_at = 0.0
         self._previous: dict[int, object] = {}
@@ -53,7 +52,7 @@ class StopRequest:
         """Whether any rank was asked to stop. Collective; called between steps."""
         if self._collective.world_size == 1:
             return self._received is not None
-        flag = torch.tensor([int(self._received is not None)], device=self._device)
+        flag = torch.tensor([int(self._received is not None)])
         return bool(self._collective.all_reduce_sum(flag).item())
 
     @property

@@ -63,7 +63,7 @@ PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "ma
 FORBIDDEN_NAMES = {"eval", "exec", "__import__"}
 FORBIDDEN_CALLS = re.compile(
     r"torch\.(serialization\.)?load|torch\.hub\.\w+|os\.(system|popen)"
-    r"|yaml\.(load|load_all|full_load|unsafe_load)"
+    r"|yaml\.(full_load|unsafe_load)(_all)?"
     r"|(.+\.)?(all_gather_object|gather_object|send_object_list|recv_object_list"
     r"|broadcast_object_list|scatter_object_list)"
 )
@@ -125,7 +125,9 @@ def violations(path: str, source: str) -> list[str]:
         fault = _import_fault(path, imported.module)
         found += [f"{path}:{imported.line}: {fault}"] if fault else []
     for node in ast.walk(tree):
-        fault = _call_fault(path, node) if isinstance(node, ast.Call) else None
+        fault = None
+        if isinstance(node, ast.Call):
+            fault = _call_fault(path, node) or _yaml_fault(node, tree)
         found += [f"{path}:{node.lineno}: {fault}"] if fault else []
     return found
 
@@ -167,6 +169,18 @@ def _call_fault(path: str, node: ast.Call) -> str | None:
         if keyword.arg in FORBIDDEN_KEYWORDS and value is FORBIDDEN_KEYWORDS[keyword.arg]:
             return f"{keyword.arg}={value} is forbidden"
     return None
+
+
+def _yaml_fault(node: ast.Call, tree: ast.Module) -> str | None:
+    """yaml.load is fine with the safe loader, or with a class of the same file built on it."""
+    if ast.unparse(node.func) not in ("yaml.load", "yaml.load_all"):
+        return None
+    safe = {"yaml.SafeLoader", "yaml.CSafeLoader"}
+    classes = [c for c in ast.walk(tree) if isinstance(c, ast.ClassDef)]
+    safe |= {c.name for c in classes if safe & {ast.unparse(base) for base in c.bases}}
+    if any(k.arg == "Loader" and ast.unparse(k.value) in safe for k in node.keywords):
+        return None
+    return "yaml.load needs a safe Loader"
 
 
 def load_graph(sources: dict[str, str]) -> dict[str, set[str]]:
@@ -234,7 +248,13 @@ BAD = {
     "exec": ("config/bad.py", "exec(text)"),
     "shell": ("cli/bad.py", "subprocess.run(command, shell=True)"),
     "os.system": ("cli/bad.py", "os.system(command)"),
-    "yaml.load": ("config/bad.py", "yaml.load(text, Loader=yaml.SafeLoader)"),
+    "yaml.load": ("config/bad.py", "yaml.load(text)"),
+    "yaml.full_load": ("config/bad.py", "yaml.full_load(text)"),
+    "an unsafe loader": ("config/bad.py", "yaml.load(text, Loader=yaml.Loader)"),
+    "an own unsafe loader": (
+        "config/bad.py",
+        "class Mine(yaml.Loader):\n    pass\nyaml.load(text, Loader=Mine)",
+    ),
     "remote code": ("data/bad.py", "AutoTokenizer.from_pretrained(p, trust_remote_code=True)"),
     "pickled arrays": ("data/bad.py", "np.load(path, allow_pickle=True)"),
 }
@@ -250,6 +270,10 @@ GOOD = {
     "model.eval()": ("engine/good.py", "model.eval()"),
     "no remote code": ("data/good.py", "load(path, trust_remote_code=False)"),
     "safe yaml": ("config/good.py", "yaml.safe_load(text)"),
+    "an own safe loader": (
+        "config/good.py",
+        "class Mine(yaml.SafeLoader):\n    pass\nyaml.load(text, Loader=Mine)",
+    ),
     "the own host": ("backends/deepspeed.py", "import deepspeed"),
     "a layer below": ("engine/good.py", "from spectral_scale.spectral.bank import Bank"),
     "a similar name": ("config/good.py", "import torchless"),

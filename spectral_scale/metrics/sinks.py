@@ -60,8 +60,9 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Append one line of `values` at `step`, flushed; never raises.
 
-        Numbers also become tensorboard scalars, and lists of numbers tensorboard histograms. NaN and infinities are written as the strings "NaN", "Infinity"
-        and "-Infinity", which `read_metrics` turns back. `step` and `time` are the log's own.
+        Numbers also become tensorboard scalars, and lists of numbers tensorboard histograms. NaN
+        and infinities are written as the strings "NaN", "Infinity" and "-Infinity", which
+        `read_metrics` turns back. `step` and `time` are the log's own.
         """
         for sink in self._sinks:
             with self._guarded(sink.name):

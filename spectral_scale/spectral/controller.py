@@ -284,7 +284,7 @@ class SpectralController:
             logger.warning("boundary %d swapped no triplet", report.iteration)
 
     def _prove_installed(self, report: BoundaryReport) -> None:
-        """Read every installed direction back, once a process, and log what the boundary touched."""
+        """Read every installed direction back, once a process, and log what was touched."""
         device = next(iter(self.layers.values())).u.device
         found = torch.zeros((), dtype=torch.int64, device=device)
         for name, owner in self.owners.items():
@@ -301,7 +301,7 @@ class SpectralController:
             )
         self._proven = True
         logger.info(
-            "first boundary: %d layers, %d active triplets (%d of them swapped in), %d moments reset",
+            "first boundary: %d layers, %d active triplets (%d swapped in), %d moments reset",
             report.layers,
             report.active_triplets,
             report.swapped_triplets,

@@ -30,15 +30,20 @@ TINY = {
 }
 
 
-def tiny_config(corpus: Path, run_dir: Path, **changes: Any) -> RunConfig:
-    """TINY on `corpus`, with changes given as section__key=value."""
+def tiny_words(corpus: Path, run_dir: Path, **changes: Any) -> list[str]:
+    """Command-line words of TINY on `corpus`, with changes given as section__key=value."""
     values = TINY | {
         "data.train": str(corpus / "train"),
         "data.validation": str(corpus / "valid"),
         "train.run_dir": str(run_dir),
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return load_config([], [f"--{key}={value}" for key, value in values.items()]).config
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def tiny_config(corpus: Path, run_dir: Path, **changes: Any) -> RunConfig:
+    """The configuration that `tiny_words` gives."""
+    return load_config([], tiny_words(corpus, run_dir, **changes)).config
 
 
 def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""The product of an SST layer and its gradients, arranged for speed.
+
+`testing.oracle.PlainSpectralProduct` says the same in the plainest words and is what this is tested
+against. What differs was measured (docs/benchmarks.md): products accumulate into existing outputs,
+token sums of wide tensors go by blocks that stay in the processor's cache, and the fixed
+directions' temporaries are scaled in place.
+
+Shape suffixes: T tokens, O out_features, I in_features, R trained triplets, F fixed triplets.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_ROWS = 128
+"""Tokens that a sum over tokens takes at a time on the CPU."""
+
+
+class SpectralProduct(torch.autograd.Function):
+    """y = x W_res^T + ((x v) sigma_R) u^T + ((x v_fixed) sigma_F) u_fixed^T + bias.
+
+    Gradients, with z = x v and h = (dL/dy) u: `enhanced` gives dL/du = g^T z, dL/dv = x^T h (the
+    singular value left out, methods section "SST"); otherwise the true partials, each column times
+    its sigma. dL/dsigma = sum over tokens of h z. No dense weight gradient is ever formed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        residual_OI: Tensor | None,
+        u_OR: Tensor,
+        v_IR: Tensor,
+        u_OF: Tensor | None,
+        v_IF: Tensor | None,
+        sigma: Tensor,
+        bias_O: Tensor | None,
+        enhanced: bool,
+        active_sigma_only: bool,
+    ) -> Tensor:
+        """All of x's dtype, except u, v, sigma and bias, which are cast to it."""
+        dtype = x_TI.dtype
+        r = u_OR.shape[1]
+        u, v, s = u_OR.to(dtype), v_IR.to(dtype), sigma.to(dtype)
+        z = x_TI @ v
+        if residual_OI is not None:
+            y = _affine(x_TI, residual_OI.t(), bias_O)
+            y.addmm_(z * s[:r], u.t())
+        else:
+            y = _affine(z * s[:r], u.t(), bias_O)
+        z_fixed = None
+        if u_OF is not None and v_IF is not None:
+            z_fixed = x_TI @ v_IF
+            y.addmm_(z_fixed * s[r:], u_OF.t())
+        z_kept = None if active_sigma_only else z_fixed
+        ctx.save_for_backward(x_TI, residual_OI, u, v, u_OF, v_IF, s, z, z_kept)
+        ctx.enhanced, ctx.active_sigma_only = enhanced, active_sigma_only
+        ctx.dtypes = u_OR.dtype, v_IR.dtype, sigma.dtype, None if bias_O is None else bias_O.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, u, v, sigma and bias."""
+        g = grads[0]
+        x, residual, u, v, u_fixed, v_fixed, s, z, z_fixed = ctx.saved_tensors
+        u_dtype, v_dtype, sigma_dtype, bias_dtype = ctx.dtypes
+        r = u.shape[1]
+        h = g @ u
+        d_u, d_v = g.t() @ z, x.t() @ h
+        if not ctx.enhanced:
+            d_u, d_v = d_u.mul_(s[:r]), d_v.mul_(s[:r])
+        d_sigma = sum_of_products(h, z, sigma_dtype)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            h.mul_(s[:r])
+            d_x = h @ v.t() if residual is None else (g @ residual).addmm_(h, v.t())
+        if u_fixed is not None:
+            d_fixed, d_x = _backward_fixed(ctx, g, d_x, u_fixed, v_fixed, s[r:], z_fixed)
+            d_sigma = torch.cat([d_sigma, d_fixed])
+        d_bias = None if bias_dtype is None else column_sums(g, bias_dtype)
+        return (
+            d_x, None, d_u.to(u_dtype), d_v.to(v_dtype), None, None, d_sigma, d_bias, None, None
+        )  # fmt: skip
+
+
+def _affine(a_TK: Tensor, b_KO: Tensor, bias_O: Tensor | None) -> Tensor:
+    """a b + bias, in a's dtype."""
+    return a_TK @ b_KO if bias_O is None else torch.addmm(bias_O.to(a_TK.dtype), a_TK, b_KO)
+
+
+def _backward_fixed(
+    ctx: Any,
+    g_TO: Tensor,
+    d_x_TI: Tensor | None,
+    u_OF: Tensor,
+    v_IF: Tensor,
+    s_F: Tensor,
+    z_TF: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The fixed directions' gradient of sigma (zero without z), and d_x with their part added."""
+    d_sigma = torch.zeros_like(s_F, dtype=ctx.dtypes[2])
+    if d_x_TI is None and z_TF is None:
+        return d_sigma, None
+    h = g_TO @ u_OF
+    if z_TF is not None:
+        d_sigma = sum_of_products(h, z_TF, d_sigma.dtype)
+    if d_x_TI is not None:
+        d_x_TI.addmm_(h.mul_(s_F), v_IF.t())
+    return d_sigma, d_x_TI
+
+
+def sum_of_products(h_TR: Tensor, z_TR: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum over tokens of h z (R,), computed in `dtype`."""
+    total = torch.zeros(h_TR.shape[1], dtype=dtype, device=h_TR.device)
+    for h, z in zip(_blocks(h_TR), _blocks(z_TR), strict=True):
+        total += (h.to(dtype) * z.to(dtype)).sum(0)
+    return total
+
+
+def column_sums(g_TO: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum over tokens of g (O,), computed in `dtype`."""
+    total = torch.zeros(g_TO.shape[1], dtype=dtype, device=g_TO.device)
+    for g in _blocks(g_TO):
+        total += g.sum(0, dtype=dtype)
+    return total
+
+
+def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Blocks of rows. A GPU casts within the reduction's one kernel and gains nothing from them."""
+    rows = BLOCK_ROWS if tensor.device.type == "cpu" else max(1, tensor.shape[0])
+    return tensor.split(rows)

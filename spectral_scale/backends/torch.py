@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spectral_scale.backends.base import StepStats
+from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.optim.build import create_state
 from spectral_scale.optim.groups import kinds
@@ -105,6 +106,11 @@ class TorchBackend:
     def close(self, *, failed: bool = False) -> None:
         """Leave the process group, if there is one; collective unless this rank has failed."""
         leave_group(failed=failed)
+
+
+def open_backend(config: RunConfig, facts: RankFacts) -> TorchBackend:
+    """Start it for a run; see `engine.hosts`."""
+    return TorchBackend(facts, config.train.device)
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+from spectral_scale.config.capability import refusals
 from spectral_scale.config.presets import Architecture, linear_shapes, resolve_architecture
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 from spectral_scale.errors import ConfigError
@@ -11,6 +12,7 @@ from spectral_scale.errors import ConfigError
 def check_config(config: RunConfig, *, world_size: int) -> Architecture:
     """Raise one ConfigError that lists every broken rule; return the model's shapes if none is."""
     problems = [*_check_ranges(config), *_check_batches(config, world_size)]
+    problems += refusals(config, world_size=world_size)
     try:
         architecture = resolve_architecture(config.model)
         problems += _check_spectral(config.spectral, architecture)

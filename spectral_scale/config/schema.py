@@ -116,8 +116,23 @@ class DataConfig:
 class ParallelConfig:
     """Who holds what."""
 
-    backend: Literal["torch"] = "torch"
-    """torch: one process, or DistributedDataParallel under a launcher."""
+    backend: Literal["torch", "deepspeed", "fsdp2"] = "torch"
+    """torch: one process, or DistributedDataParallel under a launcher; deepspeed: ZeRO; fsdp2:
+    torch's fully_shard, HSDP if `shard_group` is smaller than the number of ranks."""
+    zero_stage: Literal[0, 1, 2, 3] | Auto = "auto"
+    """deepspeed: what is sharded over ranks; 1: optimizer state, 2: gradients too, 3: weights too;
+    auto: that of `deepspeed_config`, else 2."""
+    offload: Literal["none", "cpu"] = "none"
+    """deepspeed: where optimizer state (and weights in stage 3) rests."""
+    shard_group: int | Auto = "auto"
+    """fsdp2: ranks that share one copy of the model, counted from rank 0; auto: all of them. A
+    smaller number, best the GPUs of one machine, keeps as many copies as there are groups."""
+    residual: Literal["auto", "replicated", "sharded"] = "auto"
+    """Frozen weights of converted layers: whole on every rank, or sharded and gathered for each
+    forward and backward pass; auto: sharded where trained weights are (fsdp2, ZeRO-3)."""
+    deepspeed_config: str | None = None
+    """deepspeed: a JSON file in DeepSpeed's format; numbers that differ from the run's are errors,
+    "auto" takes the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)

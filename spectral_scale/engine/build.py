@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectral_scale.backends.torch import TorchBackend, pick_device
+from spectral_scale.backends.base import Backend
+from spectral_scale.backends.torch import pick_device
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.config.check import check_config
 from spectral_scale.config.presets import Architecture, linear_shapes
@@ -18,6 +19,7 @@ from spectral_scale.data.loader import TrainLoader, ValidationLoader
 from spectral_scale.data.packing import count_samples
 from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
+from spectral_scale.engine.hosts import open_backend, require_host
 from spectral_scale.engine.identity import check_identity, run_identity
 from spectral_scale.engine.methods import METHODS, ControllerParts, MethodController
 from spectral_scale.engine.tokenizers import check_folder_tokenizer
@@ -43,7 +45,7 @@ class Run:
     """As resolved (vocabulary included)."""
     architecture: Architecture
     """The model's shapes."""
-    backend: TorchBackend
+    backend: Backend
     """The host of the training step."""
     model: PreTrainedModel
     """The model itself, for evaluation and state."""
@@ -90,6 +92,7 @@ def check_inputs(config: RunConfig, facts: RankFacts) -> Inputs:
     """
     require_rendezvous(facts)
     check_config(config, world_size=facts.world_size)
+    require_host(config)
     pick_device(config.train.device, facts.local_rank)
     train, validation = open_data(config)
     config = with_vocabulary(config, train)
@@ -110,7 +113,7 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
     config, architecture = inputs.config, inputs.architecture
     train_tokens, validation_tokens = inputs.train, inputs.validation
 
-    backend = TorchBackend(facts, config.train.device)
+    backend = open_backend(config, facts)
     _set_determinism(config, backend.device)
     loader, validation = _build_loaders(config, backend, train_tokens, validation_tokens)
     identity = run_identity(config, architecture, loader)
@@ -204,7 +207,7 @@ def frozen_dtype(config: RunConfig) -> torch.dtype:
 
 
 def _build_loaders(
-    config: RunConfig, backend: TorchBackend, train: TokenFolder, held_out: TokenFolder | None
+    config: RunConfig, backend: Backend, train: TokenFolder, held_out: TokenFolder | None
 ) -> tuple[TrainLoader, ValidationLoader | None]:
     loader = TrainLoader(
         train,

@@ -1,0 +1,102 @@
+"""What each backend can do: every "yes" names the test that proves it, every "no" its reason.
+
+`check_config` refuses what a backend cannot do before anything starts. No torch here.
+"""
+
+from collections.abc import Iterator
+
+from spectral_scale.config.schema import ParallelConfig, RunConfig
+from spectral_scale.config.support import FEATURES, No, Support
+from spectral_scale.config.support_deepspeed import DEEPSPEED
+from spectral_scale.config.support_fsdp2 import FSDP2, HSDP
+from spectral_scale.config.support_torch import TORCH
+
+
+def variant(parallel: ParallelConfig, *, world_size: int) -> str:
+    """The row of the table that a configuration runs on."""
+    if parallel.backend == "deepspeed":
+        suffix = "+offload" if parallel.offload == "cpu" else ""
+        return f"zero{zero_stage(parallel)}{suffix}"
+    if parallel.backend == "fsdp2" and shard_group_size(parallel, world_size) < world_size:
+        return "hsdp"
+    return parallel.backend
+
+
+def zero_stage(parallel: ParallelConfig) -> int:
+    """DeepSpeed's stage, once that of `deepspeed_config` has been taken over."""
+    return 2 if parallel.zero_stage == "auto" else parallel.zero_stage
+
+
+def shard_group_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Ranks that share one copy of the model."""
+    return world_size if parallel.shard_group == "auto" else parallel.shard_group
+
+
+def shards_residual(parallel: ParallelConfig) -> bool:
+    """Whether frozen weights of converted layers are sharded."""
+    if parallel.residual != "auto":
+        return parallel.residual == "sharded"
+    if parallel.backend == "deepspeed":
+        return zero_stage(parallel) == 3
+    return parallel.backend == "fsdp2"
+
+
+def requested(config: RunConfig) -> Iterator[str]:
+    """The features a configuration asks for."""
+    spectral, model = config.spectral, config.model
+    yield f"method={spectral.method}"
+    yield f"precision={config.train.precision}"
+    if spectral.method == "sst":
+        yield f"storage={spectral.storage}"
+    if spectral.method in ("sst", "lora", "relora"):
+        yield "residual=sharded" if shards_residual(config.parallel) else "residual=replicated"
+    for key in ("activation_checkpointing", "compile"):
+        if getattr(model, key):
+            yield key
+    if model.dropout > 0:
+        yield "dropout"
+
+
+def key_problems(parallel: ParallelConfig, *, world_size: int) -> Iterator[str]:
+    """Keys that the backend does not read, and shard groups that do not fit."""
+    backend = parallel.backend
+    owners: dict[str, tuple[str, object]] = {
+        "zero_stage": ("deepspeed", "auto"),
+        "offload": ("deepspeed", "none"),
+        "deepspeed_config": ("deepspeed", None),
+        "shard_group": ("fsdp2", "auto"),
+    }
+    for key, (owner, neutral) in owners.items():
+        value = getattr(parallel, key)
+        if value != neutral and backend != owner:
+            yield (
+                f"parallel.{key}={value} has no effect on parallel.backend={backend}; leave it "
+                f"out, or set parallel.backend={owner}"
+            )
+    group = shard_group_size(parallel, world_size)
+    if backend == "fsdp2" and (group < 1 or world_size % group):
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        yield (
+            f"parallel.shard_group={group} must divide the {world_size} ranks; one of {divisors}"
+        )
+
+
+def refusals(config: RunConfig, *, world_size: int) -> Iterator[str]:
+    """Every feature asked for that the backend cannot do, with the reason."""
+    parallel = config.parallel
+    yield from key_problems(parallel, world_size=world_size)
+    row = variant(parallel, world_size=world_size)
+    supported = CAPABILITIES[row]
+    for feature in requested(config):
+        support = supported.get(feature, No("no test has shown it yet"))
+        if isinstance(support, No):
+            yield f"{FEATURES[feature]} ({feature}) does not run on {row}: {support.reason}"
+
+
+CAPABILITIES: dict[str, dict[str, Support]] = {
+    "torch": TORCH,
+    "fsdp2": FSDP2,
+    "hsdp": HSDP,
+    **DEEPSPEED,
+}
+"""Row (see `variant`) -> feature -> support; what a row does not name is refused."""

@@ -1,0 +1,46 @@
+"""What a backend can be asked for, and how an answer looks. No torch here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Yes:
+    """A feature that works."""
+
+    test: str
+    """The test that proves it, as pytest names it from the root of the repository."""
+
+
+@dataclass(frozen=True)
+class No:
+    """A feature that is refused."""
+
+    reason: str
+    """Why, and what to do instead."""
+
+
+Support = Yes | No
+
+FEATURES: dict[str, str] = {
+    "method=full": "dense training",
+    "method=sst": "SST",
+    "method=lora": "LoRA",
+    "method=relora": "ReLoRA*",
+    "method=galore": "GaLore",
+    "storage=residual": "SST, residual storage",
+    "storage=factored": "SST, factored storage",
+    "precision=fp32": "fp32",
+    "precision=bf16": "bf16",
+    "precision=fp64": "fp64 (tests)",
+    "residual=replicated": "frozen weights replicated",
+    "residual=sharded": "frozen weights sharded",
+    "accumulation": "gradient accumulation",
+    "clipping": "gradient clipping by kind of group",
+    "dropout": "dropout",
+    "activation_checkpointing": "activation checkpointing",
+    "compile": "compiled blocks",
+    "resume": "bit-exact resume",
+    "reshard": "resume at another world size",
+    "migrate": "resume from another backend",
+}
+"""Feature -> its name for a person. One with a setting is `key=value`, else a switch or a habit."""

@@ -1,0 +1,30 @@
+"""What plain torch, alone or under DistributedDataParallel, can do."""
+
+from spectral_scale.config.support import No, Support, Yes
+
+_RESUME = "tests/integration/test_resume.py::"
+_DDP = "tests/distributed/test_ddp.py::test_ddp_equals_one_process"
+_METHODS = "tests/unit/baselines/test_method_runs.py"
+
+TORCH: dict[str, Support] = {
+    "method=full": Yes(f"{_RESUME}test_resume_is_bit_exact[dense training]"),
+    "method=sst": Yes(_DDP),
+    "method=lora": Yes(_METHODS),
+    "method=relora": Yes(_METHODS),
+    "method=galore": Yes(_METHODS),
+    "storage=residual": Yes(_DDP),
+    "storage=factored": Yes(f"{_RESUME}test_resume_is_bit_exact[factored storage]"),
+    "precision=fp32": Yes(_DDP),
+    "precision=bf16": Yes(f"{_RESUME}test_resume_is_bit_exact[bf16]"),
+    "precision=fp64": Yes("tests/unit/layers/test_sst_theory.py"),
+    "residual=replicated": Yes(_DDP),
+    "residual=sharded": No("every rank holds the whole model; set parallel.backend=fsdp2"),
+    "accumulation": Yes(_DDP),
+    "clipping": Yes(_DDP),
+    "dropout": Yes(f"{_RESUME}test_resume_is_bit_exact[dropout]"),
+    "activation_checkpointing": Yes("tests/unit/models/test_materialised_models.py"),
+    "compile": Yes("tests/unit/models/test_compiled_blocks.py"),
+    "resume": Yes(f"{_RESUME}test_ddp_resume_is_bit_exact"),
+    "reshard": Yes(f"{_RESUME}test_resume_at_another_world_size"),
+    "migrate": No("not shown yet"),
+}

@@ -203,26 +203,32 @@ def _write_report(run_dir: Path) -> None:
 
 
 def _say_done(run_dir: Path, step: int, output: str) -> None:
-    from spectral_scale.metrics.history import read_metrics
-
-    points = [
-        (line["step"], line["validation/perplexity"])
-        for line in read_metrics(run_dir)
-        if "validation/perplexity" in line
-    ]
+    points = _perplexities(run_dir)
     result: dict[str, Any] = {"run_dir": str(run_dir), "step": step, "state": "completed"}
     if points:
-        result |= {"perplexity_before": points[0][1], "perplexity_after": points[-1][1]}
+        result |= {"perplexity_before": points[0], "perplexity_after": points[-1]}
     if output == "json":
         print(json.dumps(result))
         return
     print(f"\nrun complete at step {step}")
     if points:
-        print(f"validation perplexity: {points[0][1]:.1f} before, {points[-1][1]:.1f} after")
+        print(f"validation perplexity: {points[0]:.1f} before, {points[-1]:.1f} after")
     print(f"report:      {run_dir / 'report.html'}")
     print(f"metrics:     {run_dir / 'metrics.jsonl'}")
     print(f"tensorboard: tensorboard --logdir {run_dir / 'tensorboard'}")
     print("next: train for longer with --train.steps, or start another run with --train.run_dir")
+
+
+def _perplexities(run_dir: Path) -> list[float]:
+    """Validation perplexities in the order of steps; none if metrics.jsonl cannot be read."""
+    from spectral_scale.metrics.history import read_metrics
+
+    key = "validation/perplexity"
+    try:
+        return [line[key] for line in read_metrics(run_dir) if key in line]
+    except OSError as error:  # the run itself is complete and saved
+        _say(f"metrics.jsonl cannot be read: {error}")
+        return []
 
 
 def _say(text: str) -> None:

@@ -19,12 +19,23 @@ def join_group(world_size: int, device: torch.device) -> Collective:
     """
     if world_size == 1:
         return SingleProcess()
+    dist.init_process_group(_host(device), timeout=COLLECTIVE_TIMEOUT)
+    keep_until_exit(dist.group.WORLD)
+    return ProcessGroup(torch.device("cpu"))
+
+
+def join_alone(device: torch.device) -> None:
+    """A group of one process, for hosts that work on a group only."""
+    store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not re-exported by name
+    dist.init_process_group(_host(device), store=store, rank=0, world_size=1)
+    keep_until_exit(dist.group.WORLD)
+
+
+def _host(device: torch.device) -> str:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    host = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(host, timeout=COLLECTIVE_TIMEOUT)
-    _keep_until_exit(dist.group.WORLD)
-    return ProcessGroup(torch.device("cpu"))
+        return "cpu:gloo,cuda:nccl"
+    return "gloo"
 
 
 def leave_group(*, failed: bool = False) -> None:
@@ -35,7 +46,7 @@ def leave_group(*, failed: bool = False) -> None:
         dist.destroy_process_group()
 
 
-def _keep_until_exit(group: dist.ProcessGroup | None) -> None:
+def keep_until_exit(group: dist.ProcessGroup | None) -> None:
     """Never let the group's destructor run; the process's end frees it.
 
     gloo's thread takes the GIL to drop the tensors of its last collective, and the destructor joins

@@ -57,5 +57,5 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """The signal this rank received, or that another rank did."""
-        return self._received or "another rank was asked to stop"
+        """The signal this rank received, or that another one did."""
+        return self._received or "a signal to another rank"

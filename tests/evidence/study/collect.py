@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from spectral_scale.metrics.history import MetricsHistory, load_history
 from study.plan import Trial, require_settings
 from study.results import Result, StudyError
 from study.settings import Settings
-
-from spectral_scale.metrics.history import MetricsHistory, load_history
 
 NOT_FINITE = "is not finite"
 """In the reason of a run that was given up because its loss or gradient overflowed."""

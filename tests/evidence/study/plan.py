@@ -87,7 +87,7 @@ def chosen_rate(results: Mapping[str, Result], variant: Variant) -> float | None
 
 def settings_of(variant: Variant, rate: float, dense_rate: float | None) -> Settings:
     """A variant's settings at one learning rate; `dense_rate` is that of embeddings and norms."""
-    rates = {variant.rate_key: rate}
+    rates: Settings = {variant.rate_key: rate}
     if variant.rate_key != "optimizer.lr":
         rates["optimizer.lr"] = dense_rate
     return declared.COMMON | variant.settings | rates

@@ -3,10 +3,9 @@
 import os
 from pathlib import Path
 
+from spectral_scale.data.prepare import prepare
 from study.results import StudyError
 from study.settings import VOCABULARY
-
-from spectral_scale.data.prepare import prepare
 
 DATA_VARIABLE = "SPECTRAL_SCALE_DATA"
 DEFAULT_DATA = Path(__file__).parents[4] / "shared" / "data"

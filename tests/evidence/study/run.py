@@ -16,14 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from spectral_scale.errors import SpectralScaleError
 from study.execute import Executor, train_command
 from study.listing import listing
 from study.plan import STAGES, Trial
 from study.prepare import prepare_books
 from study.render import render
 from study.results import StudyError, read_results
-
-from spectral_scale.errors import SpectralScaleError
 
 DOCS = Path(__file__).parents[3] / "docs"
 RESULTS = DOCS / "study" / "results"

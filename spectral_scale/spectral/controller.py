@@ -226,7 +226,7 @@ class SpectralController:
             report.swapped_triplets += swapped
             self._install(name, owner)
             report.layers += 1
-            report.active_triplets += self.layers[name].u.shape[1]
+            report.active_triplets += self.layers[name].trained_shapes()["u"][1]
         report.moments_reset = self.store.reset_moments(self._trained_fqns())
         totals = torch.tensor(
             [report.swapped_triplets, report.redecomposed, report.kept_factors], dtype=torch.int64

@@ -1,0 +1,134 @@
+"""The plots of the page, as PNG files. Each shows only what was measured, or is not made."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from spectral_scale.metrics.plots import RUN_COLORS
+from study import settings as declared
+from study.dip import boundaries, trained_norms
+from study.plan import tuned_rates
+from study.results import Result
+from study.settings import TOKENS_PER_STEP, Variant
+from study.tables import final
+
+DPI = 120
+STYLE: Any = {
+    "font.size": 9.5,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e4e7eb",
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+}
+
+
+def draw_figures(results: Mapping[str, Result], folder: Path) -> list[str]:
+    """Write every figure that has data; the names of those written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        "tuning.png": _draw_tuning,
+        "curves.png": _draw_curves,
+        "ablations.png": _draw_ablations,
+        "gradient_norm.png": _draw_dip,
+    }
+    written = []
+    for name, draw in drawn.items():
+        with rc_context(STYLE):
+            figure = Figure(figsize=(8.0, 4.4), layout="constrained", dpi=DPI)
+            if draw(figure, results):
+                figure.savefig(folder / name, metadata={"Software": None})
+                written.append(name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+    return written
+
+
+def _look(variant: Variant) -> dict[str, Any]:
+    """A colour a method, dashes for the smaller rank."""
+    methods = list(dict.fromkeys(_method(v) for v in declared.VARIANTS))
+    color = RUN_COLORS[methods.index(_method(variant)) % len(RUN_COLORS)]
+    small = variant.rank == declared.SMALL_RANK
+    return {"color": color, "linestyle": "--" if small else "-", "label": variant.title}
+
+
+def _method(variant: Variant) -> str:
+    return variant.title.removesuffix(f", r = {variant.rank}")
+
+
+def _draw_tuning(figure: Figure, results: Mapping[str, Result]) -> bool:
+    axes = figure.add_subplot()
+    for variant in declared.VARIANTS:
+        tried = sorted(tuned_rates(results, variant).items())
+        points = [(rate, loss) for rate, loss in tried if math.isfinite(loss)]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", **_look(variant))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    tokens = declared.TUNE_STEPS * TOKENS_PER_STEP / 1e6
+    axes.set(xlabel="tuned learning rate", ylabel=f"validation loss after {tokens:.2f} M tokens")
+    return _with_legend(figure, axes)
+
+
+def _draw_curves(figure: Figure, results: Mapping[str, Result]) -> bool:
+    axes = figure.add_subplot()
+    for variant in declared.VARIANTS:
+        look = _look(variant)
+        for seed in declared.SEEDS:
+            run = final(results, variant, seed)
+            if run is None:
+                continue
+            # From the second evaluation on: the first ones would squeeze all others together.
+            points = [(step * TOKENS_PER_STEP, loss) for step, loss in run.validation[2:]]
+            axes.plot(*zip(*points, strict=True), linewidth=1.4, alpha=1.0 - 0.4 * seed, **look)
+            look["label"] = None
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
+    axes.set(xlabel="tokens", ylabel="validation loss (final runs)")
+    return _with_legend(figure, axes)
+
+
+def _draw_ablations(figure: Figure, results: Mapping[str, Result]) -> bool:
+    base = results.get(f"ablation-{declared.BASE.name}")
+    runs = [(a.title, results.get(f"ablation-{a.name}")) for a in declared.ABLATIONS[1:]]
+    found = [(title, run) for title, run in runs if run is not None and not run.diverged]
+    if base is None or base.diverged or not found:
+        return False
+    axes = figure.add_subplot()
+    differences = [run.loss - base.loss for _, run in found]
+    axes.barh(range(len(found)), differences, color=RUN_COLORS[0])
+    axes.set_yticks(range(len(found)), [title.replace("`", "") for title, _ in found])
+    axes.invert_yaxis()
+    axes.axvline(0.0, color="#1f2933", linewidth=0.8)
+    axes.set_xlabel("validation loss minus that of the unchanged run (left is better)")
+    return True
+
+
+def _draw_dip(figure: Figure, results: Mapping[str, Result]) -> bool:
+    runs = [(v, results.get(f"dip-{v.name}")) for v in declared.DIP_VARIANTS]
+    found = [(variant, run) for variant, run in runs if run is not None and boundaries(run)]
+    for place, (variant, run) in enumerate(found):
+        axes = figure.add_subplot(len(found), 1, place + 1)
+        norms = trained_norms(run)
+        axes.plot(range(1, len(norms) + 1), norms, linewidth=1.1, color=_look(variant)["color"])
+        for step in boundaries(run):
+            axes.axvline(step + 0.5, color="#7b8794", linewidth=0.8, linestyle=":")
+        axes.set_yscale("log")
+        axes.set_title(variant.title, loc="left", fontsize=9.5)
+        axes.set_ylabel("gradient norm")
+        if place + 1 == len(found):
+            axes.set_xlabel("optimizer step (dotted: merge or swap)")
+    return bool(found)
+
+
+def _with_legend(figure: Figure, axes: Any) -> bool:
+    """A legend beside the axes; whether there was anything to put into it."""
+    if not axes.get_legend_handles_labels()[0]:
+        return False
+    figure.legend(loc="outside right upper")
+    return True

@@ -1,0 +1,154 @@
+"""DeepSpeed's ZeRO stages, with and without optimizer state on the CPU.
+
+DeepSpeed shards, reduces and steps; scaling of the loss, clipping, state and checkpoints are ours,
+so that a run means the same here as on any other backend.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_scale.backends import zero_state
+from spectral_scale.backends.base import StepStats
+from spectral_scale.backends.torch import pick_device
+from spectral_scale.backends.zero_norms import clip_by_kind
+from spectral_scale.backends.zero_store import ZeroStore
+from spectral_scale.config.deepspeed_json import resolve_deepspeed, uses_cpu_adam
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
+from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.group import join_alone, join_group, leave_group
+
+RESOLVED_NAME = "ds_config.json"
+"""In the run folder: what DeepSpeed was initialized with."""
+
+
+class DeepSpeedBackend:
+    """Implements `Backend` on a DeepSpeed engine."""
+
+    collective: Collective
+
+    def __init__(self, config: RunConfig, facts: RankFacts) -> None:
+        self.device = pick_device(config.train.device, facts.local_rank)
+        self.collective = join_group(facts.world_size, self.device)
+        if facts.world_size == 1:
+            join_alone(self.device)  # the engine reduces over one rank, too
+        self.data_rank, self.data_world_size = facts.rank, facts.world_size
+        self._config = config
+        self.deepspeed_config = resolve_deepspeed(config, world_size=facts.world_size)
+        self._deepspeed = _import_deepspeed(self.device, facts)
+        self._last = True
+        self._model: nn.Module
+        self._engine: Any
+        self._store: ZeroStore
+
+    def shard(self, model: nn.Module) -> None:
+        """DeepSpeed shards when it gets the optimizer."""
+        self._model = model
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Initialize the engine; it computes in the run's precision and keeps fp32 masters."""
+        trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        exact = {}
+        if self._config.train.precision != "fp32":  # the engine would round them first
+            exact = {fqn: p.detach().clone().view(-1) for fqn, p in trained.items()}
+        if uses_cpu_adam(self.deepspeed_config):
+            optimizer = self._cpu_adam(optimizer)
+        self._save_resolved()
+        self._engine, *_ = self._deepspeed.initialize(
+            model=self._model, optimizer=optimizer, config=self.deepspeed_config
+        )
+        self._store = ZeroStore(self._engine, self.collective)
+        for fqn, value in exact.items():
+            start, numel = self._store.layout.weight_range(trained[fqn])
+            self._store.write(fqn, value.narrow(0, start, numel))
+        engine: nn.Module = self._engine
+        return engine
+
+    def store(self) -> ZeroStore:
+        """Fragments of masters and moments."""
+        return self._store
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        """DeepSpeed reduces by its own count of micro-batches, which must agree."""
+        self._last = last
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed averages over ranks, so the loss is scaled up to make it a sum."""
+        self._engine.backward(loss * self.collective.world_size, scale_wrt_gas=False)
+        if not self._last:
+            self._engine.step()  # counts the micro-batch, no more
+
+    def step(self, *, clip_grad_norm: float) -> StepStats:
+        """Clip each kind of group by its own norm, then let DeepSpeed update and clear."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            raise RuntimeError("DeepSpeed expects more micro-batches before the optimizer step")
+        scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+        norms = clip_by_kind(self._store, max_norm=clip_grad_norm, loss_scale=scale)
+        self._engine.step()
+        return StepStats(applied=bool(self._engine.was_step_applied()), grad_norms=norms)
+
+    def state_chunks(self) -> Iterator[TensorChunk]:
+        """Masters and moments, each piece from the rank that keeps it."""
+        return zero_state.state_chunks(self._store)
+
+    def load_state(self, read: ReadTensor) -> None:
+        """Masters, the module's weights and moments, in place."""
+        zero_state.load_state(self._store, read)
+
+    def _cpu_adam(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """DeepSpeed's Adam for offloaded state, in place of ours: the same groups and hooks.
+
+        Whoever holds `optimizer` goes on setting learning rates and adding hooks there.
+        """
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        adam: torch.optim.Optimizer = DeepSpeedCPUAdam(optimizer.param_groups, adamw_mode=True)
+        shared = (
+            "param_groups",
+            "state",
+            "_optimizer_step_pre_hooks",
+            "_optimizer_step_post_hooks",
+        )
+        for name in shared:
+            setattr(adam, name, getattr(optimizer, name))
+        return adam
+
+    def _save_resolved(self) -> None:
+        if self.collective.rank == 0:
+            path = Path(self._config.train.run_dir) / RESOLVED_NAME
+            text = json.dumps(self.deepspeed_config, indent=2, sort_keys=True) + "\n"
+            path.write_text(text, encoding="utf-8")
+
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the process group; collective unless this rank has failed."""
+        leave_group(failed=failed)
+
+
+def open_backend(config: RunConfig, facts: RankFacts) -> DeepSpeedBackend:
+    """Start DeepSpeed. Collective. Raises ConfigError."""
+    return DeepSpeedBackend(config, facts)
+
+
+def _import_deepspeed(device: torch.device, facts: RankFacts) -> Any:
+    """DeepSpeed, told which device to use, and to be quiet."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(facts.local_rank))
+    import deepspeed
+    from deepspeed.utils import logger as chatter
+
+    chatter.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Its shared-memory collectives are compiled at every machine's first start, and sum in an
+        # order of their own; gloo is there already.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

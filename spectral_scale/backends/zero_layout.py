@@ -1,0 +1,251 @@
+"""Where ZeRO keeps what: one answer for the four shapes that DeepSpeed's optimizers come in.
+
+DeepSpeed flattens the parameters of a group, cuts them over ranks, and trains full-precision
+copies ("masters") of the cut pieces; the module holds weights in its own precision. A `Fragment` is
+the piece of one parameter whose master and moments this rank keeps. Everything that reads or writes
+them goes through the layouts here, which are the only code that knows DeepSpeed's optimizers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spectral_scale.errors import ConfigError
+from spectral_scale.parallel.rectangles import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """A flat range of one trained parameter, and where this rank keeps its master."""
+
+    fqn: str
+    """The parameter."""
+    shape: Shape
+    """Its logical shape."""
+    start: int
+    """First element, in the flattened parameter."""
+    numel: int
+    """Elements; at least 1."""
+    flat: Tensor
+    """What the inner optimizer calls a parameter: the key of its state."""
+    flat_start: int
+    """Where the range begins in it."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This range of a tensor laid out as `flat`, as a 1-D view."""
+        return tensor.detach().view(-1).narrow(0, self.flat_start, self.numel)
+
+    @property
+    def master(self) -> Tensor:
+        """The full-precision values, a 1-D view."""
+        return self.of(self.flat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flat:
+    """What the inner optimizer calls one parameter."""
+
+    group: dict[str, Any]
+    """Its parameter group: learning rate, weight decay, name."""
+    tensor: Tensor
+    """This rank's masters, the key of their state; they share one Adam step."""
+    members: list[nn.Parameter]
+    """The parameters that it holds, on this rank or another."""
+
+
+class Layout(Protocol):
+    """What differs between DeepSpeed's optimizers. None of it communicates."""
+
+    replicated: bool
+    """Every rank keeps every master, so that sums over ranks would count them many times."""
+    shards_weights: bool
+    """The module's weights are cut over ranks, too (ZeRO-3)."""
+
+    def flats(self) -> Iterator[Flat]:
+        """All flat tensors, in the same order on every rank; each parameter is in one."""
+
+    def shape(self, parameter: nn.Parameter) -> Shape:
+        """The logical shape."""
+
+    def fragment(self, fqn: str, parameter: nn.Parameter) -> Fragment | None:
+        """What this rank keeps of a trained parameter, if anything."""
+
+    def gradient(self, fragment: Fragment, parameter: nn.Parameter) -> Tensor | None:
+        """The reduced gradient of a fragment between backward and step, a 1-D view."""
+
+    def weight_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """First element and number of elements of the module's weight that this rank holds."""
+
+    def write_weight(self, parameter: nn.Parameter, part: Tensor) -> None:
+        """Overwrite that range of the module's weight with a 1-D tensor of any precision."""
+
+    def clamp_weight(self, parameter: nn.Parameter) -> None:
+        """Raise negative elements of the module's weight to zero."""
+
+
+class _WholeWeights:
+    """The module holds every weight whole."""
+
+    shards_weights = False
+
+    def shape(self, parameter: nn.Parameter) -> Shape:
+        return tuple(parameter.shape)
+
+    def weight_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        return 0, parameter.numel()
+
+    def write_weight(self, parameter: nn.Parameter, part: Tensor) -> None:
+        parameter.data.view(-1).copy_(part)
+
+    def clamp_weight(self, parameter: nn.Parameter) -> None:
+        parameter.data.clamp_min_(0)
+
+
+class ReplicatedLayout(_WholeWeights):
+    """ZeRO-0 in fp32: the optimizer trains the module's own parameters on every rank."""
+
+    replicated = True
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def flats(self) -> Iterator[Flat]:
+        for group in self._optimizer.param_groups:
+            yield from (Flat(group=group, tensor=p, members=[p]) for p in group["params"])
+
+    def fragment(self, fqn: str, parameter: nn.Parameter) -> Fragment | None:
+        shape = tuple(parameter.shape)
+        return Fragment(
+            fqn=fqn, shape=shape, start=0, numel=prod(shape), flat=parameter, flat_start=0
+        )
+
+    def gradient(self, fragment: Fragment, parameter: nn.Parameter) -> Tensor | None:
+        return None if parameter.grad is None else parameter.grad.view(-1)
+
+
+class FlatLayout(_WholeWeights):
+    """ZeRO-1, ZeRO-2 and BF16_Optimizer: one flat master a group, a contiguous piece of it a rank;
+    pieces begin and end inside matrices."""
+
+    replicated = False
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
+        bf16 = type(zero).__name__ == "BF16_Optimizer"
+        self._flats = zero.fp32_groups_flat_partition if bf16 else (
+            zero.single_partition_of_fp32_groups
+        )  # fmt: skip
+        self._members = zero.bf16_groups if bf16 else zero.bit16_groups
+
+    def flats(self) -> Iterator[Flat]:
+        inner = self._zero.optimizer.param_groups
+        for group, flat, members in zip(inner, self._flats, self._members, strict=True):
+            yield Flat(group=group, tensor=flat, members=members)
+
+    def fragment(self, fqn: str, parameter: Any) -> Fragment | None:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        weight, master = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Fragment(
+            fqn=fqn,
+            shape=tuple(parameter.shape),
+            start=weight.start,
+            numel=weight.numel,
+            flat=self._flats[mapping.param_group_index],
+            flat_start=master.start,
+        )
+
+    def gradient(self, fragment: Fragment, parameter: Any) -> Tensor | None:
+        mapping, index = parameter._hp_mapping, parameter._index_in_param_group
+        found: Tensor = mapping.get_lp_grad_fragment(index).view(-1)
+        if found.numel() == fragment.numel:
+            return found
+        return found.narrow(0, fragment.start, fragment.numel)  # BF16_Optimizer keeps them whole
+
+
+class ShardedLayout:
+    """ZeRO-3: each parameter is cut evenly over ranks, the last piece padded."""
+
+    replicated = False
+    shards_weights = True
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
+
+    def flats(self) -> Iterator[Flat]:
+        zero = self._zero
+        tensors = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+        for sub_group, (tensor, members) in enumerate(tensors):
+            group = zero.optimizer.param_groups[zero.sub_group_to_group_id[sub_group]]
+            yield Flat(group=group, tensor=tensor, members=members)
+
+    def shape(self, parameter: Any) -> Shape:
+        return tuple(parameter.ds_shape)
+
+    def fragment(self, fqn: str, parameter: Any) -> Fragment | None:
+        start, numel = self.weight_range(parameter)
+        if not numel:
+            return None
+        sub_group, flat_start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        return Fragment(
+            fqn=fqn,
+            shape=self.shape(parameter),
+            start=start,
+            numel=numel,
+            flat=self._zero.fp32_partitioned_groups_flat[sub_group],
+            flat_start=flat_start,
+        )
+
+    def gradient(self, fragment: Fragment, parameter: Any) -> Tensor | None:
+        found, _ = self._zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=True)
+        gradient: Tensor = found.narrow(0, 0, fragment.numel)
+        return gradient
+
+    def weight_range(self, parameter: Any) -> tuple[int, int]:
+        partition, whole = parameter.partition_numel(), prod(self.shape(parameter))
+        start = min(partition * torch.distributed.get_rank(), whole)
+        return start, min(partition, whole - start)
+
+    def write_weight(self, parameter: Any, part: Tensor) -> None:
+        gathered = parameter.ds_status.name == "AVAILABLE"  # kept whole between steps: too small
+        if gathered:
+            parameter.partition()
+        parameter.ds_tensor.data.narrow(0, 0, part.numel()).copy_(part)
+        if gathered:
+            parameter.all_gather()
+
+    def clamp_weight(self, parameter: Any) -> None:
+        parameter.ds_tensor.data.clamp_min_(0)
+        if parameter.ds_status.name == "AVAILABLE":
+            parameter.data.clamp_min_(0)
+
+
+def layout_of(optimizer: Any) -> Layout:
+    """How DeepSpeed's optimizer (`engine.optimizer`) keeps its parameters.
+
+    Raises ConfigError for one that is not known here.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return ReplicatedLayout(optimizer)
+    known: dict[str, type[FlatLayout] | type[ShardedLayout]] = {
+        "DeepSpeedZeroOptimizer": FlatLayout,
+        "BF16_Optimizer": FlatLayout,
+        "DeepSpeedZeroOptimizer_Stage3": ShardedLayout,
+    }
+    name = type(optimizer).__name__
+    if name not in known:
+        raise ConfigError(
+            f"DeepSpeed chose {name}, whose parameters cannot be reached; use ZeRO-1, 2 or 3, or "
+            "ZeRO-0 in fp32, and none of DeepSpeed's own optimizers"
+        )
+    if getattr(optimizer, "round_robin_gradients", False):
+        raise ConfigError(
+            "zero_optimization.round_robin_gradients reorders DeepSpeed's flat buffers but not its "
+            "map of them, so that reads and writes miss; set it to false"
+        )
+    return known[name](optimizer)

@@ -1,0 +1,80 @@
+"""Checkpoints of what DeepSpeed trains: logical tensors by name, each piece from whoever keeps it.
+
+The masters are the model; the module's rounded weights are derived and not saved.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from spectral_scale.backends.zero_layout import Flat, Fragment
+from spectral_scale.backends.zero_steps import get_step, set_step
+from spectral_scale.backends.zero_store import ZeroStore
+from spectral_scale.errors import CheckpointError
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
+from spectral_scale.parallel.ranges import rectangles_of_range
+from spectral_scale.parallel.rectangles import Shape
+from spectral_scale.parallel.store import MOMENTS
+
+
+def state_chunks(store: ZeroStore) -> Iterator[TensorChunk]:
+    """What this rank writes: masters, moments, and the steps of parameters whose start it keeps."""
+    if store.layout.replicated and store.collective.rank != 0:
+        return
+    for fragment in filter(None, store.fragments.values()):
+        state = store.inner.state[fragment.flat]
+        prefix = f"optimizer/{fragment.fqn}"
+        yield from _chunks(f"model/{fragment.fqn}", fragment.master, fragment)
+        for key in MOMENTS:
+            yield from _chunks(f"{prefix}/{key}", fragment.of(state[key]), fragment)
+        if fragment.start == 0:
+            step = torch.tensor(get_step(store.inner, fragment.flat), dtype=torch.float32)
+            yield TensorChunk(f"{prefix}/step", step, (), ())
+
+
+@torch.no_grad()
+def load_state(store: ZeroStore, read: ReadTensor) -> None:
+    """Overwrite masters, the module's weights, moments and steps, in place. Collective.
+
+    Raises CheckpointError if a tensor has another shape, or parameters that share one Adam step
+    here were saved with several.
+    """
+    for fqn, fragment in store.fragments.items():
+        parameter = store.parameters[fqn]
+        start, numel = store.layout.weight_range(parameter)
+        part = _read_range(read, f"model/{fqn}", start, numel, store.layout.shape(parameter))
+        store.write(fqn, part.to(store.device))
+        if fragment is None:
+            continue
+        for key in MOMENTS:
+            name = f"optimizer/{fqn}/{key}"
+            moments = fragment.of(store.inner.state[fragment.flat][key])
+            moments.copy_(_read_range(read, name, fragment.start, fragment.numel, fragment.shape))
+    for flat in store.layout.flats():
+        set_step(store.inner, flat.tensor, _common_step(store, flat, read))
+
+
+def _chunks(name: str, part: Tensor, fragment: Fragment) -> Iterator[TensorChunk]:
+    done = 0
+    for box in rectangles_of_range(fragment.start, fragment.numel, fragment.shape):
+        piece = part[done : done + box.numel].view(box.shape)
+        yield TensorChunk(name, piece, fragment.shape, box.offset)
+        done += box.numel
+
+
+def _read_range(read: ReadTensor, name: str, start: int, numel: int, shape: Shape) -> Tensor:
+    pieces = [read(name, b.offset, b.shape) for b in rectangles_of_range(start, numel, shape)]
+    return torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else torch.empty(0)
+
+
+def _common_step(store: ZeroStore, flat: Flat, read: ReadTensor) -> float:
+    names = [store.names[id(parameter)] for parameter in flat.members]
+    steps = {fqn: float(read(f"optimizer/{fqn}/step")) for fqn in names}
+    if len(set(steps.values())) > 1:
+        low, high = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
+        raise CheckpointError(
+            f"Adam has taken {steps[low]:g} steps of {low} and {steps[high]:g} of {high}, but "
+            "DeepSpeed keeps one count for both; resume on parallel.backend=torch or fsdp2"
+        )
+    return next(iter(steps.values()))

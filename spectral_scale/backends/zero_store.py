@@ -1,0 +1,198 @@
+"""Logical parameters of a model that DeepSpeed trains, for controllers: the `ParameterStore`.
+
+Both copies are always written: the module's weight, or the next forward pass would use the old one,
+and the master, or the next step would bring the old one back.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spectral_scale.backends.zero_layout import Fragment, Layout, layout_of
+from spectral_scale.backends.zero_norms import Directions
+from spectral_scale.backends.zero_steps import create_state, set_step
+from spectral_scale.errors import SpectralError
+from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
+from spectral_scale.parallel.store import MOMENTS
+
+
+class ZeroStore:
+    """Parameters of a `deepspeed.initialize`d engine: ZeRO-0 (fp32), 1, 2, 3, BF16_Optimizer.
+
+    Creating it gives the optimizer its state, and makes every optimizer step retract the
+    directions itself (see `Directions`).
+
+    Args:
+        engine: what `deepspeed.initialize` returned for a converted model.
+        collective: all ranks that train it; by default the default process group.
+
+    Collective: all ranks construct it and call its methods alike. Raises ConfigError for an
+    optimizer of DeepSpeed's whose parameters cannot be reached.
+    """
+
+    def __init__(self, engine: Any, collective: Collective | None = None) -> None:
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.collective = collective or (
+            ProcessGroup(engine.device) if several else SingleProcess()
+        )
+        self.layout: Layout = layout_of(engine.optimizer)
+        self.inner: torch.optim.Optimizer = (
+            engine.optimizer if self.layout.replicated else engine.optimizer.optimizer
+        )
+        self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        self.names = {id(parameter): fqn for fqn, parameter in self.parameters.items()}
+        self.fragments: dict[str, Fragment | None] = {
+            self.names[id(parameter)]: self.layout.fragment(self.names[id(parameter)], parameter)
+            for flat in self.layout.flats()
+            for parameter in flat.members
+        }
+        create_state(self.inner, self.layout)
+        self.device = engine.device
+        self._ranges = self._exchange_ranges()
+        self._directions = Directions(self, engine.module)
+
+    # -- ParameterStore ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+        """The masters on the owner; each element is sent once, by the rank that keeps it."""
+        parameter, fragment = self.parameters[fqn], self.fragments[fqn]
+        rank = self.collective.rank
+        if self._every_rank_has_the_master(parameter):
+            return parameter.detach() if rank == owner else None
+        mine = None if fragment is None else fragment.master.to(self.device)
+        if rank != owner:
+            if mine is not None:
+                _exchange([dist.P2POp(dist.isend, mine, owner)])
+            return None
+        flat = torch.zeros(sum(n for _, n in self._ranges[fqn]), device=self.device)
+        parts = {r: flat[s : s + n] for r, (s, n) in enumerate(self._ranges[fqn]) if n}
+        if mine is not None:
+            parts.pop(owner).copy_(mine)
+        _exchange([dist.P2POp(dist.irecv, part, source) for source, part in parts.items()])
+        return flat.view(self.layout.shape(parameter))
+
+    @torch.no_grad()
+    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+        """Trained parameters travel in fp32, frozen ones in the module's precision: one broadcast
+        a parameter or, where weights are sharded, each piece to its rank."""
+        for fqn, value in values.items():
+            parameter = self.parameters[fqn]
+            if 0 in self.layout.shape(parameter):
+                continue
+            dtype = torch.float32 if parameter.requires_grad else parameter.dtype
+            if value is not None:
+                value = value.detach().to(self.device, dtype).reshape(-1)
+            if self.layout.shards_weights:
+                self.write(fqn, self._scatter(parameter, value, dtype, owner))
+            elif parameter.requires_grad:
+                self.write(fqn, self._broadcast(parameter, value, owner))
+            else:  # in place: a frozen weight never exists twice
+                self._broadcast(parameter, value, owner, into=parameter.detach().view(-1))
+
+    @torch.no_grad()
+    def reset_moments(self, fqns: Sequence[str]) -> int:
+        """Zero the moments of the masters and the steps they share.
+
+        Raises SpectralError if parameters that are not in `fqns` share those steps.
+        """
+        chosen = set(fqns)
+        for flat in self.layout.flats():
+            inside = {self.names[id(parameter)] for parameter in flat.members}
+            if not inside & chosen:
+                continue
+            if left_out := sorted(inside - chosen):
+                raise SpectralError(
+                    f"{left_out[0]} shares an optimizer group, and so Adam's step, with parameters "
+                    "whose moments are reset; build the groups with spectral_scale.param_groups"
+                )
+            set_step(self.inner, flat.tensor, 0.0)
+        zeroed = 0
+        for fragment in filter(None, (self.fragments[fqn] for fqn in fqns)):
+            for key in MOMENTS:
+                moments = fragment.of(self.inner.state[fragment.flat][key])
+                zeroed += moments.zero_().numel()
+        if self.layout.replicated:
+            return zeroed
+        return int(self.collective.all_reduce_sum(torch.tensor(zeroed, device=self.device)))
+
+    def retract_columns(self, fqns: Iterable[str]) -> None:
+        """Check that the last step did it. Raises SpectralError if it did not."""
+        self._directions.require(fqns)
+
+    @torch.no_grad()
+    def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
+        """Rounding keeps the sign, so both copies are clamped where they are."""
+        for fqn in fqns:
+            fragment = self.fragments[fqn]
+            if fragment is not None:
+                fragment.master.clamp_min_(0)
+            self.layout.clamp_weight(self.parameters[fqn])
+
+    # -- what the backend needs, too --------------------------------------------------------
+
+    def write(self, fqn: str, part: Tensor) -> None:
+        """Overwrite both copies with this rank's `weight_range` of the value, 1-D. Collective."""
+        parameter, fragment = self.parameters[fqn], self.fragments.get(fqn)
+        if fragment is not None:
+            offset = fragment.start - self.layout.weight_range(parameter)[0]
+            self.write_master(fragment, part.narrow(0, offset, fragment.numel))
+        self.write_weight(parameter, part)
+
+    def write_master(self, fragment: Fragment, part: Tensor) -> None:
+        """Overwrite the copy that the optimizer trains."""
+        fragment.master.copy_(part)
+
+    def write_weight(self, parameter: nn.Parameter, part: Tensor) -> None:
+        """Overwrite the copy that the module computes with. Collective."""
+        self.layout.write_weight(parameter, part)
+
+    # -- small parts ------------------------------------------------------------------------
+
+    def _every_rank_has_the_master(self, parameter: nn.Parameter) -> bool:
+        """Weights that are whole and in full precision equal the masters they were copied from."""
+        whole = not self.layout.shards_weights
+        return self.layout.replicated or (whole and parameter.dtype == torch.float32)
+
+    def _exchange_ranges(self) -> dict[str, list[tuple[int, int]]]:
+        """Parameter -> (first element, number of elements) kept by each rank."""
+        mine = {n: (0, 0) if f is None else (f.start, f.numel) for n, f in self.fragments.items()}
+        ranks = self.collective.broadcast_json(self.collective.gather_json(mine))
+        return {fqn: [tuple(rank[fqn]) for rank in ranks] for fqn in mine}
+
+    def _broadcast(
+        self,
+        parameter: nn.Parameter,
+        value: Tensor | None,
+        owner: int,
+        *,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """The owner's 1-D value on every rank, in `into` if it is given, else in fp32."""
+        if into is None:
+            into = torch.empty(parameter.numel(), dtype=torch.float32, device=self.device)
+        if value is not None:
+            into.copy_(value)
+        return self.collective.broadcast(into, owner)
+
+    def _scatter(
+        self, parameter: Any, value: Tensor | None, dtype: torch.dtype, owner: int
+    ) -> Tensor:
+        start, numel = self.layout.weight_range(parameter)
+        if self.collective.world_size == 1 and value is not None:
+            return value
+        if value is None:
+            part = torch.empty(numel, dtype=dtype, device=self.device)
+            _exchange([dist.P2POp(dist.irecv, part, owner)] if numel else [])
+            return part
+        pieces = enumerate(value.split(parameter.partition_numel()))
+        _exchange([dist.P2POp(dist.isend, piece, r) for r, piece in pieces if r != owner])
+        return value[start : start + numel]
+
+
+def _exchange(operations: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()

@@ -1,0 +1,219 @@
+"""A DeepSpeed JSON beside the run's configuration: one of them says each number.
+
+`"auto"` takes the run's value, another value must be equal to it; DeepSpeed's own keys are handed
+on, and what would break the method is refused with the reason. No torch and no deepspeed here.
+"""
+
+import difflib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from spectral_scale.config.capability import zero_stage
+from spectral_scale.config.check import gradient_accumulation_steps
+from spectral_scale.config.deepspeed_keys import PASSED_ON, PASSED_ON_SECTIONS, REFUSED
+from spectral_scale.config.presets import resolve_architecture
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+STAGE = "zero_optimization.stage"
+OFFLOAD = "zero_optimization.offload_optimizer.device"
+OFFLOAD_WEIGHTS = "zero_optimization.offload_param.device"
+CPU_ADAM = "zero_force_ds_cpu_optimizer"
+SMALLEST_BUCKET = 2**20
+
+
+def with_deepspeed_json(config: RunConfig) -> RunConfig:
+    """The run with the ZeRO stage and the offload that its `parallel.deepspeed_config` names.
+
+    Raises ConfigError if the file cannot be read or contradicts the run's own keys.
+    """
+    parallel = config.parallel
+    if parallel.backend != "deepspeed":
+        return config
+    given = read_deepspeed_json(parallel.deepspeed_config)
+    stage, offload = given.get(STAGE, "auto"), given.get(OFFLOAD, "auto")
+    if parallel.zero_stage == "auto" and stage != "auto":
+        if stage not in (0, 1, 2, 3):
+            raise ConfigError(
+                f"{parallel.deepspeed_config}: {STAGE}={stage!r} must be 0, 1, 2 or 3"
+            )
+        parallel = replace(parallel, zero_stage=stage)
+    if parallel.offload == "none" and offload == "cpu":
+        parallel = replace(parallel, offload="cpu")
+    return replace(config, parallel=parallel)
+
+
+def resolve_deepspeed(config: RunConfig, *, world_size: int) -> dict[str, Any]:
+    """The configuration that DeepSpeed is initialized with; every "auto" is a value.
+
+    DeepSpeed's own clipping is off in it: kinds of parameter groups are clipped by themselves.
+    Raises one ConfigError that lists every key of the JSON that contradicts the run or is refused.
+    """
+    config = with_deepspeed_json(config)
+    path = config.parallel.deepspeed_config
+    given = read_deepspeed_json(path)
+    shared = _shared(config, world_size)
+    problems = [*_contradictions(given, shared), *_refusals(given)]
+    if problems:
+        raise ConfigError(f"{path} does not fit the run:\n  - " + "\n  - ".join(problems))
+    _warn_unknown(given, shared, path)
+    passed = {k: v for k, v in given.items() if k in PASSED_ON or _section(k) in PASSED_ON_SECTIONS}
+    concrete = {k: v for k, v in passed.items() if v != "auto"}
+    return _nested(_defaults(config) | concrete | _fixed(config, shared))
+
+
+def uses_cpu_adam(deepspeed: Mapping[str, Any]) -> bool:
+    """Whether a resolved configuration asks for DeepSpeed's own Adam for offloaded state."""
+    return bool(deepspeed.get(CPU_ADAM, False))
+
+
+def read_deepspeed_json(path: str | None) -> dict[str, Any]:
+    """The file's keys with dots and their values; none for no file. Raises ConfigError."""
+    if path is None:
+        return {}
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"parallel.deepspeed_config={path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"parallel.deepspeed_config={path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"parallel.deepspeed_config={path} must hold one JSON object")
+    return dict(_flat(value))
+
+
+def _shared(config: RunConfig, world_size: int) -> dict[str, tuple[str, Any]]:
+    """Key of the JSON -> (what says it in the run, value)."""
+    train, optimizer = config.train, config.optimizer
+    accumulation = gradient_accumulation_steps(config, world_size=world_size)
+    stage, offload = zero_stage(config.parallel), config.parallel.offload
+    shared: dict[str, tuple[str, Any]] = {
+        "train_batch_size": ("train.global_batch_size", train.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
+        "gradient_accumulation_steps": (
+            f"train.global_batch_size / (train.micro_batch_size x {world_size} ranks)",
+            accumulation,
+        ),
+        "gradient_clipping": ("optimizer.clip_grad_norm", optimizer.clip_grad_norm),
+        "bf16.enabled": ("train.precision", train.precision == "bf16"),
+        "fp16.enabled": ("train.precision", train.precision == "fp16"),
+        STAGE: ("parallel.zero_stage", stage),
+        OFFLOAD: ("parallel.offload", offload),
+        OFFLOAD_WEIGHTS: ("parallel.offload", offload if stage == 3 else "none"),
+        "optimizer.type": ("optimizer.name", "AdamW"),
+        "optimizer.params.lr": ("optimizer.lr", optimizer.lr),
+        "optimizer.params.betas": ("optimizer.betas", list(optimizer.betas)),
+        "optimizer.params.eps": ("optimizer.eps", optimizer.eps),
+        "optimizer.params.weight_decay": ("optimizer.weight_decay", optimizer.weight_decay),
+    }
+    return shared
+
+
+def _defaults(config: RunConfig) -> dict[str, Any]:
+    """Values of ours for keys that a JSON may set."""
+    width = resolve_architecture(config.model).hidden_size
+    defaults: dict[str, Any] = {
+        "steps_per_print": 2**31,
+        CPU_ADAM: False,
+        "zero_optimization.reduce_bucket_size": max(width * width, SMALLEST_BUCKET),
+        "zero_optimization.overlap_comm": False,
+    }
+    if zero_stage(config.parallel) == 3:
+        defaults |= {
+            "zero_optimization.stage3_prefetch_bucket_size": max(width * width, SMALLEST_BUCKET),
+            "zero_optimization.stage3_param_persistence_threshold": 10 * width,
+        }
+    if config.train.precision != "fp32":
+        defaults |= {"data_types.grad_accum_dtype": "fp32", "communication_data_type": "fp32"}
+    return defaults
+
+
+def _fixed(config: RunConfig, shared: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """What the run says, and what the backend relies on."""
+    own = {k: v for k, (_, v) in shared.items() if not k.startswith("optimizer.")}
+    if config.parallel.offload == "none":
+        own = {k: v for k, v in own.items() if k not in (OFFLOAD, OFFLOAD_WEIGHTS)}
+    elif zero_stage(config.parallel) != 3:
+        own.pop(OFFLOAD_WEIGHTS)
+    return own | {
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization.round_robin_gradients": False,
+    }
+
+
+def _contradictions(given: Mapping[str, Any], shared: Mapping[str, Any]) -> Iterator[str]:
+    for key, (source, value) in shared.items():
+        found = given.get(key, "auto")
+        if found != "auto" and not _equal(found, value):
+            yield (
+                f"{key}={json.dumps(found)} differs from {json.dumps(value)}, given by {source}; "
+                'set "auto" in the JSON, or make them equal'
+            )
+
+
+def _equal(found: Any, value: Any) -> bool:
+    numbers = (int, float)
+    if isinstance(found, bool) or isinstance(value, bool):
+        return found is value
+    if isinstance(found, numbers) and isinstance(value, numbers):
+        return math.isclose(found, value, rel_tol=1e-9)
+    if isinstance(found, str) and isinstance(value, str):
+        return found.lower() == value.lower()
+    return bool(found == value)
+
+
+def _refusals(given: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in given.items():
+        for refused, (harmless, reason) in REFUSED.items():
+            inside = key == refused or key.startswith(f"{refused}.")
+            if inside and value not in (*harmless, "auto") and not _switched_off(key, value):
+                yield f"{key}={json.dumps(value)} is refused: {reason}"
+    for key in (OFFLOAD, OFFLOAD_WEIGHTS):
+        if given.get(key) == "nvme":
+            yield f"{key}=nvme is refused: no test has shown it; use cpu"
+
+
+def _switched_off(key: str, value: Any) -> bool:
+    return key.endswith(".enabled") and value is False
+
+
+def _warn_unknown(given: Mapping[str, Any], shared: Mapping[str, Any], path: str | None) -> None:
+    known = [*PASSED_ON, *shared, *REFUSED]
+    for key in given:
+        refused = any(key == r or key.startswith(f"{r}.") for r in REFUSED)
+        if key in known or refused or _section(key) in PASSED_ON_SECTIONS:
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"; the nearest known one is {near[0]}" if near else ""
+        logger.warning("%s: %s is not known here and has no effect%s", path, key, hint)
+
+
+def _section(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            yield from _flat(item, f"{prefix}{key}.")
+        elif not isinstance(item, dict):
+            yield f"{prefix}{key}", item
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in sorted(flat.items()):
+        *sections, leaf = key.split(".")
+        inner = result
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = value
+    return result

@@ -59,7 +59,6 @@ def finals_table(results: Mapping[str, Result]) -> str:
     for variant in declared.VARIANTS:
         runs = [final(results, variant, seed) for seed in declared.SEEDS]
         mean = mean_loss(results, variant)
-        complete = mean is not None and full is not None
         rows.append(
             [
                 variant.title,
@@ -68,7 +67,7 @@ def finals_table(results: Mapping[str, Result]) -> str:
                 *(_loss(run) for run in runs),
                 _number(mean),
                 _number(None if mean is None else _perplexity(mean), digits=1),
-                f"{mean - full:+.4f}" if complete else NOTHING,  # type: ignore[operator]
+                _difference(mean, full),
             ]
         )
     head = ["variant", "learning rate", "trained", *(f"seed {s}" for s in declared.SEEDS)]
@@ -94,8 +93,7 @@ def ablation_table(results: Mapping[str, Result]) -> str:
     rows = []
     for ablation in declared.ABLATIONS:
         run = results.get(f"ablation-{ablation.name}")
-        known = run is not None and base is not None and not run.diverged and not base.diverged
-        difference = f"{run.loss - base.loss:+.4f}" if known else NOTHING  # type: ignore[union-attr]
+        difference = _difference(_loss_of(run), _loss_of(base))
         rows.append([ablation.question, ablation.title, _loss(run), difference])
     return _table(["question", "change", "loss", "loss - base"], rows)
 
@@ -146,10 +144,12 @@ def _count(runs: Sequence[Result | None]) -> str:
     return f"{counts.pop():,}" if len(counts) == 1 else NOTHING
 
 
+def _loss_of(run: Result | None) -> float | None:
+    return None if run is None else run.loss
+
+
 def _loss(run: Result | None) -> str:
-    if run is None:
-        return NOTHING
-    return "diverged" if run.diverged else f"{run.loss:.4f}"
+    return _number(_loss_of(run))
 
 
 def _rate(rate: float | None) -> str:
@@ -160,6 +160,12 @@ def _number(value: float | None, *, digits: int = 4) -> str:
     if value is None:
         return NOTHING
     return f"{value:.{digits}f}" if math.isfinite(value) else "diverged"
+
+
+def _difference(loss: float | None, reference: float | None) -> str:
+    if loss is None or reference is None or not math.isfinite(loss - reference):
+        return NOTHING
+    return f"{loss - reference:+.4f}"
 
 
 def _perplexity(loss: float) -> float:

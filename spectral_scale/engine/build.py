@@ -101,6 +101,7 @@ def check_inputs(config: RunConfig, facts: RankFacts) -> Inputs:
     count_samples(train, config.model.sequence_length)
     if validation is not None:
         count_samples(validation, config.model.sequence_length, keep_tail=True)
+    _initial_weights(config)  # a folder without usable ones raises
     return Inputs(config=config, architecture=architecture, train=train, validation=validation)
 
 

@@ -51,7 +51,15 @@ def _steps(bench: StepBench) -> str:
 
 def _boundaries(bench: StepBench) -> str:
     steps = bench.settings.steps_per_iteration
-    header = ["boundary", "swap", "swap and SVD", "T2", f"a step (T3 = {steps})", "of a step"]
+    header = [
+        "boundary",
+        "swap",
+        "swap and SVD",
+        "T2",
+        f"a step (T3 = {steps})",
+        "of a step",
+        "of its CPU time",
+    ]
     rows = [
         [
             r.variant,
@@ -60,6 +68,7 @@ def _boundaries(bench: StepBench) -> str:
             str(r.boundary.iterations_per_round),
             f"{1000 * r.boundary.amortised_seconds:.2f} ms",
             f"{100 * r.boundary.share_of_step:.2f} %",
+            f"{100 * r.boundary.cpu_share_of_step:.2f} %",
         ]
         for r in bench.results
         if r.boundary is not None

@@ -37,6 +37,8 @@ class Boundary:
     """Both kinds, spread over the steps between: swap / T3 + (redecompose - swap) / (T3 T2)."""
     share_of_step: float
     """amortised_seconds over the median step seconds."""
+    cpu_share_of_step: float
+    """The same of processor seconds, which other processes disturb less."""
 
 
 @dataclass(frozen=True, kw_only=True)

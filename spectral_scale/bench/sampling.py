@@ -14,7 +14,7 @@ SWAPS = 3
 
 Notify = Callable[[str], None]
 Sample = dict[str, float]
-"""Seconds of one step: its phases, `step` (their sum) and `cpu` (processor time)."""
+"""Seconds of one step or boundary: `step` in all, `cpu` of this process, and a step's phases."""
 
 
 def warm_up(subject: Subject, steps: int) -> dict[str, int]:
@@ -50,17 +50,22 @@ def _timed_step(subject: Subject) -> Sample:
     return {**phases, "step": sum(phases.values()), "cpu": cpu}
 
 
-def time_boundaries(subject: Subject, iterations_per_round: int) -> tuple[float, float]:
-    """Seconds of a boundary that only swaps (median), and of one that ends every round."""
+def time_boundaries(subject: Subject, iterations_per_round: int) -> tuple[Sample, Sample]:
+    """A boundary that only swaps (medians), and one that ends the round of every matrix.
+
+    Each as `step` and `cpu` seconds. With one iteration a round every boundary ends one.
+    """
+    t2 = iterations_per_round
+    ends = _timed_boundary(subject, t2)
+    if t2 == 1:
+        return ends, ends
+    swaps = [_timed_boundary(subject, t2 * (i + 1) + 1) for i in range(SWAPS)]
+    return {key: median(swap[key] for swap in swaps) for key in ends}, ends
+
+
+def _timed_boundary(subject: Subject, iteration: int) -> Sample:
+    gc.collect()
     timer = StepTimer(subject.synchronize)
-    swaps = []
-    for position in range(1, SWAPS + 1):
-        # Beyond the first round, so that no position is a multiple of a short round.
-        iteration = iterations_per_round * position + 1
-        if subject.boundary(timer, iteration=iteration):
-            break
-        swaps.append(timer.take()["boundary"])
-    timer.take()
-    subject.boundary(timer, iteration=iterations_per_round * (SWAPS + 1))
-    redecompose = timer.take()["boundary"]
-    return median(swaps or [redecompose]), redecompose
+    begin = time.process_time()
+    subject.boundary(timer, iteration=iteration)
+    return {"step": timer.take()["boundary"], "cpu": time.process_time() - begin}

@@ -58,7 +58,7 @@ def bench_step(settings: StepSettings, notify: Notify = lambda _: None) -> StepB
                 variant,
                 samples,
                 counted=counted[variant],
-                formula=_formula(settings, variant, architecture),
+                formula=formula_of(settings, variant, architecture),
                 boundary=_boundary(subject, samples[variant], notify),
             )
             for variant, subject in zip(VARIANTS, subjects, strict=True)
@@ -109,20 +109,26 @@ def _boundary(subject: Subject, samples: list[Sample], notify: Notify) -> Bounda
         return None
     notify(f"boundaries of {subject.variant}")
     schedule = subject.controller.schedule
-    swap, redecompose = time_boundaries(subject, schedule.iterations_per_round)
-    extra = (redecompose - swap) / schedule.iterations_per_round
-    amortised = (swap + extra) / schedule.steps_per_iteration
-    step = Spread.of([sample["step"] for sample in samples]).median
+    swap, ends = time_boundaries(subject, schedule.iterations_per_round)
+
+    def amortised(key: str) -> float:
+        every_round = (ends[key] - swap[key]) / schedule.iterations_per_round
+        return (swap[key] + every_round) / schedule.steps_per_iteration
+
+    def share(key: str) -> float:
+        return amortised(key) / Spread.of([sample[key] for sample in samples]).median
+
     return Boundary(
-        swap_seconds=swap,
-        redecompose_seconds=redecompose,
+        swap_seconds=swap["step"],
+        redecompose_seconds=ends["step"],
         iterations_per_round=schedule.iterations_per_round,
-        amortised_seconds=amortised,
-        share_of_step=amortised / step,
+        amortised_seconds=amortised("step"),
+        share_of_step=share("step"),
+        cpu_share_of_step=share("cpu"),
     )
 
 
-def _formula(
+def formula_of(
     settings: StepSettings, variant: Variant, architecture: Architecture
 ) -> dict[str, int]:
     """Expected bytes; the elements besides the blocks' matrices are those of the dense model."""

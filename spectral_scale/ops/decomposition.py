@@ -16,6 +16,8 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 
 def compose(u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
     """W (m, n) = u diag(sigma) v^T."""
+    if v.shape[0] < u.shape[0]:  # scale, and so copy, the smaller factor
+        return u @ (v * sigma).mT
     return (u * sigma) @ v.mT
 
 
@@ -29,19 +31,21 @@ def fix_gauge(u: Tensor, sigma: Tensor, v: Tensor) -> Triplets:
 def svd(weight: Tensor) -> Triplets:
     """Thin SVD u (m, k), sigma (k,) descending, v (n, k) of `weight` (m, n), in its own dtype.
 
-    Tries the default driver, then (CUDA) gesvd, then float64 on the CPU. Raises ValueError for a
-    matrix that is not finite, and LinAlgError if every driver fails.
+    Tries the default driver, then (CUDA) gesvd, then float64 on the CPU. A wide matrix is handed
+    over as its transpose: LAPACK takes three times as long for 2048 x 8192 as for 8192 x 2048.
+    Raises ValueError for a matrix that is not finite, and LinAlgError if every driver fails.
     """
     if not torch.isfinite(weight).all():
         raise ValueError("the matrix holds NaN or infinity")
     failures = []
-    for name, attempt in _drivers(weight):
+    wide = weight.shape[0] < weight.shape[1]
+    for name, attempt in _drivers(weight.mT if wide else weight):
         try:
-            u, sigma, vh = attempt()
+            left, sigma, right_h = attempt()
         except torch.linalg.LinAlgError as error:
             failures.append(f"{name}: {error}")
             continue
-        factors = u, sigma, vh.mT
+        factors = (right_h.mT, sigma, left) if wide else (left, sigma, right_h.mT)
         if all(bool(torch.isfinite(t).all()) for t in factors):
             if failures:
                 logger.warning("SVD fell back to %s after %s", name, "; ".join(failures))

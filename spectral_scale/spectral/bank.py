@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_scale.ops.decomposition import svd
+from spectral_scale.ops.decomposition import compose, svd
 
 NOTHING = torch.empty(0, dtype=torch.int64)
 """No active triplets."""
@@ -84,7 +84,7 @@ class SpectralBank:
         """
         entry = self._entries[name]
         u, sigma, v = (t.to(self.compute_device) for t in (entry.u, entry.sigma, entry.v))
-        self.put(name, *svd((u * sigma) @ v.t()), active=NOTHING)
+        self.put(name, *svd(compose(u, sigma, v)), active=NOTHING)
 
     def commit(self, name: str, u_a: Tensor, sigma: Tensor, v_a: Tensor) -> None:
         """Write trained values back, in place.
@@ -124,7 +124,7 @@ class SpectralBank:
         sigma = entry.sigma.clone()
         sigma[entry.active] = 0
         u, sigma, v = (t.to(self.compute_device) for t in (entry.u, sigma, entry.v))
-        return {"residual": (u * sigma) @ v.t()}
+        return {"residual": compose(u, sigma, v)}
 
     def _rest(self, tensor: Tensor) -> Tensor:
         resting = tensor.detach().to(self.device, self.dtype).contiguous()

@@ -76,3 +76,30 @@ def test_effective_rank() -> None:
 def test_orthogonality_error() -> None:
     assert orthogonality_error(torch.eye(4)[:, :2]) == 0
     assert orthogonality_error(torch.ones(2, 1)) == pytest.approx(1.0)
+
+
+def test_wide_matrices_are_decomposed_as_their_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK is several times slower on wide ones; the factors are those of W all the same."""
+    real, seen = torch.linalg.svd, []
+
+    def watch(matrix: torch.Tensor, **kwargs: object) -> object:
+        seen.append(tuple(matrix.shape))
+        return real(matrix, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", watch)
+    tall = torch.randn(9, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    u, sigma, v = thin_svd(tall)
+    v2, sigma2, u2 = thin_svd(tall.t())
+    assert seen == [(9, 4), (9, 4)]
+    assert torch.equal(sigma, sigma2)
+    signs = (u * u2).sum(0).sign()
+    torch.testing.assert_close(u, u2 * signs)
+    torch.testing.assert_close(v, v2 * signs)
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (3, 8)])
+def test_compose_scales_either_factor(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    u, v = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in shape)
+    sigma = torch.tensor([3.0, 2.0, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(compose(u, sigma, v), u @ torch.diag(sigma) @ v.t())

@@ -21,7 +21,7 @@ from spectral_scale.metrics.sinks import MetricsLog, NullLog
 from spectral_scale.ops.keyed_random import keyed_seed
 from spectral_scale.optim.groups import group_kind
 from spectral_scale.optim.schedules import lr_factor
-from spectral_scale.parallel.chunks import whole
+from spectral_scale.parallel.chunks import TensorChunk, whole
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,16 @@ class TrainingLoop:
             "step, then start again to resume"
         )
 
+    def _require_finite_state(self, chunks: list[TensorChunk]) -> None:
+        """A step's own update can overflow though its loss was finite. Collective."""
+        broken = next((c.name for c in chunks if not bool(c.tensor.isfinite().all())), None)
+        agreed = self.run.backend.collective.agree(broken, what="not finite after the update")
+        if agreed is not None:
+            raise SpectralScaleError(
+                f"step {self.step} was not saved: {agreed}; lower the learning rates, then start "
+                f"again to resume from step {self._saved_step or 0}"
+            )
+
     def _step_values(self, loss: float, norms: dict[str, float]) -> dict[str, Any]:
         run = self.run
         seconds = self._timed_seconds / self._timed_steps
@@ -211,6 +221,7 @@ class TrainingLoop:
         chunks = list(run.backend.state_chunks())
         if run.controller is not None:
             chunks += [whole(name, tensor) for name, tensor in run.controller.state_tensors()]
+        self._require_finite_state(chunks)
         state = {
             "step": self.step,
             "applied_steps": 0 if run.controller is None else run.controller.applied_steps,

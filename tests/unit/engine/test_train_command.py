@@ -228,7 +228,7 @@ def test_a_status_that_cannot_be_written_costs_only_the_status(
 HUGE = {"optimizer__lr": 1e30, "optimizer__spectral_lr": 1e30, "checkpoint__interval": 3}
 
 
-@pytest.mark.parametrize("noticed", ["when logged", "when saved", "at a re-SVD"])
+@pytest.mark.parametrize("noticed", ["when logged", "when saved", "at a re-SVD", "at once"])
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
     corpus: Path, tmp_path: Path, noticed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +238,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
         "when logged": {},
         "when saved": {"metrics__log_interval": 100},
         "at a re-SVD": {"metrics__log_interval": 100, "checkpoint__interval": 100},
+        # The update overflows in the very step that is saved, whose loss is still finite.
+        "at once": {"optimizer__lr": 1e39, "checkpoint__interval": 1},
     }[noticed]
     capsys.readouterr()
     changes = HUGE | {"train__steps": 20, "train__eval_interval": 100} | intervals
@@ -245,6 +247,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
     error = capsys.readouterr().err.splitlines()[-1]
     if noticed == "at a re-SVD":
         assert "restart from the last checkpoint with a lower learning rate" in error
+    elif noticed == "at once":
+        assert "step 5 was not saved: rank 0: not finite after the update: model/" in error
+        assert "lower the learning rates, then start again to resume from step 4" in error
     else:
         assert "not finite at step 6" in error and "lower the learning rates" in error
         assert "nothing was saved since step 4" in error

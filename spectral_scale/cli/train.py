@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectral_scale.config.check import check_config
+from spectral_scale.config.deepspeed_json import with_deepspeed_json
 from spectral_scale.config.load import ResolvedConfig, build_parser, load_config
 from spectral_scale.config.method_keys import keys_without_effect
 from spectral_scale.config.schema import RunConfig
@@ -43,6 +44,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--help-config", action="store_true", help="describe every key and exit")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of the result")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--deepspeed",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="the same as --parallel.backend deepspeed; a FILE as --deepspeed_config gives it",
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        metavar="FILE",
+        help="the same as --parallel.deepspeed_config: DeepSpeed's JSON (ds_configs/ has some)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,11 +63,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.help_config:
         print(build_parser().format_help())
         return 0
-    resolved = load_config(arguments.config, arguments.overrides)
+    resolved = load_config(arguments.config, _deepspeed_flags(arguments) + arguments.overrides)
     if arguments.print_config:
         print(resolved.to_yaml(with_sources=True), end="")
         return 0
     return train(resolved, output=arguments.format)
+
+
+def _deepspeed_flags(arguments: argparse.Namespace) -> list[str]:
+    """DeepSpeed's customary flags as overrides; keys of ours, given too, win."""
+    files = [f for f in (arguments.deepspeed, arguments.deepspeed_config) if f]
+    if len(files) > 1 and files[0] != files[1]:
+        raise ConfigError(f"--deepspeed {files[0]} and --deepspeed_config {files[1]}: give one")
+    flags = [] if arguments.deepspeed is None and not files else ["--parallel.backend=deepspeed"]
+    return flags + [f"--parallel.deepspeed_config={file}" for file in files[:1]]
 
 
 def train(resolved: ResolvedConfig, *, output: str) -> int:
@@ -64,7 +86,7 @@ def train(resolved: ResolvedConfig, *, output: str) -> int:
     """
     from spectral_scale.parallel.facts import detect_rank_facts
 
-    config = resolved.config
+    config = with_deepspeed_json(resolved.config)
     facts = detect_rank_facts()
     check_config(config, world_size=facts.world_size)
 

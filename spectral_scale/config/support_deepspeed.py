@@ -1,13 +1,59 @@
 """What DeepSpeed's ZeRO stages can do, with and without offload to the CPU."""
 
-from spectral_scale.config.support import Support
+from spectral_scale.config.support import FEATURES, No, Support, Yes
+
+_TESTS = "tests/distributed/test_equivalence_deepspeed.py::"
+_EQUAL = Yes(f"{_TESTS}test_equals_one_process")
+_STATE = "tests/distributed/test_deepspeed_state.py::"
+
+
+def _refused(reason: str) -> dict[str, Support]:
+    return dict.fromkeys(FEATURES, No(reason))
+
+
+_COMMON: dict[str, Support] = {
+    "method=full": Yes(f"{_TESTS}test_methods"),
+    "method=sst": _EQUAL,
+    "method=lora": Yes(f"{_TESTS}test_methods"),
+    "method=relora": Yes(f"{_TESTS}test_methods"),
+    "method=galore": No(
+        "its optimizer needs whole gradients, and ZeRO flattens them; set parallel.backend=torch"
+    ),
+    "storage=residual": _EQUAL,
+    "storage=factored": _EQUAL,
+    "precision=fp32": _EQUAL,
+    "precision=bf16": Yes(f"{_TESTS}test_bf16_trains_fp32_masters"),
+    "precision=fp64": No("masters are fp32; set parallel.backend=torch"),
+    "residual=replicated": _EQUAL,
+    "residual=sharded": No("ZeRO below stage 3 keeps weights whole; set parallel.zero_stage=3"),
+    "accumulation": _EQUAL,
+    "clipping": _EQUAL,
+    "dropout": No("no test has shown it"),
+    "activation_checkpointing": No("no test has shown it"),
+    "compile": No("no test has shown it"),
+    "resume": Yes(f"{_STATE}test_resume_is_bit_exact"),
+    "reshard": Yes(f"{_STATE}test_reshard_and_migrate"),
+    "migrate": Yes(f"{_STATE}test_reshard_and_migrate"),
+}
+_ZERO0: dict[str, Support] = _COMMON | {
+    "precision=bf16": No(
+        "DeepSpeed takes a hidden optimizer step when it starts stage 0 in bf16; "
+        "set parallel.zero_stage=1"
+    ),
+}
+_ZERO3: dict[str, Support] = _COMMON | {
+    "residual=replicated": No("ZeRO-3 shards frozen weights, too; set parallel.zero_stage=2"),
+    "residual=sharded": _EQUAL,
+}
 
 DEEPSPEED: dict[str, dict[str, Support]] = {
-    "zero0": {},
-    "zero1": {},
-    "zero2": {},
-    "zero3": {},
-    "zero2+offload": {},
-    "zero3+offload": {},
+    "zero0": _ZERO0,
+    "zero1": _COMMON,
+    "zero2": _COMMON,
+    "zero3": _ZERO3,
+    "zero0+offload": _refused("stage 0 shards nothing to offload; set parallel.zero_stage=2"),
+    "zero1+offload": _refused("no test has shown it; set parallel.zero_stage=2"),
+    "zero2+offload": _COMMON,
+    "zero3+offload": _ZERO3,
 }
 """By stage; see `capability.variant`."""

@@ -19,7 +19,7 @@ from spectral_scale.data.loader import TrainLoader, ValidationLoader
 from spectral_scale.data.packing import count_samples
 from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
-from spectral_scale.engine.hosts import open_backend, require_host
+from spectral_scale.engine.hosts import autocast_dtype, open_backend, require_host, with_host_file
 from spectral_scale.engine.identity import check_identity, run_identity
 from spectral_scale.engine.methods import METHODS, ControllerParts, MethodController
 from spectral_scale.engine.tokenizers import check_folder_tokenizer
@@ -91,8 +91,9 @@ def check_inputs(config: RunConfig, facts: RankFacts) -> Inputs:
     Raises ConfigError or DataError.
     """
     require_rendezvous(facts)
+    config = with_host_file(config)
     check_config(config, world_size=facts.world_size)
-    require_host(config)
+    require_host(config, world_size=facts.world_size)
     pick_device(config.train.device, facts.local_rank)
     train, validation = open_data(config)
     config = with_vocabulary(config, train)
@@ -179,7 +180,7 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         checkpoints=checkpoints,
         identity=identity,
         start_step=start_step,
-        autocast=torch.bfloat16 if config.train.precision == "bf16" else None,
+        autocast=autocast_dtype(config),
     )
 
 

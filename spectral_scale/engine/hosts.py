@@ -3,7 +3,10 @@
 from importlib import import_module
 from importlib.util import find_spec
 
+import torch
+
 from spectral_scale.backends.base import Backend
+from spectral_scale.config.deepspeed_json import resolve_deepspeed, with_deepspeed_json
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.facts import RankFacts
@@ -19,8 +22,14 @@ PACKAGES = {"deepspeed": "deepspeed"}
 """parallel.backend -> the package it needs besides this project's dependencies."""
 
 
-def require_host(config: RunConfig) -> None:
-    """Raise ConfigError with the install command if the backend's package is missing."""
+def with_host_file(config: RunConfig) -> RunConfig:
+    """The run with what the backend's own configuration file adds to it. Raises ConfigError."""
+    return with_deepspeed_json(config)
+
+
+def require_host(config: RunConfig, *, world_size: int) -> None:
+    """Raise ConfigError if the backend's package is missing, with the install command, or if its
+    own configuration file contradicts the run."""
     backend = config.parallel.backend
     package = PACKAGES.get(backend)
     if package is not None and find_spec(package) is None:
@@ -28,11 +37,20 @@ def require_host(config: RunConfig) -> None:
             f"parallel.backend={backend} needs the package {package}, which is not installed; "
             f"install it with: pip install 'spectral-scale[{package}]'"
         )
+    if backend == "deepspeed":
+        resolve_deepspeed(config, world_size=world_size)
+
+
+def autocast_dtype(config: RunConfig) -> torch.dtype | None:
+    """What autocast computes in; None in full precision, or where the host casts by itself."""
+    if config.train.precision != "bf16" or config.parallel.backend == "deepspeed":
+        return None
+    return torch.bfloat16
 
 
 def open_backend(config: RunConfig, facts: RankFacts) -> Backend:
     """Start the configured backend: process groups and device. Collective. Raises ConfigError."""
-    require_host(config)
+    require_host(config, world_size=facts.world_size)
     module = import_module(MODULES[config.parallel.backend])
     backend: Backend = module.open_backend(config, facts)
     return backend

@@ -162,11 +162,12 @@ def rolling(
 ) -> Array:
     """`statistic` of the finite ones of up to `window` points around each, without lag.
 
-    The window shrinks symmetrically at both ends. What is not finite stays a gap.
+    At the start the window shrinks on both sides, so that a steep first descent is kept; at the end
+    only on the right, so that the last point is no single raw value. What is not finite stays a gap.
     """
     rolled = np.full(len(values), np.nan)
     for at in map(int, np.flatnonzero(np.isfinite(values))):
-        half = min(window // 2, at, len(values) - 1 - at)
+        half = min(window // 2, at)
         around = values[at - half : at + half + 1]
         rolled[at] = statistic(around[np.isfinite(around)])
     return rolled

@@ -61,6 +61,7 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
     from spectral_scale.engine.run_folder import create_run_folder
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.shards import local
 
     facts = detect_rank_facts()
     create_run_folder(Path(config.train.run_dir))
@@ -81,7 +82,7 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
     if run.controller is not None:
         tensors |= {name: tensor.clone() for name, tensor in run.controller.state_tensors()}
     frozen = {
-        f"frozen/{name}": parameter.detach().clone()
+        f"frozen/{name}": local(parameter).clone()
         for name, parameter in run.model.named_parameters()
         if not parameter.requires_grad
     }

@@ -1,0 +1,112 @@
+"""How the spectral controller reaches parameters that `fully_shard` has cut into DTensors."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.shards import Layout, Layouts, gather, local, scatter, sum_over_shards
+from spectral_scale.parallel.store import MOMENTS
+
+
+class FSDP2Store:
+    """A `ParameterStore` of a model under `fully_shard` (FSDP2 or HSDP).
+
+    Parameters that were left out of it (`ignored_params`), whole on every rank, are served too.
+
+    Args:
+        model: after `fully_shard`.
+        optimizer: a torch optimizer over its parameters; None: there are no moments to reset.
+        collective: all ranks of the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, collective: Collective
+    ) -> None:
+        self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._reshard()
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = optimizer
+        self._collective = collective
+        self._layouts = Layouts()
+
+    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+        """The pieces, put together on the owner."""
+        self._reshard()
+        parameter = self._parameters[fqn]
+        if isinstance(parameter, DTensor):
+            return gather(parameter, self._layouts.of(parameter), owner=owner)
+        return parameter.detach() if self._collective.rank == owner else None
+
+    @torch.no_grad()
+    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+        """Scatter from the owner, all parameters of a dtype and a placement in one message."""
+        self._reshard()
+        packets: dict[tuple[int, torch.dtype], dict[str, DTensor]] = {}
+        for fqn, value in values.items():
+            parameter = self._parameters[fqn]
+            if isinstance(parameter, DTensor):
+                kind = (id(self._layouts.of(parameter)), parameter.dtype)
+                packets.setdefault(kind, {})[fqn] = parameter
+            else:
+                self._broadcast(parameter, value, owner)
+        for packet in packets.values():
+            into = list(packet.values())
+            whole = [values[fqn] for fqn in packet]
+            scatter(whole, into, self._layouts.of(into[0]), owner=owner)
+
+    @torch.no_grad()
+    def reset_moments(self, fqns: Sequence[str]) -> int:
+        """Zero exp_avg, exp_avg_sq and step of each parameter that has them."""
+        zeroed = 0
+        for fqn in fqns:
+            state = self._optimizer.state[self._parameters[fqn]] if self._optimizer else {}
+            for name in MOMENTS:
+                if name in state:
+                    local(state[name]).zero_()
+                    zeroed += state[name].numel()
+            if "step" in state:
+                state["step"].zero_()
+        return zeroed
+
+    @torch.no_grad()
+    def retract_columns(self, fqns: Iterable[str]) -> None:
+        """Scale every column to unit length: one all-reduce of r squared norms a factor.
+
+        Norms are summed over ranks only where rows are spread over ranks.
+        """
+        self._reshard()
+        factors = [self._parameters[fqn] for fqn in fqns]
+        squares = [torch.linalg.vector_norm(local(f), dim=0).square_() for f in factors]
+        cut = [self._row_layout(f) for f in factors]
+        for factor, square in zip(factors, sum_over_shards(squares, cut), strict=True):
+            norms = square.sqrt_().clamp_min_(torch.finfo(factor.dtype).tiny)
+            local(factor).div_(norms)
+
+    @torch.no_grad()
+    def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
+        """sigma = max(sigma, 0)."""
+        self._reshard()
+        for fqn in fqns:
+            local(self._parameters[fqn]).clamp_min_(0)
+
+    def _reshard(self) -> None:
+        """Free gathered copies: after a forward without a backward the root's parameters are still
+        whole, and what is written to the shards would not be seen."""
+        for module in self._fsdp_modules:
+            module.reshard()
+
+    def _broadcast(self, parameter: Tensor, value: Tensor | None, owner: int) -> None:
+        """A parameter that every rank holds whole."""
+        if value is not None:
+            parameter.copy_(value)
+        if parameter.numel():
+            self._collective.broadcast(parameter.detach(), owner)
+
+    def _row_layout(self, parameter: Tensor) -> Layout | None:
+        """The layout if rows (dimension 0) are what is cut; else columns are whole here."""
+        layout = self._layouts.of(parameter) if isinstance(parameter, DTensor) else None
+        return layout if layout is not None and layout.dim == 0 else None

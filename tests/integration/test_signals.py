@@ -103,27 +103,29 @@ def test_a_signal_in_the_last_step_changes_nothing(
     assert losses(tmp_path) == undisturbed
 
 
+def train_and_signal(words: list[str], signals: list[int], echo_seconds: float) -> None:
+    """In a process of its own, which a signal may end."""
+    stop.ECHO_SECONDS = echo_seconds
+    signal_self_in_step(SIGNALLED, signals)
+    sys.exit(main(words))
+
+
 def test_one_ctrl_c_under_a_launcher_is_one_request(corpus: Path, tmp_path: Path) -> None:
-    """The terminal's SIGINT and the launcher's SIGTERM arrive together; the step is still saved."""
-    signal_self_in_step(SIGNALLED, [signal.SIGINT, signal.SIGTERM, signal.SIGINT])
-    assert main(["train", *tiny_words(corpus, tmp_path, **CHANGES)]) == 75
+    """The terminal's SIGINT and the launcher's signals arrive together; the step is still saved."""
+    words = ["train", *tiny_words(corpus, tmp_path, **CHANGES)]
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
+    assert exit_code(train_and_signal, words, signals, stop.ECHO_SECONDS) == 75
     assert saved_steps(tmp_path) == [3, SIGNALLED]
     assert status(tmp_path)[2] == "stopped by SIGINT"
-
-
-def train_and_signal_twice(words: list[str], number: int) -> None:
-    """In a process of its own: the second signal counts as a second request."""
-    stop.ECHO_SECONDS = -1.0
-    signal_self_in_step(SIGNALLED, [number, number])
-    sys.exit(main(words))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_at_once(
     corpus: Path, tmp_path: Path, undisturbed: dict[int, float], number: signal.Signals
 ) -> None:
+    """One that does not come together with the first: here, no time is close enough for that."""
     words = ["train", *tiny_words(corpus, tmp_path, **CHANGES)]
-    assert exit_code(train_and_signal_twice, words, number) == -number
+    assert exit_code(train_and_signal, words, [number, number], -1.0) == -number
     assert saved_steps(tmp_path) == [3]
     assert max(losses(tmp_path)) == SIGNALLED - 1
     assert main(words) == 0

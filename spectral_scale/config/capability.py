@@ -48,6 +48,10 @@ def requested(config: RunConfig) -> Iterator[str]:
     yield f"precision={config.train.precision}"
     if spectral.method == "sst":
         yield f"storage={spectral.storage}"
+        if spectral.extra_sigma:
+            yield "extra_sigma"
+        if spectral.boundary_moments != "reset":
+            yield "moments=kept"
     if spectral.method in ("sst", "lora", "relora"):
         yield "residual=sharded" if shards_residual(config.parallel) else "residual=replicated"
     for key in ("activation_checkpointing", "compile"):

@@ -59,6 +59,7 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
         "metrics.log_interval": config.metrics.log_interval,
     }
     at_least_zero: dict[str, float] = {
+        "spectral.extra_sigma": config.spectral.extra_sigma,
         "spectral.iteration_warmup_steps": config.spectral.iteration_warmup_steps,
         "optimizer.lr": config.optimizer.lr,
         "optimizer.spectral_lr": config.optimizer.spectral_lr,
@@ -112,6 +113,7 @@ def _check_spectral(spectral: SpectralConfig, architecture: Architecture) -> Ite
         yield from check_spectral_rank(spectral, architecture)
     if spectral.method == "sst":
         yield from _check_sst(spectral)
+        yield from _check_extra_sigma(spectral, architecture)
 
 
 def check_spectral_rank(spectral: SpectralConfig, architecture: Architecture) -> Iterator[str]:
@@ -123,6 +125,21 @@ def check_spectral_rank(spectral: SpectralConfig, architecture: Architecture) ->
                 f"spectral.spectral_rank={r} exceeds min(m, n)={min(out_features, in_features)} of "
                 f"{name} ({out_features} x {in_features}); lower it to at most that"
             )
+
+
+def _check_extra_sigma(spectral: SpectralConfig, architecture: Architecture) -> Iterator[str]:
+    if spectral.extra_sigma and spectral.storage != "residual":
+        yield (
+            f"spectral.extra_sigma={spectral.extra_sigma} needs spectral.storage=residual: "
+            "factored storage trains all singular values; leave it out"
+        )
+    smallest = min(min(shape) for shape in linear_shapes(architecture).values())
+    if spectral.spectral_rank <= smallest < spectral.spectral_rank + spectral.extra_sigma:
+        yield (
+            f"spectral.spectral_rank={spectral.spectral_rank} + spectral.extra_sigma="
+            f"{spectral.extra_sigma} exceed the {smallest} triplets of the smallest matrix; lower "
+            "extra_sigma"
+        )
 
 
 def _check_sst(spectral: SpectralConfig) -> Iterator[str]:

@@ -57,6 +57,13 @@ class SpectralConfig:
     """enhanced: direction gradients without the factor sigma; default: the true partials."""
     trained_sigma: Literal["auto", "active", "all"] = "auto"
     """Singular values that train; auto: active in residual storage, all in factored storage."""
+    extra_sigma: int = 0
+    """Residual storage: further triplets of which only the singular value trains, drawn uniformly
+    from the others at every swap."""
+    boundary_moments: Literal["reset", "keep_sigma", "keep_redrawn"] = "reset"
+    """Adam's moments at a swap; reset: all zeroed, step counts too; keep_sigma: singular values
+    that go on training keep theirs; keep_redrawn: so do the directions of triplets drawn again.
+    What keeps any keeps its step count; a re-decomposed matrix keeps none."""
     stagger_rounds: bool = False
     """Spread the re-decompositions of the matrices over the iterations of a round."""
     bank_device: Literal["auto", "model", "cpu"] = "auto"

@@ -29,6 +29,8 @@ FEATURES: dict[str, str] = {
     "method=galore": "GaLore",
     "storage=residual": "SST, residual storage",
     "storage=factored": "SST, factored storage",
+    "extra_sigma": "SST, extra trained singular values",
+    "moments=kept": "SST, moments that survive a swap",
     "precision=fp32": "fp32",
     "precision=bf16": "bf16",
     "precision=fp64": "fp64 (tests)",

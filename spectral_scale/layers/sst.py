@@ -19,10 +19,11 @@ class SpectralLinear(FactoredLinear):
 
     Parameters (all of fixed shape for the whole run):
         u (out, r), v (in, r): trained directions, unit columns.
-        sigma (r,), or (k,) in factored storage: singular values, those of u and v first.
+        sigma (r + s,), or (k,) in factored storage: singular values, those of u and v first.
         bias (out,): as the dense layer's, if it has one.
         residual (out, in), frozen: everything not trained (residual storage).
-        u_fixed (out, k - r), v_fixed (in, k - r), frozen: the other directions (factored storage).
+        u_fixed (out, f), v_fixed (in, f), frozen: directions of which at most sigma trains; all
+            f = k - r others in factored storage, f = s extra ones in residual storage, if any.
     """
 
     parameter_roles: ClassVar[dict[str, Role]] = {
@@ -44,6 +45,7 @@ class SpectralLinear(FactoredLinear):
         spectral_rank: int,
         *,
         storage: str = "residual",
+        extra_sigma: int = 0,
         enhanced: bool = True,
         active_sigma_only: bool = False,
         bias: bool = True,
@@ -65,12 +67,14 @@ class SpectralLinear(FactoredLinear):
 
         self.u = trained(out_features, spectral_rank)
         self.v = trained(in_features, spectral_rank)
-        self.sigma = trained(spectral_rank if storage == "residual" else k)
-        self.bias = trained(out_features) if bias else None
         in_residual = storage == "residual"
+        self.num_fixed = extra_sigma if in_residual else k - spectral_rank
+        self.sigma = trained(spectral_rank + self.num_fixed)
+        self.bias = trained(out_features) if bias else None
         self.residual = frozen(out_features, in_features) if in_residual else None
-        self.u_fixed = None if in_residual else frozen(out_features, k - spectral_rank)
-        self.v_fixed = None if in_residual else frozen(in_features, k - spectral_rank)
+        holds_fixed = self.num_fixed > 0 or not in_residual
+        self.u_fixed = frozen(out_features, self.num_fixed) if holds_fixed else None
+        self.v_fixed = frozen(in_features, self.num_fixed) if holds_fixed else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's."""
@@ -99,8 +103,8 @@ class SpectralLinear(FactoredLinear):
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical shapes of the factors the optimizer sees, whatever a host did to the storage."""
         r = self.spectral_rank
-        sigma = r if self.residual is not None else min(self.in_features, self.out_features)
-        return {"u": (self.out_features, r), "v": (self.in_features, r), "sigma": (sigma,)}
+        sigma = (r + self.num_fixed,)
+        return {"u": (self.out_features, r), "v": (self.in_features, r), "sigma": sigma}
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:

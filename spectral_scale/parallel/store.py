@@ -5,7 +5,7 @@ parameter whole (one process, DistributedDataParallel).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,18 @@ class ParameterStore(Protocol):
 
     def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
         """Raise negative entries to zero, copies and masters alike."""
+
+
+@runtime_checkable
+class MomentMover(Protocol):
+    """A store that can also let moments follow their triplets to other columns. Collective."""
+
+    def move_moments(self, fqn: str, source: Tensor) -> int:
+        """Give column j (entry j of a vector) the moments of column `source[j]`, none where -1.
+
+        The step count stays unless nothing is kept, so that a kept moment is not corrected as if
+        it were new. `source` (int64) is the same on every rank. Returns the moments zeroed.
+        """
 
 
 class TorchStore:
@@ -70,6 +82,21 @@ class TorchStore:
                     zeroed += state[name].numel()
             if "step" in state:
                 state["step"].zero_()
+        return zeroed
+
+    @torch.no_grad()
+    def move_moments(self, fqn: str, source: Tensor) -> int:
+        """Rearrange exp_avg and exp_avg_sq of a parameter that has them, along the last axis."""
+        new = source < 0
+        if bool(new.all()):
+            return self.reset_moments([fqn])  # the step count too
+        state = self._optimizer.state[self._parameters[fqn]] if self._optimizer else {}
+        zeroed = 0
+        for name in MOMENTS:
+            if name in state:
+                moved = state[name].index_select(-1, source.clamp_min(0))
+                state[name].copy_(moved.masked_fill_(new, 0.0))
+                zeroed += int(new.sum()) * (moved.numel() // source.numel())
         return zeroed
 
     @torch.no_grad()

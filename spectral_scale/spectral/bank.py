@@ -28,12 +28,19 @@ class Triplets:
     """Right directions."""
     active: Tensor
     """Ascending int64 indices (r,) of the triplets that train; empty before the first draw."""
+    extra: Tensor = NOTHING
+    """Ascending int64 indices (s,) of others of which only the singular value trains."""
 
     def complement(self) -> Tensor:
-        """Ascending indices of the triplets that do not train."""
+        """Ascending indices of the triplets that are not active."""
         idle = torch.ones(self.sigma.numel(), dtype=torch.bool, device=self.sigma.device)
         idle[self.active] = False
         return idle.nonzero().flatten()
+
+    def held_sigma(self, *, all_sigma: bool) -> Tensor:
+        """Indices of a layer's singular values in its order: active, then extra or all others."""
+        others = self.complement() if all_sigma else self.extra.to(self.active.device)
+        return torch.cat([self.active, others])
 
 
 class SpectralBank:
@@ -65,10 +72,22 @@ class SpectralBank:
         """Bytes of all triplets held."""
         return sum(t.nbytes for e in self._entries.values() for t in (e.u, e.sigma, e.v))
 
-    def put(self, name: str, u: Tensor, sigma: Tensor, v: Tensor, active: Tensor) -> None:
+    def put(
+        self,
+        name: str,
+        u: Tensor,
+        sigma: Tensor,
+        v: Tensor,
+        active: Tensor,
+        extra: Tensor = NOTHING,
+    ) -> None:
         """Take a matrix over, at rest on the bank's device."""
         self._entries[name] = Triplets(
-            u=self._rest(u), sigma=self._rest(sigma), v=self._rest(v), active=active.to(self.device)
+            u=self._rest(u),
+            sigma=self._rest(sigma),
+            v=self._rest(v),
+            active=active.to(self.device),
+            extra=extra.to(self.device),
         )
 
     def decompose(self, name: str, weight: Tensor) -> None:
@@ -89,42 +108,41 @@ class SpectralBank:
     def commit(self, name: str, u_a: Tensor, sigma: Tensor, v_a: Tensor) -> None:
         """Write trained values back, in place.
 
-        u_a (m, r) and v_a (n, r) go to the active columns; sigma is (r,) of the active triplets, or
-        (k,): the active ones, then the others in ascending order.
+        u_a (m, r) and v_a (n, r) go to the active columns; sigma is (r + s,) of the active and the
+        extra triplets, or (k,): the active ones, then the others in ascending order.
         """
         entry = self._entries[name]
         entry.u[:, entry.active] = u_a.to(self.device, self.dtype)
         entry.v[:, entry.active] = v_a.to(self.device, self.dtype)
-        order = entry.active
-        if sigma.numel() > order.numel():
-            order = torch.cat([order, entry.complement()])
+        order = entry.held_sigma(all_sigma=sigma.numel() == entry.sigma.numel())
         entry.sigma[order] = sigma.to(self.device, self.dtype)
 
     def trained_values(self, name: str, *, all_sigma: bool) -> dict[str, Tensor]:
-        """u (m, r), v (n, r) and sigma (r,) or (k,) of the active triplets, as layers hold them."""
+        """u (m, r), v (n, r) and sigma (r + s,) or (k,), as layers hold them."""
         entry = self._entries[name]
-        order = entry.active
-        if all_sigma:
-            order = torch.cat([order, entry.complement()])
         return {
             "u": entry.u[:, entry.active],
             "v": entry.v[:, entry.active],
-            "sigma": entry.sigma[order],
+            "sigma": entry.sigma[entry.held_sigma(all_sigma=all_sigma)],
         }
 
     def frozen_values(self, name: str, *, factored: bool) -> dict[str, Tensor]:
         """What does not train: residual (m, n), or u_fixed (m, k - r) and v_fixed (n, k - r).
 
-        The residual is always rebuilt from the full-precision triplets, so no rounding accumulates.
+        With extra triplets, the residual and their u_fixed (m, s) and v_fixed (n, s). The residual
+        is always rebuilt from the full-precision triplets, so no rounding accumulates.
         """
         entry = self._entries[name]
         if factored:
             idle = entry.complement()
             return {"u_fixed": entry.u[:, idle], "v_fixed": entry.v[:, idle]}
         sigma = entry.sigma.clone()
-        sigma[entry.active] = 0
+        sigma[entry.held_sigma(all_sigma=False)] = 0
         u, sigma, v = (t.to(self.compute_device) for t in (entry.u, sigma, entry.v))
-        return {"residual": compose(u, sigma, v)}
+        values = {"residual": compose(u, sigma, v)}
+        if entry.extra.numel():
+            values |= {"u_fixed": entry.u[:, entry.extra], "v_fixed": entry.v[:, entry.extra]}
+        return values
 
     def _rest(self, tensor: Tensor) -> Tensor:
         resting = tensor.detach().to(self.device, self.dtype).contiguous()

@@ -21,8 +21,9 @@ from spectral_scale.layers.base import weights_set_aside
 from spectral_scale.layers.convert import spectral_layers
 from spectral_scale.ops.sampling import sample_triplets
 from spectral_scale.parallel.collective import Collective, SingleProcess
-from spectral_scale.parallel.store import ParameterStore, TorchStore
+from spectral_scale.parallel.store import MomentMover, ParameterStore, TorchStore
 from spectral_scale.spectral.bank import SpectralBank
+from spectral_scale.spectral.moments import Held, held, settle_moments
 from spectral_scale.spectral.owners import assign_owners
 from spectral_scale.spectral.ramp import ramp_learning_rates
 from spectral_scale.spectral.schedule import SpectralSchedule
@@ -48,6 +49,8 @@ class BoundaryReport:
     """Of those, the ones that did not train before."""
     moments_reset: int = 0
     """Entries of exp_avg and exp_avg_sq set to zero."""
+    moments_kept: int = 0
+    """Entries that stayed with their triplets (`boundary_moments`)."""
     redecomposed: int = 0
     """Matrices whose round ended."""
     kept_factors: int = 0
@@ -65,6 +68,7 @@ class BoundaryReport:
             "spectral/active_triplets": self.active_triplets,
             "spectral/swapped_vectors": self.swapped_triplets,
             "spectral/moments_reset": self.moments_reset,
+            "spectral/moments_kept": self.moments_kept,
             "spectral/redecomposed": self.redecomposed,
             "spectral/kept_factors": self.kept_factors,
             "spectral/boundary_seconds": self.seconds,
@@ -221,18 +225,50 @@ class SpectralController:
     def _begin_iteration(self, iteration: int, report: BoundaryReport | None = None) -> None:
         """Draw, build and install the triplets of `iteration`, matrix by matrix."""
         report = report or BoundaryReport(iteration=iteration)
+        changes: dict[str, tuple[Held, Held, int]] = {}
         for name, owner in self.owners.items():
-            swapped = self._draw(name, iteration) if owner == self.collective.rank else 0
-            report.swapped_triplets += swapped
+            if owner == self.collective.rank:
+                before = self._held(name)
+                report.swapped_triplets += self._draw(name, iteration)
+                changes[name] = before, self._held(name), self.bank[name].sigma.numel()
             self._install(name, owner)
             report.layers += 1
             report.active_triplets += self.layers[name].trained_shapes()["u"][1]
-        report.moments_reset = self.store.reset_moments(self._trained_fqns())
+        self._settle_moments(changes, report)
         totals = torch.tensor(
             [report.swapped_triplets, report.redecomposed, report.kept_factors], dtype=torch.int64
         ).to(next(iter(self.layers.values())).u.device)
         counts = self.collective.all_reduce_sum(totals).tolist()
         report.swapped_triplets, report.redecomposed, report.kept_factors = counts
+
+    def _settle_moments(
+        self, changes: Mapping[str, tuple[Held, Held, int]], report: BoundaryReport
+    ) -> None:
+        """Zero the optimizer's moments of what trained before, or keep those that may stay."""
+        if self.config.boundary_moments == "reset":
+            report.moments_reset = self.store.reset_moments(self._trained_fqns())
+            return
+        if not isinstance(self.store, MomentMover):
+            raise SpectralError(
+                f"spectral.boundary_moments={self.config.boundary_moments} needs a store that can "
+                f"move moments; {type(self.store).__name__} cannot: set it to reset"
+            )
+        for name, owner in self.owners.items():
+            zeroed, kept = settle_moments(
+                self.store,
+                self.collective,
+                self.config,
+                name,
+                owner=owner,
+                shapes=self.layers[name].trained_shapes(),
+                change=changes.get(name),
+                device=self.layers[name].u.device,
+            )
+            report.moments_reset += zeroed
+            report.moments_kept += kept
+
+    def _held(self, name: str) -> Held:
+        return held(self.bank[name], all_sigma=self.layers[name].residual is None)
 
     def _draw(self, name: str, iteration: int) -> int:
         """Owner only: choose the active set; the number of triplets that were not active before."""
@@ -249,6 +285,18 @@ class SpectralController:
         )
         before = set(entry.active.tolist())
         entry.active = drawn.to(entry.sigma.device)
+        if self.config.extra_sigma:
+            others = entry.complement()
+            extra = sample_triplets(
+                entry.sigma[others],
+                self.config.extra_sigma,
+                "uniform",
+                seed=self.seed,
+                layer=f"{name}/extra",
+                round=round_,
+                iteration=position,
+            )
+            entry.extra = others[extra.to(others.device)]
         return len(set(drawn.tolist()) - before)
 
     def _install(self, name: str, owner: int, *, trained: bool = True) -> None:
@@ -256,7 +304,8 @@ class SpectralController:
         layer = self.layers[name]
         factored = layer.residual is None
         leaves = ["u", "v", "sigma"] if trained else []
-        leaves += ["u_fixed", "v_fixed"] if factored else ["residual"]
+        leaves += ["u_fixed", "v_fixed"] if layer.u_fixed is not None else []
+        leaves += [] if factored else ["residual"]
         values: dict[str, Tensor | None] = {f"{name}.{leaf}": None for leaf in leaves}
         if owner == self.collective.rank:
             found = self.bank.frozen_values(name, factored=factored)
@@ -271,7 +320,8 @@ class SpectralController:
         layers, r = len(self.layers), self.config.spectral_rank
         shapes = [s for layer in self.layers.values() for s in layer.trained_shapes().values()]
         moments = 2 * sum(math.prod(shape) for shape in shapes)
-        expected = {"layers": layers, "active_triplets": layers * r, "moments_reset": moments}
+        settled = moments - report.moments_kept
+        expected = {"layers": layers, "active_triplets": layers * r, "moments_reset": settled}
         for what, count in expected.items():
             if getattr(report, what) != count:
                 raise SpectralError(
@@ -316,7 +366,7 @@ class SpectralController:
         The active ones are as of the last boundary; their present values are the model's.
         """
         for name, entry in self.bank.items():
-            for leaf in ("u", "sigma", "v", "active"):
+            for leaf in self._saved_leaves():
                 yield f"bank/{name}/{leaf}", getattr(entry, leaf)
 
     def load_state(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
@@ -329,8 +379,8 @@ class SpectralController:
         self.applied_steps = applied_steps
         for name, owner in self.owners.items():
             if owner == self.collective.rank:
-                u, sigma, v = (read(f"bank/{name}/{leaf}") for leaf in ("u", "sigma", "v"))
-                self.bank.put(name, u, sigma, v, active=read(f"bank/{name}/active"))
+                saved = {leaf: read(f"bank/{name}/{leaf}") for leaf in self._saved_leaves()}
+                self.bank.put(name, **saved)
             self._install(name, owner, trained=False)
 
     # -- small parts -----------------------------------------------------------------------
@@ -351,6 +401,10 @@ class SpectralController:
             return 0
         index = list(self.layers).index(name)
         return index * self.schedule.iterations_per_round // len(self.layers)
+
+    def _saved_leaves(self) -> tuple[str, ...]:
+        leaves = ("u", "sigma", "v", "active")
+        return (*leaves, "extra") if self.config.extra_sigma else leaves
 
     def _trained_fqns(self) -> list[str]:
         return [

@@ -19,6 +19,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {"spectral__sampling": "partitioned", "spectral__stagger_rounds": True},
         (7,),
     ),
+    "extra sigma, kept moments": (
+        {"spectral__extra_sigma": 4, "spectral__boundary_moments": "keep_redrawn"},
+        (3, 4, 5, 9),
+    ),
     "gradient accumulation": ({"train__micro_batch_size": 1}, (5,)),
     "dropout": ({"model__dropout": 0.1}, (5,)),
     "loader workers": ({"data__num_workers": 2}, (5,)),

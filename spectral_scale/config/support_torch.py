@@ -15,7 +15,7 @@ TORCH: dict[str, Support] = {
     "storage=residual": Yes(_DDP),
     "storage=factored": Yes(f"{_RESUME}test_resume_is_bit_exact[factored storage]"),
     "extra_sigma": Yes(f"{_RESUME}test_resume_is_bit_exact[extra sigma, kept moments]"),
-    "moments=kept": Yes(f"{_RESUME}test_resume_is_bit_exact[extra sigma, kept moments]"),
+    "moments=kept": Yes("tests/distributed/test_ddp_kept_moments.py"),
     "precision=fp32": Yes(_DDP),
     "precision=bf16": Yes(f"{_RESUME}test_resume_is_bit_exact[bf16]"),
     "precision=fp64": Yes("tests/unit/layers/test_sst_theory.py"),

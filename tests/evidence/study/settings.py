@@ -153,6 +153,7 @@ def _rate(factor: float) -> Ablation:
 _LENGTH, _WARMUP = "steps between swaps (T3)", "warm-up after a swap"
 _WIDTH, _DRAW, _EPS = "learning rate by width", "how triplets are drawn", "Adam's epsilon"
 _SIGMA, _ROUND, _BITS = "which sigma train", "decomposition", "precision"
+_MOMENTS = "moments at a swap"
 _SCALING = "spectral.direction_lr_scaling"
 
 BASE = Ablation(name="base", question="-", title="as tuned (the run the others are held against)")
@@ -161,7 +162,9 @@ ABLATIONS: tuple[Ablation, ...] = (
     *(_change(_LENGTH, "spectral.steps_per_iteration", t3) for t3 in (50, 100, 400)),
     *(_change(_WARMUP, "spectral.iteration_warmup_steps", n) for n in (0, 5, 50)),
     *(_change(_DRAW, "spectral.sampling", way) for way in ("partitioned", "uniform", "sigma")),
+    *(_change(_MOMENTS, "spectral.boundary_moments", m) for m in ("keep_sigma", "keep_redrawn")),
     _change(_SIGMA, "spectral.storage", "factored"),
+    *(_change(_SIGMA, "spectral.extra_sigma", s) for s in (RANK, 4 * RANK)),
     _rate(0.5),
     _rate(2.0),
     _change(_WIDTH, _SCALING, "width"),

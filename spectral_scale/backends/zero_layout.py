@@ -243,9 +243,15 @@ def layout_of(optimizer: Any) -> Layout:
             f"DeepSpeed chose {name}, whose parameters cannot be reached; use ZeRO-1, 2 or 3, or "
             "ZeRO-0 in fp32, and none of DeepSpeed's own optimizers"
         )
+    refuse_round_robin(optimizer)
+    return known[name](optimizer)
+
+
+def refuse_round_robin(optimizer: Any) -> None:
+    """Raise ConfigError if DeepSpeed reorders its flat buffers, which its own map does not follow:
+    reads and writes would go to other parameters."""
     if getattr(optimizer, "round_robin_gradients", False):
         raise ConfigError(
             "zero_optimization.round_robin_gradients reorders DeepSpeed's flat buffers but not its "
             "map of them, so that reads and writes miss; set it to false"
         )
-    return known[name](optimizer)

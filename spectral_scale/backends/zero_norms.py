@@ -109,11 +109,15 @@ class Directions:
                 part += column_square_sums(fragment.master, fragment.start, len(part)).to(
                     store.device
                 )
-        if not store.layout.replicated:
-            squares = store.collective.all_reduce_sum(squares)
+        squares = self._sum_over_ranks(squares)
         norms = squares.sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
         for fqn, part in zip(fqns, norms.split(columns), strict=True):
             fragment = fragments[fqn]
             if fragment is not None:
                 divide_columns(fragment.master, fragment.start, part)
         self._done.update(fqns)
+
+    def _sum_over_ranks(self, squares: Tensor) -> Tensor:
+        """Pieces of columns add up; where every rank has every column, they are complete."""
+        store = self._store
+        return squares if store.layout.replicated else store.collective.all_reduce_sum(squares)

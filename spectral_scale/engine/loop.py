@@ -91,7 +91,9 @@ class TrainingLoop:
         self._set_learning_rates(batch.step)
         loss = self._forward_backward(batch)
         stats = run.backend.step(clip_grad_norm=config.optimizer.clip_grad_norm)
-        report = run.controller.after_step() if run.controller is not None else None
+        report = None
+        if run.controller is not None and stats.applied:
+            report = run.controller.after_step()
         self.step = batch.step + 1
         values: dict[str, Any] = {}
         if report is not None:

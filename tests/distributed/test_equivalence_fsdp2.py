@@ -99,3 +99,40 @@ def test_losses_equal_in_single_precision(
     assert found.weights < 1e-3  # an update; see Distance.factors
     assert found.steps_equal
     assert found.indices_equal
+
+
+RECOMPUTED = {"model__activation_checkpointing": True}
+WIDTH = {"spectral__direction_lr_scaling": "width", "optimizer__weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (2, {"spectral__method": "full"}),
+        (2, {"spectral__method": "relora"}),
+        (3, {"spectral__method": "lora"} | HSDP | {"parallel__shard_group": 1}),
+        (2, {"model__name": "llama-60m"} | RECOMPUTED | WIDTH),
+    ],
+    ids=str,
+)
+def test_methods_and_models_equal_one_process(
+    world: int, changes: dict[str, Any], corpus: Path, tmp_path: Path, alone: Alone
+) -> None:
+    changes = changes | {"train__precision": "fp64"}
+    config = fsdp2_config(corpus, tmp_path, world, 2, **changes)
+    found = distance(run_distributed(train_tiny, world, config), alone(changes))
+    assert max(found.loss, found.weights, found.factors, found.moments) < 1e-9
+    assert found.steps_equal
+    assert found.indices_equal
+
+
+def test_bf16_trains_the_numbers_of_plain_torch(corpus: Path, tmp_path: Path) -> None:
+    """One rank, the same products under autocast: the same bits, boundaries included."""
+    changes = SETTINGS | {"train__precision": "bf16", "train__micro_batch_size": BATCH // 2}
+    sharded = {"parallel__backend": "fsdp2"} | changes
+    found = run_distributed(train_tiny, 1, tiny_config(corpus, tmp_path / "a", **sharded))[0]
+    expected = run_distributed(train_tiny, 1, tiny_config(corpus, tmp_path / "b", **changes))[0]
+    assert found["losses"] == expected["losses"]
+    many = fsdp2_config(corpus, tmp_path / "c", 2, 1, train__precision="bf16")
+    losses = run_distributed(train_tiny, 2, many)[0]["losses"]
+    assert max(abs(losses[s] - expected["losses"][s]) for s in losses) < 1e-3

@@ -62,38 +62,59 @@ def _method(variant: Variant) -> str:
     return variant.title.removesuffix(f", r = {variant.rank}")
 
 
-def _draw_tuning(figure: Figure, results: Mapping[str, Result]) -> bool:
+def _draw_tuning(figure: Any, results: Mapping[str, Result]) -> bool:
     axes = figure.add_subplot()
     for variant in declared.VARIANTS:
-        tried = sorted(tuned_rates(results, variant).items())
-        points = [(rate, loss) for rate, loss in tried if math.isfinite(loss)]
+        losses = sorted(tuned_rates(results, variant).items())
+        points = [(rate, loss) for rate, loss in losses if math.isfinite(loss)]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", **_look(variant))
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    axes.set_xscale("log")
+    rates = [declared.FULL.first_rate * 2.0**power for power in range(-5, 6)]
+    axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
+    axes.minorticks_off()
+    tried = [x for line in axes.get_lines() for x in line.get_xdata()]
+    if tried:
+        axes.set_xlim(min(tried) / 1.2, max(tried) * 1.2)
     tokens = declared.TUNE_STEPS * TOKENS_PER_STEP / 1e6
     axes.set(xlabel="tuned learning rate", ylabel=f"validation loss after {tokens:.2f} M tokens")
     return _with_legend(figure, axes)
 
 
-def _draw_curves(figure: Figure, results: Mapping[str, Result]) -> bool:
-    axes = figure.add_subplot()
+def _draw_curves(figure: Any, results: Mapping[str, Result]) -> bool:
+    """Left the losses, right what is lost against full rank of the same seed at equal tokens."""
+    figure.set_size_inches(9.5, 5.2)
+    left, right = figure.subplots(1, 2)
     for variant in declared.VARIANTS:
         look = _look(variant)
         for seed in declared.SEEDS:
-            run = final(results, variant, seed)
+            run, full = (final(results, v, seed) for v in (variant, declared.FULL))
             if run is None:
                 continue
-            # From the second evaluation on: the first ones would squeeze all others together.
-            points = [(step * TOKENS_PER_STEP, loss) for step, loss in run.validation[2:]]
-            axes.plot(*zip(*points, strict=True), linewidth=1.4, alpha=1.0 - 0.4 * seed, **look)
+            style = look | {"linewidth": 1.4, "alpha": 1.0 - 0.4 * seed}
+            left.plot(*_points(run), **style)
             look["label"] = None
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
-    axes.set(xlabel="tokens", ylabel="validation loss (final runs)")
-    return _with_legend(figure, axes)
+            if full is not None and full is not run:
+                lost = dict(full.validation)
+                steps, losses = _points(run, minus=lost)
+                right.plot(steps, losses, **style | {"label": None})
+    for axes, label in ((left, "validation loss"), (right, "validation loss - full rank's")):
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
+        axes.set(xlabel="tokens", ylabel=label)
+    return _with_legend(figure, left, where="outside lower center", columns=3)
 
 
-def _draw_ablations(figure: Figure, results: Mapping[str, Result]) -> bool:
+def _points(
+    run: Result, *, minus: Mapping[int, float] | None = None
+) -> tuple[list[int], list[float]]:
+    """Tokens and losses from an eighth of the run on: the start would hide all differences."""
+    late = [(s, loss) for s, loss in run.validation if s >= declared.FINAL_STEPS // 8]
+    if minus is not None:
+        late = [(step, loss - minus[step]) for step, loss in late if step in minus]
+    return [step * TOKENS_PER_STEP for step, _ in late], [loss for _, loss in late]
+
+
+def _draw_ablations(figure: Any, results: Mapping[str, Result]) -> bool:
     base = results.get(f"ablation-{declared.BASE.name}")
     runs = [(a.title, results.get(f"ablation-{a.name}")) for a in declared.ABLATIONS[1:]]
     found = [(title, run) for title, run in runs if run is not None and not run.diverged]
@@ -109,7 +130,7 @@ def _draw_ablations(figure: Figure, results: Mapping[str, Result]) -> bool:
     return True
 
 
-def _draw_dip(figure: Figure, results: Mapping[str, Result]) -> bool:
+def _draw_dip(figure: Any, results: Mapping[str, Result]) -> bool:
     runs = [(v, results.get(f"dip-{v.name}")) for v in declared.DIP_VARIANTS]
     found = [(variant, run) for variant, run in runs if run is not None and boundaries(run)]
     for place, (variant, run) in enumerate(found):
@@ -126,9 +147,11 @@ def _draw_dip(figure: Figure, results: Mapping[str, Result]) -> bool:
     return bool(found)
 
 
-def _with_legend(figure: Figure, axes: Any) -> bool:
+def _with_legend(
+    figure: Any, axes: Any, *, where: str = "outside right upper", columns: int = 1
+) -> bool:
     """A legend beside the axes; whether there was anything to put into it."""
-    if not axes.get_legend_handles_labels()[0]:
-        return False
-    figure.legend(loc="outside right upper")
-    return True
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc=where, ncols=columns)
+    return bool(handles)

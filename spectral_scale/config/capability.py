@@ -6,7 +6,7 @@
 from collections.abc import Iterator
 
 from spectral_scale.config.schema import ParallelConfig, RunConfig
-from spectral_scale.config.support import FEATURES, No, Support
+from spectral_scale.config.support import FEATURES, No, Support, Yes
 from spectral_scale.config.support_deepspeed import DEEPSPEED
 from spectral_scale.config.support_fsdp2 import FSDP2, HSDP
 from spectral_scale.config.support_torch import TORCH
@@ -104,3 +104,13 @@ CAPABILITIES: dict[str, dict[str, Support]] = {
     **DEEPSPEED,
 }
 """Row (see `variant`) -> feature -> support; what a row does not name is refused."""
+
+
+def markdown_table() -> str:
+    """Feature by row, for documents: `yes`, or nothing for what is refused."""
+    rows = list(CAPABILITIES)
+    lines = [["", *rows], ["---"] * (len(rows) + 1)]
+    for feature, name in FEATURES.items():
+        cells = [isinstance(CAPABILITIES[row].get(feature), Yes) for row in rows]
+        lines.append([name, *("yes" if works else "" for works in cells)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -9,7 +9,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.collective import Collective
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -53,6 +55,12 @@ class TorchStore:
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, collective: Collective
     ) -> None:
         self._parameters = dict(model.named_parameters())
+        for fqn, parameter in self._parameters.items():
+            if isinstance(parameter, DTensor):
+                raise ConfigError(
+                    f"{fqn} is sharded by fully_shard, and this store needs whole parameters; give "
+                    "the controller store=FSDP2Store(model, optimizer, collective)"
+                )
         self._optimizer = optimizer
         self._collective = collective
 

@@ -1,0 +1,97 @@
+"""Pieces of sharded tensors: their geometry is torch's, and what cannot be served is refused."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
+from spectral_scale.errors import ConfigError
+from spectral_scale.parallel.collective import SingleProcess
+from spectral_scale.parallel.group import join_alone
+from spectral_scale.parallel.rectangles import tiling_fault
+from spectral_scale.parallel.shards import Layout, Layouts, piece
+from spectral_scale.parallel.store import TorchStore
+
+
+def layout(dim: int | None, parts: int, index: int) -> Layout:
+    """Piece `index` of `parts`, without groups."""
+    ranks = tuple(range(parts))
+    return Layout(
+        dim=dim,
+        shard_ranks=ranks,
+        shard_group=None,
+        copy_ranks=(index,),
+        copy_group=None,
+        copy_of=dict.fromkeys(ranks, 0),
+        rank=index,
+    )
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_pieces_are_those_of_torch(size: int, parts: int) -> None:
+    for index in range(parts):
+        start, length = piece(size, parts, index)
+        shape, offset = _compute_local_shape_and_global_offset(
+            (size, 3), (parts,), lambda _, i=index: i, (Shard(0),)
+        )
+        assert length == shape[0]
+        assert length == 0 or start == offset[0]
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(0, 1))
+def test_pieces_tile_the_tensor(rows: int, columns: int, parts: int, dim: int) -> None:
+    boxes = [layout(dim, parts, i).rectangle((rows, columns)) for i in range(parts)]
+    assert tiling_fault([b for b in boxes if b.numel], (rows, columns)) is None
+    assert boxes[0].shape == layout(dim, parts, parts - 1).padded_shape((rows, columns))
+
+
+def test_a_tensor_that_is_not_cut_is_one_piece() -> None:
+    assert layout(None, 1, 0).rectangle((3, 4)).shape == (3, 4)
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    join_alone(torch.device("cpu"))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "placements", [(Shard(0), Shard(1)), (Partial(), Shard(0)), (Replicate(), Replicate())], ids=str
+)
+def test_other_placements_are_refused(group: None, placements: tuple[Any, ...]) -> None:
+    mesh = init_device_mesh("cpu", (1, 1))
+    tensor = DTensor.from_local(torch.ones(4, 4), mesh, placements)
+    with pytest.raises(ConfigError, match="cut along one mesh dimension"):
+        Layouts().of(tensor)
+
+
+def test_layouts_are_found_once_for_each_placement(group: None) -> None:
+    mesh = init_device_mesh("cpu", (1, 1))
+    layouts = Layouts()
+    a, b, c = (
+        DTensor.from_local(torch.ones(4, 4), mesh, p)
+        for p in ((Replicate(), Shard(0)), (Replicate(), Shard(0)), (Replicate(), Shard(1)))
+    )
+    assert layouts.of(a) is layouts.of(b)
+    assert layouts.of(c) is not layouts.of(a)
+    assert (layouts.of(a).dim, layouts.of(c).dim) == (0, 1)
+    assert layouts.of(a).is_first_copy
+
+
+def test_a_store_of_whole_parameters_refuses_pieces(group: None) -> None:
+    """Plain writes to a sharded model would fail late, or be lost."""
+    mesh = init_device_mesh("cpu", (1,))
+    weight = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, (Shard(0),)))
+    model: Any = SimpleNamespace(named_parameters=lambda: [("weight", weight)])
+    with pytest.raises(ConfigError, match="store=FSDP2Store"):
+        TorchStore(model, None, SingleProcess())

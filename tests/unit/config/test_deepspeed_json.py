@@ -1,0 +1,178 @@
+"""DeepSpeed's JSON beside a run: "auto", agreement, contradiction, refusal, misspelling."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectral_scale.config.check import check_config
+from spectral_scale.config.deepspeed_json import resolve_deepspeed, with_deepspeed_json
+from spectral_scale.config.load import load_config
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.errors import ConfigError
+
+SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
+
+
+def run_with(path: Path | None, **changes: Any) -> RunConfig:
+    values = {"parallel.backend": "deepspeed"}
+    values |= {} if path is None else {"parallel.deepspeed_config": str(path)}
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return load_config([], [f"--{key}={value}" for key, value in values.items()]).config
+
+
+def written(folder: Path, value: Any) -> Path:
+    path = folder / "ds.json"
+    path.write_text(json.dumps(value))
+    return path
+
+
+def leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    return [value]
+
+
+def test_there_is_a_file_for_every_variant() -> None:
+    names = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+    assert [path.stem for path in SHIPPED] == names
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_files_resolve_without_a_warning(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They name the stage and the offload, and no "auto" is left."""
+    config = with_deepspeed_json(run_with(path))
+    assert config.parallel.zero_stage == int(path.stem[4])
+    assert config.parallel.offload == ("cpu" if "offload" in path.stem else "none")
+    check_config(config, world_size=2)
+    resolved = resolve_deepspeed(config, world_size=2)
+    assert "auto" not in leaves(resolved)
+    assert resolved["train_batch_size"] == 32
+    assert resolved["gradient_accumulation_steps"] == 2
+    assert resolved["zero_optimization"]["round_robin_gradients"] is False
+    assert not caplog.records
+
+
+def test_without_a_file_it_is_zero_2() -> None:
+    resolved = resolve_deepspeed(run_with(None), world_size=1)
+    assert resolved["zero_optimization"]["stage"] == 2
+    assert "offload_optimizer" not in resolved["zero_optimization"]
+
+
+def test_equal_values_pass_and_clipping_stays_ours(tmp_path: Path) -> None:
+    path = written(tmp_path, {"gradient_clipping": 1, "train_micro_batch_size_per_gpu": 8})
+    assert resolve_deepspeed(run_with(path), world_size=1)["gradient_clipping"] == 0.0
+
+
+CONTRADICTIONS: list[tuple[Any, str]] = [
+    ({"train_batch_size": 64}, "train_batch_size=64 differs from 32, given by train.global_batch"),
+    ({"gradient_clipping": 0.5}, "gradient_clipping=0.5 differs from 1.0, given by optimizer.clip"),
+    ({"bf16": {"enabled": True}}, "bf16.enabled=true differs from false, given by train.precision"),
+    ({"optimizer": {"params": {"lr": 1e-4}}}, "optimizer.params.lr=0.0001 differs from 0.001"),
+    ({"optimizer": {"type": "Lamb"}}, 'optimizer.type="Lamb" differs from "AdamW"'),
+    ({"train_batch_size": True}, "train_batch_size=true differs from 32"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), CONTRADICTIONS, ids=str)
+def test_contradictions_name_both(value: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
+    assert message in str(error.value)
+
+
+def test_a_stage_given_twice_must_agree(tmp_path: Path) -> None:
+    path = written(tmp_path, {"zero_optimization": {"stage": 3}})
+    config = with_deepspeed_json(run_with(path, parallel__zero_stage=1))
+    with pytest.raises(
+        ConfigError, match=r"zero_optimization.stage=3 differs from 1, given by par"
+    ):
+        resolve_deepspeed(config, world_size=1)
+
+
+REFUSED: list[tuple[Any, str]] = [
+    ({"zero_optimization": {"round_robin_gradients": True}}, "swapped triplets would land"),
+    ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_hpz_partition_size=8 is refused"),
+    ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "use cpu"),
+    ({"checkpoint": {"load_universal": True}}, "universal checkpoint loses frozen weights"),
+    ({"scheduler": {"type": "WarmupLR"}}, "optimizer.schedule"),
+    ({"torch_autocast": {"enabled": True}}, "precision is train.precision"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), REFUSED, ids=str)
+def test_what_breaks_the_method_is_refused(value: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
+    assert message in str(error.value)
+
+
+def test_all_problems_are_listed_together(tmp_path: Path) -> None:
+    value = {"train_batch_size": 1, "gradient_clipping": 9, "prescale_gradients": True}
+    with pytest.raises(ConfigError) as error:
+        resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
+    assert str(error.value).count("\n  - ") == 3
+
+
+def test_harmless_values_of_refused_keys_pass(tmp_path: Path) -> None:
+    value = {
+        "zero_optimization": {"round_robin_gradients": False, "zero_hpz_partition_size": 1},
+        "curriculum_learning": {"enabled": False},
+        "checkpoint": {"load_universal": False},
+    }
+    resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
+
+
+def test_unknown_keys_are_named_with_the_nearest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written(tmp_path, {"zero_optimization": {"reduce_bucket_sise": 5}})
+    with caplog.at_level(logging.WARNING):
+        resolved = resolve_deepspeed(run_with(path), world_size=1)
+    assert "zero_optimization.reduce_bucket_sise is not known" in caplog.text
+    assert "the nearest known one is zero_optimization.reduce_bucket_size" in caplog.text
+    assert "reduce_bucket_sise" not in resolved["zero_optimization"]
+
+
+def test_deepspeeds_own_keys_are_handed_on(tmp_path: Path) -> None:
+    value = {"flops_profiler": {"enabled": True, "profile_step": 3}, "wall_clock_breakdown": True}
+    resolved = resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
+    assert resolved["flops_profiler"] == {"enabled": True, "profile_step": 3}
+    assert resolved["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", None])
+def test_unusable_files_are_named(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=r"parallel.deepspeed_config=.*ds.json"):
+        resolve_deepspeed(run_with(path), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"zero_stage": 0, "offload": "cpu"}, "stage 0 shards nothing"),
+        ({"zero_stage": 3, "residual": "replicated"}, "ZeRO-3 shards frozen weights"),
+        ({"zero_stage": 2, "residual": "sharded"}, "set parallel.zero_stage=3"),
+    ],
+    ids=str,
+)
+def test_pairs_that_cannot_be_are_refused_by_name(changes: Any, reason: str) -> None:
+    config = run_with(None)
+    config = replace(config, parallel=replace(config.parallel, **changes))
+    with pytest.raises(ConfigError, match=reason):
+        check_config(config, world_size=1)
+
+
+def test_other_backends_do_not_read_the_file() -> None:
+    config = load_config([], ["--parallel.deepspeed_config=/nowhere.json"]).config
+    assert with_deepspeed_json(config) is config
+    with pytest.raises(ConfigError, match="set parallel.backend=deepspeed"):
+        check_config(config, world_size=1)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from spectral_scale.layers.convert import convert as convert
     from spectral_scale.layers.convert import merge as merge
     from spectral_scale.optim.groups import param_groups as param_groups
+    from spectral_scale.parallel.fsdp2_store import FSDP2Store as FSDP2Store
     from spectral_scale.spectral.controller import SpectralController as SpectralController
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ _EXPORTS = {
     "merge": "spectral_scale.layers.convert",
     "param_groups": "spectral_scale.optim.groups",
     "SpectralController": "spectral_scale.spectral.controller",
+    "FSDP2Store": "spectral_scale.parallel.fsdp2_store",
 }
 __all__ = [*_EXPORTS, "__version__"]
 

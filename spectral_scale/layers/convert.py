@@ -13,6 +13,7 @@ from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.layers.base import FactoredLinear, factored_layers
 from spectral_scale.layers.sst import SpectralLinear
+from spectral_scale.parallel.shards import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,11 @@ def merge(model: nn.Module) -> int:
     for name, layer in layers.items():
         if not layer.ready:
             raise SpectralError(f"{name} cannot be merged: no controller gave it values")
+        if any(map(is_sharded, layer.parameters())):
+            raise SpectralError(
+                f"{name} cannot be merged: its weights are cut into pieces; save a checkpoint, "
+                "load it into a model that is whole, and merge that"
+            )
         weight = layer.effective_weight()
         dense = nn.Linear(
             layer.in_features,

@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.shards import Layout, Layouts, gather, local, scatter, sum_over_shards
 from spectral_scale.parallel.store import MOMENTS
 
@@ -20,17 +21,20 @@ class FSDP2Store:
     Args:
         model: after `fully_shard`.
         optimizer: a torch optimizer over its parameters; None: there are no moments to reset.
-        collective: all ranks of the model.
+        collective: all ranks of the model; by default those of the default process group.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, collective: Collective
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        collective: Collective | None = None,
     ) -> None:
         self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._reshard()
         self._parameters = dict(model.named_parameters())
         self._optimizer = optimizer
-        self._collective = collective
+        self.collective = collective or present_group()
         self._layouts = Layouts()
 
     def collect(self, fqn: str, *, owner: int) -> Tensor | None:
@@ -39,7 +43,7 @@ class FSDP2Store:
         parameter = self._parameters[fqn]
         if isinstance(parameter, DTensor):
             return gather(parameter, self._layouts.of(parameter), owner=owner)
-        return parameter.detach() if self._collective.rank == owner else None
+        return parameter.detach() if self.collective.rank == owner else None
 
     @torch.no_grad()
     def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
@@ -104,7 +108,7 @@ class FSDP2Store:
         if value is not None:
             parameter.copy_(value)
         if parameter.numel():
-            self._collective.broadcast(parameter.detach(), owner)
+            self.collective.broadcast(parameter.detach(), owner)
 
     def _row_layout(self, parameter: Tensor) -> Layout | None:
         """The layout if rows (dimension 0) are what is cut; else columns are whole here."""

@@ -38,6 +38,14 @@ def _host(device: torch.device) -> str:
     return "gloo"
 
 
+def present_group() -> Collective:
+    """The default group that a user's own loop has set up; one process if there is none."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return SingleProcess()
+    on_cpu = "cpu:gloo" in dist.get_backend_config()
+    return ProcessGroup(torch.device("cpu" if on_cpu else "cuda"))
+
+
 def leave_group(*, failed: bool = False) -> None:
     """Leave the group, if there is one; collective unless this rank has failed."""
     if dist.is_initialized():

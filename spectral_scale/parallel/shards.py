@@ -79,6 +79,11 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a rank may hold only a piece of it."""
+    return isinstance(tensor, DTensor)
+
+
 class Layouts:
     """Finds the layout of a tensor; one object for each kind of placement."""
 

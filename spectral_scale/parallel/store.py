@@ -20,6 +20,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class ParameterStore(Protocol):
     """Logical parameters by fqn. All methods are collective: every rank calls them alike."""
 
+    collective: Collective
+    """The ranks that hold the parameters."""
+
     def collect(self, fqn: str, *, owner: int) -> Tensor | None:
         """The whole full-precision value on rank `owner`; None elsewhere."""
 
@@ -59,14 +62,14 @@ class TorchStore:
             if isinstance(parameter, DTensor):
                 raise ConfigError(
                     f"{fqn} is sharded by fully_shard, and this store needs whole parameters; give "
-                    "the controller store=FSDP2Store(model, optimizer, collective)"
+                    "the controller store=FSDP2Store(model, optimizer)"
                 )
         self._optimizer = optimizer
-        self._collective = collective
+        self.collective = collective
 
     def collect(self, fqn: str, *, owner: int) -> Tensor | None:
         """This rank's value, on the owner."""
-        return self._parameters[fqn].detach() if self._collective.rank == owner else None
+        return self._parameters[fqn].detach() if self.collective.rank == owner else None
 
     @torch.no_grad()
     def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
@@ -76,7 +79,7 @@ class TorchStore:
             if value is not None:
                 parameter.copy_(value)
             if parameter.numel():
-                self._collective.broadcast(parameter.detach(), owner)
+                self.collective.broadcast(parameter.detach(), owner)
 
     @torch.no_grad()
     def reset_moments(self, fqns: Sequence[str]) -> int:

@@ -88,7 +88,7 @@ class SpectralController:
             alone (a host's optimizer is then given to `ramp_learning_rates`).
         config: the method's settings.
         seed: with layer, round and iteration it determines every draw.
-        collective: all ranks that train this model.
+        collective: all ranks that train this model; by default those of the store.
         store: how parameters are reached; by default as plain torch tensors.
         weights: initial dense weights by layer name; by default those that convert() set aside.
         bank_dtype: float32, or float64 in tests.
@@ -111,7 +111,7 @@ class SpectralController:
         decompose: bool = True,
     ) -> None:
         self.config, self.seed = config, seed
-        self.collective = collective or SingleProcess()
+        self.collective = collective or (store.collective if store else SingleProcess())
         self.layers = spectral_layers(model)
         if not self.layers:
             raise ConfigError("the model holds no converted layer; call convert() first")

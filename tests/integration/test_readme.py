@@ -1,17 +1,22 @@
 """What the README shows, works: its Python runs, its commands parse, its names exist."""
 
+import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from spectral_scale import merge
 from spectral_scale.cli.main import build_parser
 from spectral_scale.config.check import check_config
 from spectral_scale.config.load import config_from_dict, load_config
 from spectral_scale.config.presets import PRESETS
+from spectral_scale.errors import SpectralError
+from spectral_scale.testing.distributed import run_distributed
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,21 +32,26 @@ def commands() -> list[list[str]]:
     return [w for w in words if w and w[0] == "spectral-scale"]
 
 
-def test_own_loop_runs_and_learns() -> None:
-    """The example of under ten lines, on a small transformers OPT."""
+def small_model() -> Any:
+    """A transformers OPT, the same on every rank."""
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
-    model = OPTForCausalLM(
+    return OPTForCausalLM(
         OPTConfig(
             hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
-            vocab_size=64, max_position_embeddings=32, word_embed_proj_dim=32,
+            vocab_size=64, max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.0,
         )
     )  # fmt: skip
+
+
+def test_own_loop_runs_and_learns() -> None:
+    """The example of under ten lines, on a small transformers OPT."""
+    model = small_model()
     tokens = torch.randint(4, 64, (4, 16))
     batches = [{"input_ids": tokens, "labels": tokens}] * 12
     before = model(**batches[0]).loss.item()
-    (source,) = blocks("python")
+    source = blocks("python")[0]
     statements = source.split("convert(model", 1)[1].strip().splitlines()
     assert len(statements) <= 10
     namespace = {"model": model, "batches": batches}
@@ -49,6 +59,45 @@ def test_own_loop_runs_and_learns() -> None:
     assert model(**batches[0]).loss.item() < before - 0.1
     assert namespace["controller"].applied_steps == 12
     assert all(type(m).__name__ != "SpectralLinear" for m in model.modules())
+
+
+def own_loop(source: str) -> list[float]:
+    """Set up as `source` does, then the loop of the first example; the losses."""
+    import torch.distributed as dist
+
+    from spectral_scale.parallel.group import join_group, leave_group
+
+    join_group(int(os.environ.get("WORLD_SIZE", "1")), torch.device("cpu"))
+    model = small_model()
+    model.eval()
+    namespace: dict[str, Any] = {"model": model}
+    exec(
+        compile(source.replace("=200)", "=5, iterations_per_round=2)"), "README.md", "exec"),
+        namespace,
+    )
+    losses = []
+    for step in range(12):
+        tokens = torch.randint(4, 64, (4, 16), generator=torch.Generator().manual_seed(step % 2))
+        losses.append(model(input_ids=tokens, labels=tokens).loss)
+        losses[-1].backward()
+        namespace["optimizer"].step()
+        namespace["optimizer"].zero_grad()
+        namespace["controller"].after_step()
+    if dist.is_initialized():
+        with pytest.raises(SpectralError, match="cut into pieces"):
+            merge(model)
+    leave_group()
+    return [loss.item() for loss in losses]
+
+
+def test_own_loop_under_fully_shard() -> None:
+    """Two ranks that see the same batch train as one process does, swaps and a re-SVD included."""
+    alone, sharded = (b for b in blocks("python") if "DeepSpeed" not in b and "deepspeed" not in b)
+    alone = alone.split("for batch")[0]
+    (expected,) = run_distributed(own_loop, 1, alone)
+    for losses in run_distributed(own_loop, 2, sharded):
+        assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-5
+    assert expected[-1] < expected[0] - 0.1
 
 
 def test_commands_parse() -> None:

@@ -69,6 +69,7 @@ class FSDP2Backend:
             # The loss is this rank's share of the step's, so gradients are summed, not averaged.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
+        model.register_forward_hook(_free_root_after_evaluation)
         self._model, self._root = model, sharded
 
     def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -175,6 +176,12 @@ def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             yield from module
+
+
+def _free_root_after_evaluation(root: nn.Module, *_: object) -> None:
+    """Without a backward pass to come, `fully_shard` would leave the root's weights whole."""
+    if isinstance(root, FSDPModule) and not torch.is_grad_enabled():
+        root.reshard()
 
 
 def _mesh(device: torch.device, world_size: int, shard_group: int) -> DeviceMesh:

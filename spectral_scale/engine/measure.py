@@ -13,6 +13,7 @@ from spectral_scale.metrics.flops import (
     peak_flops,
 )
 from spectral_scale.metrics.measures import peak_memory_bytes, tensor_bytes
+from spectral_scale.parallel.shards import local
 from spectral_scale.parallel.table import ParameterInfo
 
 
@@ -62,7 +63,7 @@ def memory(run: Run) -> dict[str, float]:
     states = [t for state in run.optimizer.state.values() for t in state.values()]
     return {
         "memory/weights_bytes": tensor_bytes(run.model.parameters()),
-        "memory/gradients_bytes": sum(p.nbytes for p in trained),
+        "memory/gradients_bytes": sum(local(p).nbytes for p in trained),
         "memory/states_bytes": tensor_bytes(states),
         "memory/bank_bytes": 0 if run.controller is None else run.controller.nbytes(),
         "memory/peak_bytes": peak_memory_bytes(run.backend.device),

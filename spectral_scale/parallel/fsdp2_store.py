@@ -1,6 +1,7 @@
 """How the spectral controller reaches parameters that `fully_shard` has cut into DTensors."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.group import present_group
+from spectral_scale.parallel.rectangles import Rectangle
 from spectral_scale.parallel.shards import Layout, Layouts, gather, local, scatter, sum_over_shards
 from spectral_scale.parallel.store import MOMENTS
 
@@ -77,6 +79,20 @@ class FSDP2Store:
         return zeroed
 
     @torch.no_grad()
+    def move_moments(self, fqn: str, source: Tensor) -> int:
+        """Rearrange exp_avg and exp_avg_sq along the last axis, gathering them if it is cut."""
+        new = source < 0
+        if bool(new.all()):
+            return self.reset_moments([fqn])  # the step count too
+        state = self._optimizer.state[self._parameters[fqn]] if self._optimizer else {}
+        zeroed = 0
+        for name in MOMENTS:
+            if name in state:
+                self._rearrange(state[name], source.clamp_min(0), new)
+                zeroed += int(new.sum()) * (state[name].numel() // source.numel())
+        return zeroed
+
+    @torch.no_grad()
     def retract_columns(self, fqns: Iterable[str]) -> None:
         """Scale every column to unit length: one all-reduce of r squared norms a factor.
 
@@ -109,6 +125,17 @@ class FSDP2Store:
             parameter.copy_(value)
         if parameter.numel():
             self.collective.broadcast(parameter.detach(), owner)
+
+    def _rearrange(self, moment: Tensor, source: Tensor, new: Tensor) -> None:
+        """Column j becomes column `source[j]`, or zero where `new`."""
+        layout = self._layouts.of(moment) if isinstance(moment, DTensor) else None
+        mine, shape = local(moment), tuple(moment.shape)
+        if layout is None or layout.dim != len(shape) - 1:
+            mine.copy_(mine.index_select(-1, source).masked_fill_(new, 0.0))
+            return
+        whole = cast(DTensor, moment).full_tensor().index_select(-1, source).masked_fill_(new, 0.0)
+        box = layout.rectangle(shape)
+        mine.copy_(whole[box.slices_in(Rectangle((0,) * len(shape), shape))])
 
     def _row_layout(self, parameter: Tensor) -> Layout | None:
         """The layout if rows (dimension 0) are what is cut; else columns are whole here."""

@@ -112,6 +112,7 @@ WIDTH = {"spectral__direction_lr_scaling": "width", "optimizer__weight_decay": 0
         (2, {"spectral__method": "relora"}),
         (3, {"spectral__method": "lora"} | HSDP | {"parallel__shard_group": 1}),
         (2, {"model__name": "llama-60m"} | RECOMPUTED | WIDTH),
+        (3, {"spectral__extra_sigma": 5, "spectral__boundary_moments": "keep_redrawn"}),
     ],
     ids=str,
 )

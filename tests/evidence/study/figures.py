@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from spectral_scale.metrics.plots import RUN_COLORS
 from study import settings as declared
@@ -133,18 +134,22 @@ def _draw_ablations(figure: Any, results: Mapping[str, Result]) -> bool:
 def _draw_dip(figure: Any, results: Mapping[str, Result]) -> bool:
     runs = [(v, results.get(f"dip-{v.name}")) for v in declared.DIP_VARIANTS]
     found = [(variant, run) for variant, run in runs if run is not None and boundaries(run)]
-    for place, (variant, run) in enumerate(found):
-        axes = figure.add_subplot(len(found), 1, place + 1)
+    if not found:
+        return False
+    rows = figure.subplots(len(found), 1, sharex=True, sharey=True, squeeze=False)
+    for axes, (variant, run) in zip(rows[:, 0], found, strict=True):
         norms = trained_norms(run)
         axes.plot(range(1, len(norms) + 1), norms, linewidth=1.1, color=_look(variant)["color"])
         for step in boundaries(run):
             axes.axvline(step + 0.5, color="#7b8794", linewidth=0.8, linestyle=":")
-        axes.set_yscale("log")
         axes.set_title(variant.title, loc="left", fontsize=9.5)
         axes.set_ylabel("gradient norm")
-        if place + 1 == len(found):
-            axes.set_xlabel("optimizer step (dotted: merge or swap)")
-    return bool(found)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.set_xlabel("optimizer step (dotted: merge or swap)")
+    return True
 
 
 def _with_legend(

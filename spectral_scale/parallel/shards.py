@@ -184,8 +184,9 @@ def scatter(
     shapes = [tuple(t.shape) for t in into]
     padded = [layout.padded_shape(shape) for shape in shapes]
     sizes = [torch.Size(shape).numel() for shape in padded]
-    first = local(into[0])
-    mine = first.new_empty(sum(sizes))
+    if not sum(sizes):
+        return
+    mine = local(into[0]).new_empty(sum(sizes))
     if layout.copy_of[owner] == layout.copy_of[layout.rank]:
         packed = _pack(values, shapes, layout, mine) if layout.rank == owner else None
         if layout.shard_group is not None:

@@ -16,6 +16,8 @@ BINDING = 0.1  # below every kind's gradient norm but that of sigma
 SETTINGS: dict[str, Any] = {
     "train__steps": STEPS,
     "train__global_batch_size": BATCH,
+    # Above rounding, which Adam would blow up to full steps.
+    "optimizer__eps": 1e-5,
     # So low that sigma stays above zero: two zeros leave the basis of a re-SVD to rounding.
     "optimizer__spectral_lr": 1e-4,
 }
@@ -96,7 +98,7 @@ def test_losses_equal_in_single_precision(
     config = fsdp2_config(corpus, tmp_path, world, accumulation, **changes)
     found = distance(run_distributed(train_tiny, world, config), alone(changes))
     assert found.loss < 1e-5
-    assert found.weights < 1e-3  # an update; see Distance.factors
+    assert found.weights < 1e-4  # where a gradient is near eps, Adam blows rounding up
     assert found.steps_equal
     assert found.indices_equal
 
@@ -137,3 +139,12 @@ def test_bf16_trains_the_numbers_of_plain_torch(corpus: Path, tmp_path: Path) ->
     many = fsdp2_config(corpus, tmp_path / "c", 2, 1, train__precision="bf16")
     losses = run_distributed(train_tiny, 2, many)[0]["losses"]
     assert max(abs(losses[s] - expected["losses"][s]) for s in losses) < 1e-3
+
+
+def test_nothing_frozen_is_left_at_full_rank(corpus: Path, tmp_path: Path) -> None:
+    """All triplets train: the frozen factors have no columns, and nothing is sent for them."""
+    changes = {"spectral__storage": "factored", "spectral__spectral_rank": 32}
+    changes |= {"train__precision": "bf16"}
+    config = fsdp2_config(corpus, tmp_path, 2, 1, train__steps=5, **changes)
+    losses = run_distributed(train_tiny, 2, config)[0]["losses"]
+    assert losses[5] < losses[1]

@@ -90,6 +90,43 @@ def _root_elements(trained: int) -> int:
     return trained - ACTIVE - biases - norms
 
 
+def products(config: Any) -> set[tuple[int, ...]]:
+    """Shapes of all matrix products of a forward and backward pass."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from spectral_scale.engine.build import build_run
+    from spectral_scale.engine.loop import TrainingLoop
+    from spectral_scale.metrics.sinks import NullLog
+    from spectral_scale.parallel.facts import detect_rank_facts
+
+    shapes: set[tuple[int, ...]] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            result = func(*args, **(kwargs or {}))
+            if "mm" in str(func) and isinstance(result, torch.Tensor):
+                shapes.add(tuple(result.shape))
+            return result
+
+    run = build_run(config, detect_rank_facts())
+    loop = TrainingLoop(run, NullLog(), None)
+    with Products():
+        loop._forward_backward(next(iter(run.loader.steps(0, 1))))
+    run.backend.close()
+    return shapes
+
+
+@pytest.mark.parametrize("method", ["sst", "full"])
+def test_no_dense_gradient(method: str, corpus: Path, tmp_path: Path) -> None:
+    """No product has the shape of a converted matrix; in dense training each is computed."""
+    config = tiny_config(corpus, tmp_path, spectral__method=method, **SETTINGS)
+    shapes = run_distributed(products, 1, config)[0]
+    dense = set(SHAPES) - {(512, WIDTH)}  # which is the embedding's shape, too
+    assert bool(shapes & dense) is (method == "full")
+    assert ((WIDTH, RANK) in shapes) is (method == "sst")
+
+
 def memory(config: Any) -> dict[str, int]:
     """Bytes of every live tensor of this rank after a swap, and of what they should be."""
     import torch

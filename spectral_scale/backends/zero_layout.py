@@ -80,6 +80,9 @@ class Layout(Protocol):
     def weight_range(self, parameter: nn.Parameter) -> tuple[int, int]:
         """First element and number of elements of the module's weight that this rank holds."""
 
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """That range of the module's weight, a 1-D view."""
+
     def write_weight(self, parameter: nn.Parameter, part: Tensor) -> None:
         """Overwrite that range of the module's weight with a 1-D tensor of any precision."""
 
@@ -97,6 +100,9 @@ class _WholeWeights:
 
     def weight_range(self, parameter: nn.Parameter) -> tuple[int, int]:
         return 0, parameter.numel()
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach().view(-1)
 
     def write_weight(self, parameter: nn.Parameter, part: Tensor) -> None:
         parameter.data.view(-1).copy_(part)
@@ -210,6 +216,10 @@ class ShardedLayout:
         partition, whole = parameter.partition_numel(), prod(self.shape(parameter))
         start = min(partition * torch.distributed.get_rank(), whole)
         return start, min(partition, whole - start)
+
+    def weight(self, parameter: Any) -> Tensor:
+        piece: Tensor = parameter.ds_tensor.detach()
+        return piece.narrow(0, 0, self.weight_range(parameter)[1])
 
     def write_weight(self, parameter: Any, part: Tensor) -> None:
         gathered = parameter.ds_status.name == "AVAILABLE"  # kept whole between steps: too small

@@ -58,17 +58,18 @@ class ZeroStore:
 
     @torch.no_grad()
     def collect(self, fqn: str, *, owner: int) -> Tensor | None:
-        """The masters on the owner; each element is sent once, by the rank that keeps it."""
-        parameter, fragment = self.parameters[fqn], self.fragments[fqn]
-        rank = self.collective.rank
-        if self._every_rank_has_the_master(parameter):
+        """The master, or a frozen weight, on the owner; each element is sent once, by a rank that
+        keeps it."""
+        parameter, rank = self.parameters[fqn], self.collective.rank
+        if self._every_rank_has_it(parameter):
             return parameter.detach() if rank == owner else None
-        mine = None if fragment is None else fragment.master.to(self.device)
+        mine = self._piece(fqn)
         if rank != owner:
             if mine is not None:
                 _exchange([dist.P2POp(dist.isend, mine, owner)])
             return None
-        flat = torch.zeros(sum(n for _, n in self._ranges[fqn]), device=self.device)
+        dtype = torch.float32 if parameter.requires_grad else parameter.dtype
+        flat = torch.zeros(sum(n for _, n in self._ranges[fqn]), dtype=dtype, device=self.device)
         parts = {r: flat[s : s + n] for r, (s, n) in enumerate(self._ranges[fqn]) if n}
         if mine is not None:
             parts.pop(owner).copy_(mine)
@@ -152,14 +153,27 @@ class ZeroStore:
 
     # -- small parts ------------------------------------------------------------------------
 
-    def _every_rank_has_the_master(self, parameter: nn.Parameter) -> bool:
-        """Weights that are whole and in full precision equal the masters they were copied from."""
-        whole = not self.layout.shards_weights
-        return self.layout.replicated or (whole and parameter.dtype == torch.float32)
+    def _every_rank_has_it(self, parameter: nn.Parameter) -> bool:
+        """Whole weights are the value if they are frozen, and, in full precision, equal the masters
+        that they were copied from."""
+        exact = not parameter.requires_grad or parameter.dtype == torch.float32
+        return self.layout.replicated or (exact and not self.layout.shards_weights)
+
+    def _piece(self, fqn: str) -> Tensor | None:
+        """What this rank keeps of a value, 1-D, if anything."""
+        parameter = self.parameters[fqn]
+        if parameter.requires_grad:
+            fragment = self.fragments[fqn]
+            return None if fragment is None else fragment.master.to(self.device)
+        weight = self.layout.weight(parameter)
+        return weight.to(self.device) if weight.numel() else None
 
     def _exchange_ranges(self) -> dict[str, list[tuple[int, int]]]:
         """Parameter -> (first element, number of elements) kept by each rank."""
         mine = {n: (0, 0) if f is None else (f.start, f.numel) for n, f in self.fragments.items()}
+        for fqn, parameter in self.parameters.items():
+            if not parameter.requires_grad:
+                mine[fqn] = self.layout.weight_range(parameter)
         ranks = self.collective.broadcast_json(self.collective.gather_json(mine))
         return {fqn: [tuple(rank[fqn]) for rank in ranks] for fqn in mine}
 

@@ -162,8 +162,8 @@ def rolling(
 ) -> Array:
     """`statistic` of the finite ones of up to `window` points around each, without lag.
 
-    At the start the window shrinks on both sides, so that a steep first descent is kept; at the end
-    only on the right, so that the last point is no single raw value. What is not finite stays a gap.
+    At the start the window shrinks on both sides, so that a steep first descent is kept; at the
+    end only on the right, so that the last point is no raw value. What is not finite stays a gap.
     """
     rolled = np.full(len(values), np.nan)
     for at in map(int, np.flatnonzero(np.isfinite(values))):

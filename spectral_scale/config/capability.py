@@ -107,8 +107,10 @@ CAPABILITIES: dict[str, dict[str, Support]] = {
 
 
 def markdown_table() -> str:
-    """Feature by row, for documents: `yes`, or nothing for what is refused."""
-    rows = list(CAPABILITIES)
+    """Feature by row, for documents: `yes`, or nothing for what is refused; rows that can do
+    nothing are left out."""
+    able = {r: c for r, c in CAPABILITIES.items() if any(isinstance(s, Yes) for s in c.values())}
+    rows = list(able)
     lines = [["", *rows], ["---"] * (len(rows) + 1)]
     for feature, name in FEATURES.items():
         cells = [isinstance(CAPABILITIES[row].get(feature), Yes) for row in rows]

@@ -20,7 +20,7 @@ from spectral_scale.backends.base import StepStats
 from spectral_scale.backends.torch import pick_device
 from spectral_scale.backends.zero_norms import clip_by_kind
 from spectral_scale.backends.zero_store import ZeroStore
-from spectral_scale.config.deepspeed_json import resolve_deepspeed, uses_cpu_adam
+from spectral_scale.config.deepspeed_json import resolve_deepspeed
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.collective import Collective
@@ -60,8 +60,6 @@ class DeepSpeedBackend:
         exact = {}
         if self._config.train.precision != "fp32":  # the engine would round them first
             exact = {fqn: p.detach().clone().view(-1) for fqn, p in trained.items()}
-        if uses_cpu_adam(self.deepspeed_config):
-            optimizer = self._cpu_adam(optimizer)
         self._save_resolved()
         self._engine, *_ = self._deepspeed.initialize(
             model=self._model, optimizer=optimizer, config=self.deepspeed_config
@@ -104,24 +102,6 @@ class DeepSpeedBackend:
     def load_state(self, read: ReadTensor) -> None:
         """Masters, the module's weights and moments, in place."""
         zero_state.load_state(self._store, read)
-
-    def _cpu_adam(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """DeepSpeed's Adam for offloaded state, in place of ours: the same groups and hooks.
-
-        Whoever holds `optimizer` goes on setting learning rates and adding hooks there.
-        """
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        adam: torch.optim.Optimizer = DeepSpeedCPUAdam(optimizer.param_groups, adamw_mode=True)
-        shared = (
-            "param_groups",
-            "state",
-            "_optimizer_step_pre_hooks",
-            "_optimizer_step_post_hooks",
-        )
-        for name in shared:
-            setattr(adam, name, getattr(optimizer, name))
-        return adam
 
     def _save_resolved(self) -> None:
         if self.collective.rank == 0:

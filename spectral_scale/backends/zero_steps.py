@@ -4,21 +4,27 @@ import torch
 from torch import Tensor
 
 from spectral_scale.backends.zero_layout import Layout
+from spectral_scale.errors import ConfigError
 
 
 def create_state(inner: torch.optim.Optimizer, layout: Layout) -> None:
-    """Give an AdamW or DeepSpeedCPUAdam its exp_avg, exp_avg_sq and step.
+    """Give torch's AdamW its exp_avg, exp_avg_sq and step.
 
     State before the first step makes checkpoints symmetric across ranks and lets the first
     boundary reset what it expects to reset. Flat tensors that have state are left alone.
+    Raises ConfigError for another optimizer.
     """
-    counts_in_python = type(inner).__name__ == "DeepSpeedCPUAdam"
+    if not isinstance(inner, torch.optim.AdamW):
+        raise ConfigError(
+            f"the engine steps {type(inner).__name__}; only torch.optim.AdamW has been shown to "
+            "work: give one to deepspeed.initialize, and no optimizer in its configuration"
+        )
     for flat in layout.flats():
         if inner.state.get(flat.tensor):
             continue
         step = torch.zeros((), dtype=torch.float32, device=flat.tensor.device)
         inner.state[flat.tensor] = {
-            "step": 0 if counts_in_python else step,
+            "step": step,
             "exp_avg": torch.zeros_like(flat.tensor, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(flat.tensor, requires_grad=False),
         }
@@ -30,9 +36,5 @@ def get_step(inner: torch.optim.Optimizer, flat: Tensor) -> float:
 
 
 def set_step(inner: torch.optim.Optimizer, flat: Tensor, value: float) -> None:
-    """Overwrite them, whether the optimizer counts in a tensor or in an integer."""
-    state = inner.state[flat]
-    if isinstance(state["step"], Tensor):
-        state["step"].fill_(value)
-    else:
-        state["step"] = int(value)
+    """Overwrite them."""
+    inner.state[flat]["step"].fill_(value)

@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 STAGE = "zero_optimization.stage"
 OFFLOAD = "zero_optimization.offload_optimizer.device"
 OFFLOAD_WEIGHTS = "zero_optimization.offload_param.device"
-CPU_ADAM = "zero_force_ds_cpu_optimizer"
 SMALLEST_BUCKET = 2**20
 
 
@@ -67,11 +66,6 @@ def resolve_deepspeed(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     passed = {k: v for k, v in given.items() if k in PASSED_ON or _section(k) in PASSED_ON_SECTIONS}
     concrete = {k: v for k, v in passed.items() if v != "auto"}
     return _nested(_defaults(config) | concrete | _fixed(config, shared))
-
-
-def uses_cpu_adam(deepspeed: Mapping[str, Any]) -> bool:
-    """Whether a resolved configuration asks for DeepSpeed's own Adam for offloaded state."""
-    return bool(deepspeed.get(CPU_ADAM, False))
 
 
 def read_deepspeed_json(path: str | None) -> dict[str, Any]:
@@ -121,7 +115,6 @@ def _defaults(config: RunConfig) -> dict[str, Any]:
     width = resolve_architecture(config.model).hidden_size
     defaults: dict[str, Any] = {
         "steps_per_print": 2**31,
-        CPU_ADAM: False,
         "zero_optimization.reduce_bucket_size": max(width * width, SMALLEST_BUCKET),
         "zero_optimization.overlap_comm": False,
     }
@@ -145,6 +138,7 @@ def _fixed(config: RunConfig, shared: Mapping[str, tuple[str, Any]]) -> dict[str
     return own | {
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization.round_robin_gradients": False,
     }
 

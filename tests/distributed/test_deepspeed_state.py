@@ -31,10 +31,8 @@ def train(world: int, config: Any, stop_after: int | None = None) -> list[dict[s
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        (0, {}),
         (2, {"train__precision": "bf16"}),
         (3, {}),
-        (2, {"parallel__offload": "cpu"}),
         (3, {"parallel__offload": "cpu", "train__precision": "bf16"}),
     ],
     ids=str,

@@ -101,6 +101,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "use cpu"),
     ({"checkpoint": {"load_universal": True}}, "universal checkpoint loses frozen weights"),
     ({"scheduler": {"type": "WarmupLR"}}, "optimizer.schedule"),
+    ({"zero_force_ds_cpu_optimizer": True}, "no test has shown DeepSpeedCPUAdam"),
     ({"torch_autocast": {"enabled": True}}, "precision is train.precision"),
 ]
 

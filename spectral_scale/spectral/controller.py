@@ -144,7 +144,10 @@ class SpectralController:
                 for leaf in ("u", "sigma", "v")
             }
             if owner == self.collective.rank and problem is None:
-                problem = self._commit(name, trained, iteration, report, mine)
+                try:
+                    self._commit(name, trained, iteration, report, mine)
+                except (ValueError, RuntimeError, MemoryError) as error:
+                    problem = f"{name}: {error}; restart from the last checkpoint"
         self._agree(problem, "boundary")
         self._gather_spectra(mine, report)
         self._begin_iteration(iteration, report)
@@ -161,24 +164,21 @@ class SpectralController:
         iteration: int,
         report: BoundaryReport,
         spectra: dict[str, LayerSpectrum],
-    ) -> str | None:
-        """Owner only: bank the trained values, decompose if a round ends. Returns an error text."""
+    ) -> None:
+        """Owner only: bank the trained values, and decompose if a round ends."""
         u, sigma, v = (trained[leaf] for leaf in ("u", "sigma", "v"))
         if u is None or sigma is None or v is None:
-            return f"{name}: the store delivered nothing to the owner"
+            raise ValueError("the store delivered nothing to the owner")
         self.bank.commit(name, u, sigma, v)
         spectra[name] = describe(self.bank[name])
         if not self.schedule.starts_round(iteration, self._offset(name)):
-            return None
+            return
         try:
             self.bank.redecompose(name)
             report.redecomposed += 1
-        except ValueError as error:
-            return f"{name}: {error}; restart from the last checkpoint with a lower learning rate"
         except torch.linalg.LinAlgError as error:
             logger.warning("%s keeps its factors for another round: %s", name, error)
             report.kept_factors += 1
-        return None
 
     def _begin_iteration(self, iteration: int, report: BoundaryReport | None = None) -> None:
         """Draw, build and install the triplets of `iteration`, matrix by matrix."""
@@ -349,7 +349,7 @@ class SpectralController:
             if owner == self.collective.rank and problem is None:
                 try:
                     self.bank.decompose(name, weights(name))
-                except (ValueError, torch.linalg.LinAlgError) as error:
+                except (ValueError, RuntimeError, MemoryError) as error:
                     problem = f"{name}: {error}"
             self.layers[name].initial_weight = None
         self._agree(problem, "initial decomposition")

@@ -75,7 +75,7 @@ def _facts(run_dir: Path, history: MetricsHistory) -> dict[str, Any]:
     environment = _read_json(run_dir / "environment.json")
     kept = ("parameters_trained", "parameters_dense", "data_fingerprint", "versions")
     return {key: environment.get(key) for key in kept} | {
-        "train_seconds": round(_train_seconds(history.current()), 1),
+        "train_seconds": round(_train_seconds(history.current()), 3),
         "resumed_at_steps": history.resume_steps(),
         "machine": {"cpu": cpu_model(), "cores": environment.get("machine", {}).get("cpu_count")},
         "commit": commit(),

@@ -148,6 +148,8 @@ class SpectralController:
                     self._commit(name, trained, iteration, report, mine)
                 except (ValueError, RuntimeError, MemoryError) as error:
                     problem = f"{name}: {error}; restart from the last checkpoint"
+                    if isinstance(error, ValueError):  # not finite
+                        problem += " with a lower learning rate"
         self._agree(problem, "boundary")
         self._gather_spectra(mine, report)
         self._begin_iteration(iteration, report)

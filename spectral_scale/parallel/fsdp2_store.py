@@ -12,7 +12,7 @@ from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.rectangles import Rectangle
 from spectral_scale.parallel.shards import Layout, Layouts, gather, local, scatter, sum_over_shards
-from spectral_scale.parallel.store import MOMENTS
+from spectral_scale.parallel.store import MOMENTS, zero_moments
 
 
 class FSDP2Store:
@@ -67,16 +67,8 @@ class FSDP2Store:
     @torch.no_grad()
     def reset_moments(self, fqns: Sequence[str]) -> int:
         """Zero exp_avg, exp_avg_sq and step of each parameter that has them."""
-        zeroed = 0
-        for fqn in fqns:
-            state = self._optimizer.state[self._parameters[fqn]] if self._optimizer else {}
-            for name in MOMENTS:
-                if name in state:
-                    local(state[name]).zero_()
-                    zeroed += state[name].numel()
-            if "step" in state:
-                state["step"].zero_()
-        return zeroed
+        parameters = (self._parameters[fqn] for fqn in fqns)
+        return zero_moments(self._optimizer, parameters, local) if self._optimizer else 0
 
     @torch.no_grad()
     def move_moments(self, fqn: str, source: Tensor) -> int:

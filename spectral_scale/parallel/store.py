@@ -4,7 +4,7 @@
 parameter whole (one process, DistributedDataParallel).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -84,16 +84,8 @@ class TorchStore:
     @torch.no_grad()
     def reset_moments(self, fqns: Sequence[str]) -> int:
         """Zero exp_avg, exp_avg_sq and step of each parameter that has them."""
-        zeroed = 0
-        for fqn in fqns:
-            state = self._optimizer.state[self._parameters[fqn]] if self._optimizer else {}
-            for name in MOMENTS:
-                if name in state:
-                    state[name].zero_()
-                    zeroed += state[name].numel()
-            if "step" in state:
-                state["step"].zero_()
-        return zeroed
+        parameters = (self._parameters[fqn] for fqn in fqns)
+        return zero_moments(self._optimizer, parameters) if self._optimizer else 0
 
     @torch.no_grad()
     def move_moments(self, fqn: str, source: Tensor) -> int:
@@ -123,3 +115,24 @@ class TorchStore:
         """sigma = max(sigma, 0)."""
         for fqn in fqns:
             self._parameters[fqn].clamp_min_(0)
+
+
+def zero_moments(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[Tensor],
+    held: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> int:
+    """Zero exp_avg, exp_avg_sq and step of each parameter, in place; the logical entries zeroed.
+
+    `held` gives the part of a moment that this rank holds.
+    """
+    zeroed = 0
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        for name in MOMENTS:
+            if name in state:
+                held(state[name]).zero_()
+                zeroed += state[name].numel()
+        if "step" in state:
+            state["step"].zero_()
+    return zeroed

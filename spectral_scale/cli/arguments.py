@@ -1,9 +1,10 @@
 """Command-line arguments that several commands share."""
 
 import argparse
+import os
 
+from spectral_scale.cluster.detect import LauncherFlags, detect
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.facts import detect_rank_facts
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +18,32 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     """--format."""
     parser.add_argument(
         "--format", choices=("text", "json"), default="text", help="how the result is printed"
+    )
+
+
+def add_launcher(parser: argparse.ArgumentParser) -> None:
+    """Where this process stands, for what starts ranks without saying so in the environment."""
+    group = parser.add_argument_group("ranks (found by themselves under every known launcher)")
+    group.add_argument("--rank", type=int, metavar="R", help="0 to below the world size")
+    group.add_argument("--world-size", type=int, metavar="N", help="processes of the run")
+    for words, name, text in (
+        (("--local-rank", "--local_rank"), "L", "position on this host"),
+        (("--master-port", "--master_port"), "PORT", "where the ranks meet"),
+    ):
+        group.add_argument(*words, type=int, metavar=name, help=text)
+    group.add_argument("--master-addr", "--master_addr", metavar="HOST", help="rank 0's host")
+    group.add_argument("--network-interface", metavar="NAME", help="for gloo and NCCL, as eth0")
+
+
+def launcher_flags(arguments: argparse.Namespace) -> LauncherFlags:
+    """What `add_launcher`'s arguments say."""
+    return LauncherFlags(
+        rank=arguments.rank,
+        world_size=arguments.world_size,
+        local_rank=arguments.local_rank,
+        master_addr=arguments.master_addr,
+        master_port=arguments.master_port,
+        network_interface=arguments.network_interface,
     )
 
 
@@ -38,7 +65,7 @@ def count_or_all(text: str) -> int | None:
 
 def require_one_process(command: str) -> None:
     """Raise ConfigError under a launcher of several processes, which would repeat the work."""
-    facts = detect_rank_facts()
+    facts = detect(LauncherFlags(), os.environ)
     if facts.world_size > 1:
         raise ConfigError(
             f"{command} runs in one process, but {facts.source} says {facts.world_size}; "

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectral_scale.cli.arguments import add_launcher, launcher_flags
+from spectral_scale.cluster.adopt import adopt_launcher
+from spectral_scale.cluster.detect import LauncherFlags
 from spectral_scale.config.check import check_config
 from spectral_scale.config.deepspeed_json import with_deepspeed_json
 from spectral_scale.config.load import ResolvedConfig, build_parser, load_config
@@ -19,6 +22,9 @@ from spectral_scale.errors import ConfigError, SpectralScaleError
 if TYPE_CHECKING:
     from spectral_scale.engine.build import Run
     from spectral_scale.engine.loop import Outcome
+    from spectral_scale.parallel.facts import RankFacts
+
+logger = logging.getLogger(__name__)
 
 RESUMABLE = 75
 
@@ -43,7 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the settings and exit")
     parser.add_argument("--help-config", action="store_true", help="describe every key and exit")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of the result")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add_launcher(parser)
     parser.add_argument(
         "--deepspeed",
         nargs="?",
@@ -67,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(resolved.to_yaml(with_sources=True), end="")
         return 0
-    return train(resolved, output=arguments.format)
+    return train(resolved, output=arguments.format, flags=launcher_flags(arguments))
 
 
 def _deepspeed_flags(arguments: argparse.Namespace) -> list[str]:
@@ -79,15 +85,14 @@ def _deepspeed_flags(arguments: argparse.Namespace) -> list[str]:
     return flags + [f"--parallel.deepspeed_config={file}" for file in files[:1]]
 
 
-def train(resolved: ResolvedConfig, *, output: str) -> int:
+def train(resolved: ResolvedConfig, *, output: str, flags: LauncherFlags) -> int:
     """Check, build, loop, report. Every rank runs it; rank 0 speaks.
 
     What is wrong with the configuration is found before anything is written.
     """
-    from spectral_scale.parallel.facts import detect_rank_facts
-
     config = with_deepspeed_json(resolved.config)
-    facts = detect_rank_facts()
+    placement = adopt_launcher(flags)
+    facts = placement.facts
     check_config(config, world_size=facts.world_size)
 
     from spectral_scale.engine.build import check_inputs
@@ -97,10 +102,14 @@ def train(resolved: ResolvedConfig, *, output: str) -> int:
     run_dir = Path(config.train.run_dir)
     create_run_folder(run_dir)
     handler = log_to_file(run_dir, facts.rank)
+    logger.info(placement.note)
+    if placement.warning is not None:
+        logger.warning(placement.warning)
+        _say(f"warning: {placement.warning}")
     try:
         with _alone(run_dir, facts.rank):
             try:
-                return _train(config, run_dir, output)
+                return _train(config, facts, run_dir, output)
             except BaseException as error:
                 if facts.rank == 0 and not isinstance(error, ConfigError):  # else nothing began
                     reason = f"{type(error).__name__}: {error}"
@@ -120,11 +129,10 @@ def _alone(run_dir: Path, rank: int) -> Iterator[None]:
         yield
 
 
-def _train(config: RunConfig, run_dir: Path, output: str) -> int:
+def _train(config: RunConfig, facts: "RankFacts", run_dir: Path, output: str) -> int:
     from spectral_scale.engine.build import build_run
-    from spectral_scale.parallel.facts import detect_rank_facts
 
-    built = build_run(config, detect_rank_facts())
+    built = build_run(config, facts)
     try:
         code = _loop(built, run_dir, output)
     except BaseException:

@@ -1,4 +1,4 @@
-"""Rank facts read from the launcher's environment, before torch.distributed exists."""
+"""Rank facts in torch's variables, which every launcher's are turned into (`cluster.adopt`)."""
 
 import os
 from collections.abc import Mapping
@@ -19,6 +19,8 @@ class RankFacts:
     """Processes of the run."""
     local_rank: int = 0
     """Position on this host, which picks the GPU."""
+    local_world_size: int | None = None
+    """Processes of the run on this host; None where the launcher does not say."""
     source: str = "single process"
     """Which environment the facts came from."""
 
@@ -32,6 +34,7 @@ def detect_rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
             rank=int(environment["RANK"]),
             world_size=int(environment["WORLD_SIZE"]),
             local_rank=int(environment.get("LOCAL_RANK", "0")),
+            local_world_size=_local_world_size(environment),
             source="torch environment (RANK, WORLD_SIZE, LOCAL_RANK)",
         )
     except (KeyError, ValueError) as error:
@@ -45,6 +48,12 @@ def detect_rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
             "check the launcher's environment"
         )
     return facts
+
+
+def _local_world_size(environment: Mapping[str, str]) -> int | None:
+    """As torchrun or, failing that, DeepSpeed's launcher says it."""
+    text = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE"))
+    return None if text is None else int(text)
 
 
 def require_rendezvous(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> None:

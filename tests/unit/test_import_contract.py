@@ -28,19 +28,21 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "config": frozenset({"errors"}),
     "ops": frozenset({"errors"}),
     "parallel": frozenset({"errors", "config"}),
+    "cluster": frozenset({"errors", "config", "parallel"}),
     "layers": frozenset({"errors", "config", "ops", "parallel"}),
     "models": frozenset({"errors", "config", "ops"}),
     "data": frozenset({"errors", "config"}),
     "spectral": frozenset({"errors", "config", "ops", "layers", "parallel"}),
     "optim": frozenset({"errors", "config", "ops", "parallel"}),
     "baselines": BELOW_BACKENDS - {"models", "data"},
-    "backends": BELOW_BACKENDS,
+    "megatron": BELOW_BACKENDS - {"data"},
+    "backends": BELOW_BACKENDS | {"megatron"},
     "checkpoint": frozenset({"errors", "parallel", "layers"}),
     "metrics": frozenset({"errors", "config", "ops"}),
     "engine": BELOW_ENGINE,
     "bench": BELOW_ENGINE | {"engine"},
-    "cli": BELOW_ENGINE | {"engine", "bench"},
-    "testing": BELOW_ENGINE | {"engine", "cli"},
+    "cli": BELOW_ENGINE | {"cluster", "engine", "bench"},
+    "testing": BELOW_ENGINE | {"engine", "cli", "megatron"},
     "__init__": BELOW_BACKENDS,
     "__main__": frozenset({"cli"}),
 }
@@ -49,15 +51,18 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 ONLY_IN = {
     "torch": (
         *("ops/", "parallel/", "layers/", "models/", "data/", "spectral/", "optim/", "backends/"),
-        *("baselines/", "checkpoint/", "metrics/", "engine/", "bench/", "testing/"),
+        *("baselines/", "checkpoint/", "metrics/", "engine/", "bench/", "megatron/", "testing/"),
     ),
-    "torch.distributed": ("parallel/", "backends/", "checkpoint/", "engine/", "testing/"),
+    "torch.distributed": (
+        *("parallel/", "backends/", "checkpoint/", "engine/", "megatron/", "testing/"),
+    ),
     "transformers": (
         *("models/", "data/", "engine/", "bench/", "backends/", "cli/"),
         *("checkpoint/export", "testing/"),
     ),
     "deepspeed": ("backends/deepspeed.py",),
-    "megatron": ("backends/megatron.py",),
+    "megatron": ("megatron/", "backends/megatron", "models/megatron", "testing/megatron"),
+    "mpi4py": ("cluster/mpi.py",),
 }
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_NAMES = {"eval", "exec", "__import__"}
@@ -315,7 +320,7 @@ def declared_modules() -> set[str]:
 def undeclared(source: str, declared: set[str]) -> set[str]:
     """Third-party modules that `source` imports though nothing asks for them."""
     tops = {i.module.split(".")[0] for i in runtime_imports(ast.parse(source))}
-    hosts = {"deepspeed", "megatron"}  # optional, with their own install message
+    hosts = {"deepspeed", "megatron", "mpi4py"}  # optional, with their own install message
     return tops - {PACKAGE} - hosts - declared - set(sys.stdlib_module_names)
 
 

@@ -1,0 +1,75 @@
+"""One start for all launchers: their facts become torch's variables, which every host reads."""
+
+import os
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from spectral_scale.cluster.detect import LauncherFlags, detect, outside_a_step
+from spectral_scale.cluster.interface import VARIABLES, interface_settings
+from spectral_scale.cluster.rendezvous import Rendezvous, find_rendezvous
+from spectral_scale.parallel.facts import RankFacts
+
+NO_FLAGS = LauncherFlags()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where this process stands, and what to log about it once there is a log."""
+
+    facts: RankFacts
+    """Rank, world size, local rank, and which source said so."""
+    note: str
+    """One line: the source, the meeting place and the interfaces."""
+    warning: str | None = None
+    """What is probably not what the user wanted."""
+
+
+def adopt_launcher(
+    flags: LauncherFlags = NO_FLAGS, environment: MutableMapping[str, str] = os.environ
+) -> Placement:
+    """Find out where this process stands, and say it in the environment, in place.
+
+    Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and the
+    interfaces of gloo and NCCL where a run has several ranks; touches nothing otherwise. Every rank
+    calls it, before torch.distributed and DeepSpeed look. Raises ConfigError.
+    """
+    facts = detect(flags, environment)
+    if facts.world_size == 1:
+        return Placement(
+            facts=facts, note=f"1 process ({facts.source})", warning=_alone(facts, environment)
+        )
+    meeting = find_rendezvous(facts, flags, environment)
+    environment.update(_torch_variables(facts, meeting))
+    environment.update(
+        interface_settings(meeting.address, meeting.port, flags.network_interface, environment)
+    )
+    interfaces = ", ".join(f"{name}={environment.get(name, 'unset')}" for name in VARIABLES)
+    return Placement(
+        facts=facts,
+        note=f"rank {facts.rank} of {facts.world_size}, local rank {facts.local_rank}, from "
+        f"{facts.source}; meeting at {meeting.address} port {meeting.port} ({meeting.source}); "
+        f"{interfaces}",
+    )
+
+
+def _torch_variables(facts: RankFacts, meeting: Rendezvous) -> dict[str, str]:
+    values = {
+        "RANK": str(facts.rank),
+        "WORLD_SIZE": str(facts.world_size),
+        "LOCAL_RANK": str(facts.local_rank),
+        "MASTER_ADDR": meeting.address,
+        "MASTER_PORT": str(meeting.port),
+    }
+    if facts.local_world_size is not None:
+        values["LOCAL_WORLD_SIZE"] = str(facts.local_world_size)
+    return values
+
+
+def _alone(facts: RankFacts, environment: MutableMapping[str, str]) -> str | None:
+    tasks = outside_a_step(facts, environment)
+    if tasks is None:
+        return None
+    return (
+        f"this SLURM job has {tasks} tasks, but srun did not start this process: it runs alone; "
+        "put srun before the command to use them all"
+    )

@@ -143,14 +143,8 @@ def _architecture_of_folder(folder: Path, model: ModelConfig) -> Architecture:
         ) from None
     if not isinstance(raw, dict):
         raise ConfigError(f"model.path={folder}: config.json must hold an object")
-    reader = {"opt": _read_opt, "llama": _read_llama}.get(str(raw.get("model_type")))
-    if reader is None:
-        raise ConfigError(
-            f"model.path={folder} holds model_type={raw.get('model_type')!r}; "
-            "supported: opt, llama; convert the weights to one of them"
-        )
     try:
-        found = reader(raw)
+        found = architecture_of(raw)
     except KeyError as error:
         raise ConfigError(f"model.path={folder}: config.json lacks {error}") from None
     except ValueError as error:
@@ -160,6 +154,20 @@ def _architecture_of_folder(folder: Path, model: ModelConfig) -> Architecture:
             f"model.vocab_size={model.vocab_size}, but {folder} has {found.vocab_size}; use auto"
         )
     return _check(found, model)
+
+
+def architecture_of(raw: dict[str, Any]) -> Architecture:
+    """Shapes of a transformers configuration (the content of config.json).
+
+    Raises KeyError for a missing size and ValueError for one that cannot be used.
+    """
+    reader = {"opt": _read_opt, "llama": _read_llama}.get(str(raw.get("model_type")))
+    if reader is None:
+        raise ValueError(
+            f"model_type={raw.get('model_type')!r}; "
+            "supported: opt, llama; convert the weights to one of them"
+        )
+    return reader(raw)
 
 
 def _size(raw: dict[str, Any], *keys: str) -> int:

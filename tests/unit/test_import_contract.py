@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "parallel": frozenset({"errors", "config"}),
     "cluster": frozenset({"errors", "config", "parallel"}),
     "layers": frozenset({"errors", "config", "ops", "parallel"}),
-    "models": frozenset({"errors", "config", "ops"}),
+    "models": frozenset({"errors", "config", "ops", "parallel"}),
     "data": frozenset({"errors", "config"}),
     "spectral": frozenset({"errors", "config", "ops", "layers", "parallel"}),
     "optim": frozenset({"errors", "config", "ops", "parallel"}),

@@ -67,9 +67,9 @@ def _from_job(facts: RankFacts, flags: LauncherFlags, environment: Mapping[str, 
             source=f"SLURM job {environment['SLURM_JOB_ID']}",
         )
     raise ConfigError(
-        f"{facts.world_size} ranks ({facts.source}), but nothing says where they meet: set "
-        "MASTER_ADDR and MASTER_PORT, give --master-addr and --master-port, or start through "
-        "torchrun"
+        f"{facts.world_size} ranks ({facts.source}), but nothing says where they meet: "
+        "MASTER_ADDR and MASTER_PORT must be set, or --master-addr and --master-port given; or "
+        "start through torchrun"
     )
 
 

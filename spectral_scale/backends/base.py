@@ -1,6 +1,6 @@
 """What the training loop sees of a host, whatever the host does with parameters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,15 +12,22 @@ from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
 
+Accept = Callable[[Mapping[str, Tensor]], bool]
+"""Given a step's gradient norms by group kind, whether it may be applied; alike on all ranks."""
+Replicated = tuple[str, Tensor, int]
+"""Name, this rank's tensor, and which piece of the whole it is (0 if it is the whole)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
     """Outcome of one optimizer step."""
 
     applied: bool
-    """False if the host skipped it (an overflow); no counter may then advance."""
+    """False if it was refused or skipped by the host (an overflow); no counter may then advance."""
     grad_norms: Mapping[str, Tensor]
     """Norm of the averaged gradient before clipping, by group kind; 0-dim tensors."""
+    loss_scale: float | None = None
+    """What the step's loss was multiplied by, where fp16 needs it."""
 
 
 class Backend(Protocol):
@@ -49,11 +56,19 @@ class Backend(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of a loss whose sum over ranks and micro-batches is the step's."""
 
-    def step(self, *, clip_grad_norm: float) -> StepStats:
-        """Clip each group kind by its own norm, update, and clear the gradients."""
+    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
+        """Clip each group kind by its own norm, update, and clear the gradients.
+
+        `accept` is asked after the norms are known and before anything changes. If it refuses,
+        the gradients are dropped and weights, moments and step counts stay as they are, bit for
+        bit.
+        """
 
     def state_chunks(self) -> Iterator[TensorChunk]:
         """What this rank writes to a checkpoint: `model/<fqn>` and `optimizer/<fqn>/<key>`."""
+
+    def replicated(self) -> Iterator[Replicated]:
+        """What other ranks hold, too: pieces of one name and place are equal, bit for bit."""
 
     def load_state(self, read: ReadTensor) -> None:
         """Overwrite trained parameters and optimizer state, in place, from a checkpoint."""

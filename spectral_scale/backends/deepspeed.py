@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from spectral_scale.backends import zero_state
-from spectral_scale.backends.base import StepStats
+from spectral_scale.backends.base import Accept, Replicated, StepStats
 from spectral_scale.backends.torch import pick_device
-from spectral_scale.backends.zero_norms import clip_by_kind
+from spectral_scale.backends.zero_norms import clip_by_kind, gradients_by_kind, norms_by_kind
+from spectral_scale.backends.zero_steps import without_update
 from spectral_scale.backends.zero_store import ZeroStore
 from spectral_scale.config.deepspeed_json import resolve_deepspeed
 from spectral_scale.config.schema import RunConfig
@@ -86,18 +87,28 @@ class DeepSpeedBackend:
         if not self._last:
             self._engine.step()  # counts the micro-batch, no more
 
-    def step(self, *, clip_grad_norm: float) -> StepStats:
+    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
         """Clip each kind of group by its own norm, then let DeepSpeed update and clear."""
         if not self._engine.is_gradient_accumulation_boundary():
             raise RuntimeError("DeepSpeed expects more micro-batches before the optimizer step")
         scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0))
-        norms = clip_by_kind(self._store, max_norm=clip_grad_norm, loss_scale=scale)
+        gradients = gradients_by_kind(self._store)
+        norms = norms_by_kind(self._store, gradients, loss_scale=scale)
+        if accept is not None and not accept(norms):
+            with without_update(self._store.inner):
+                self._engine.step()  # clears gradients and counts micro-batches, no more
+            return StepStats(applied=False, grad_norms=norms)
+        clip_by_kind(gradients, norms, max_norm=clip_grad_norm)
         self._engine.step()
         return StepStats(applied=bool(self._engine.was_step_applied()), grad_norms=norms)
 
     def state_chunks(self) -> Iterator[TensorChunk]:
         """Masters and moments, each piece from the rank that keeps it."""
         return zero_state.state_chunks(self._store)
+
+    def replicated(self) -> Iterator[Replicated]:
+        """The module's weights below stage 3, and in stage 0 the moments."""
+        return zero_state.replicated(self._store)
 
     def load_state(self, read: ReadTensor) -> None:
         """Masters, the module's weights and moments, in place."""

@@ -6,6 +6,7 @@ on the torch backend: a mixed-precision policy of FSDP would round embeddings, n
 residual stream too, and so train other numbers.
 """
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from spectral_scale.backends.base import StepStats
+from spectral_scale.backends.base import Accept, Replicated, StepStats
 from spectral_scale.backends.torch import pick_device
 from spectral_scale.config.capability import shard_group_size, shards_residual
 from spectral_scale.config.schema import RunConfig
@@ -92,20 +93,22 @@ class FSDP2Backend:
         """Gradients are summed over ranks as the backward pass leaves each block."""
         loss.backward()
 
-    def step(self, *, clip_grad_norm: float) -> StepStats:
+    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
         """Clip each kind of group by its own norm, step, and drop the gradients."""
         gradients = {
             kind: [p.grad for group in groups for p in group["params"] if p.grad is not None]
             for kind, groups in kinds(self._optimizer.param_groups).items()
         }
         norms = self._norms(gradients)
-        if clip_grad_norm > 0:
-            for kind, members in gradients.items():
-                coefficient = (clip_grad_norm / (norms[kind] + CLIP_EPSILON)).clamp_max_(1.0)
-                torch._foreach_mul_([local(g) for g in members], coefficient)
-        self._optimizer.step()
+        applied = accept is None or accept(norms)
+        if applied:
+            if clip_grad_norm > 0:
+                for kind, members in gradients.items():
+                    coefficient = (clip_grad_norm / (norms[kind] + CLIP_EPSILON)).clamp_max_(1.0)
+                    torch._foreach_mul_([local(g) for g in members], coefficient)
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepStats(applied=True, grad_norms=norms)
+        return StepStats(applied=applied, grad_norms=norms)
 
     def state_chunks(self) -> Iterator[TensorChunk]:
         """This rank's pieces of trained parameters and moments; copies write nothing twice."""
@@ -118,6 +121,19 @@ class FSDP2Backend:
             box = layout.rectangle(shape)
             if layout.is_first_copy and box.numel:
                 yield TensorChunk(name, local(tensor), shape, box.offset)
+
+    def replicated(self) -> Iterator[Replicated]:
+        """What `fully_shard` left whole and, under HSDP, the pieces of the other copies."""
+        frozen = (
+            (f"model/{fqn}", parameter.detach())
+            for fqn, parameter in self._model.named_parameters()
+            if not parameter.requires_grad
+        )
+        for name, tensor in itertools.chain(frozen, self._state()):
+            if not isinstance(tensor, DTensor):
+                yield name, tensor, 0
+            elif len((layout := self._layouts.of(tensor)).copy_ranks) > 1:
+                yield name, local(tensor), layout.index
 
     def load_state(self, read: ReadTensor) -> None:
         """Overwrite this rank's pieces in place; only their elements are read."""

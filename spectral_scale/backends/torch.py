@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spectral_scale.backends.base import StepStats
+from spectral_scale.backends.base import Accept, Replicated, StepStats
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.optim.build import create_state
@@ -66,23 +66,36 @@ class TorchBackend:
         scale = self.collective.world_size
         (loss * scale if scale > 1 else loss).backward()
 
-    def step(self, *, clip_grad_norm: float) -> StepStats:
+    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
         """Clip each kind of group by its own norm, step, and drop the gradients."""
-        norms = {}
-        for kind, groups in kinds(self._optimizer.param_groups).items():
-            parameters = [p for group in groups for p in group["params"]]
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            norms[kind] = torch.nn.utils.get_total_norm(gradients)
+        parameters = {
+            kind: [p for group in groups for p in group["params"]]
+            for kind, groups in kinds(self._optimizer.param_groups).items()
+        }
+        norms = {
+            kind: torch.nn.utils.get_total_norm([p.grad for p in members if p.grad is not None])
+            for kind, members in parameters.items()
+        }
+        applied = accept is None or accept(norms)
+        if applied:
             if clip_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norms[kind])
-        self._optimizer.step()
+                for kind, members in parameters.items():
+                    torch.nn.utils.clip_grads_with_norm_(members, clip_grad_norm, norms[kind])
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepStats(applied=True, grad_norms=norms)
+        return StepStats(applied=applied, grad_norms=norms)
 
     def state_chunks(self) -> Iterator[TensorChunk]:
         """Trained parameters and moments, written by rank 0."""
         if self.collective.rank == 0:
             yield from (whole(name, tensor) for name, tensor in self._state())
+
+    def replicated(self) -> Iterator[Replicated]:
+        """Everything: frozen and trained parameters, and moments."""
+        for fqn, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                yield f"model/{fqn}", parameter.detach(), 0
+        yield from ((name, tensor, 0) for name, tensor in self._state())
 
     def load_state(self, read: ReadTensor) -> None:
         """Overwrite trained parameters and moments in place from a checkpoint."""

@@ -18,33 +18,8 @@ CLIP_EPS = 1e-6
 """As torch.nn.utils.clip_grads_with_norm_ has it."""
 
 
-def clip_by_kind(store: "ZeroStore", *, max_norm: float, loss_scale: float) -> dict[str, Tensor]:
-    """Clip each kind of group by its own norm, in place; the norms before clipping, by kind.
-
-    Call it after the last backward pass of a step and before `engine.step()`. One all-reduce of a
-    number a kind. Not finite norms clip nothing: DeepSpeed then skips the step, or the run stops.
-
-    Args:
-        store: of the engine.
-        max_norm: largest norm of a kind; 0 only measures.
-        loss_scale: what the gradients were multiplied by (fp16).
-    """
-    gradients = _gradients_by_kind(store)
-    device = next(iter(store.parameters.values())).device
-    squares = torch.stack([_square_sum(parts, device) for parts in gradients.values()])
-    if not store.layout.replicated:
-        squares = store.collective.all_reduce_sum(squares)
-    norms = dict(zip(gradients, squares.sqrt() / loss_scale, strict=True))
-    if max_norm > 0:
-        for kind, parts in gradients.items():
-            factor = (max_norm / (norms[kind] + CLIP_EPS)).clamp_max(1.0)
-            factor = torch.where(norms[kind].isfinite(), factor, 1.0)
-            for part in parts:
-                part.mul_(factor.to(part.device, part.dtype))
-    return norms
-
-
-def _gradients_by_kind(store: "ZeroStore") -> dict[str, list[Tensor]]:
+def gradients_by_kind(store: "ZeroStore") -> dict[str, list[Tensor]]:
+    """This rank's pieces of the reduced gradients, after the last backward pass of a step."""
     found: dict[str, list[Tensor]] = {}
     for flat in store.layout.flats():
         parts = found.setdefault(group_kind(flat.group.get("name", "dense")), [])
@@ -54,6 +29,39 @@ def _gradients_by_kind(store: "ZeroStore") -> dict[str, list[Tensor]]:
             if part is not None:
                 parts.append(part)
     return found
+
+
+def norms_by_kind(
+    store: "ZeroStore", gradients: dict[str, list[Tensor]], *, loss_scale: float
+) -> dict[str, Tensor]:
+    """Norms over all ranks' pieces, by kind. One all-reduce of a number a kind.
+
+    Args:
+        store: of the engine.
+        gradients: of `gradients_by_kind`.
+        loss_scale: what the gradients were multiplied by (fp16).
+    """
+    device = next(iter(store.parameters.values())).device
+    squares = torch.stack([_square_sum(parts, device) for parts in gradients.values()])
+    if not store.layout.replicated:
+        squares = store.collective.all_reduce_sum(squares)
+    return dict(zip(gradients, squares.sqrt() / loss_scale, strict=True))
+
+
+def clip_by_kind(
+    gradients: dict[str, list[Tensor]], norms: dict[str, Tensor], *, max_norm: float
+) -> None:
+    """Scale each kind's pieces, in place, so that its norm is at most `max_norm`; 0 leaves them.
+
+    Norms that are not finite clip nothing: DeepSpeed then skips the step, or the run stops.
+    """
+    if max_norm <= 0:
+        return
+    for kind, parts in gradients.items():
+        factor = (max_norm / (norms[kind] + CLIP_EPS)).clamp_max(1.0)
+        factor = torch.where(norms[kind].isfinite(), factor, 1.0)
+        for part in parts:
+            part.mul_(factor.to(part.device, part.dtype))
 
 
 def _square_sum(parts: list[Tensor], device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from spectral_scale.backends.base import Replicated
 from spectral_scale.backends.zero_layout import Flat, Fragment
 from spectral_scale.backends.zero_steps import get_step, set_step
 from spectral_scale.backends.zero_store import ZeroStore
@@ -31,6 +32,18 @@ def state_chunks(store: ZeroStore) -> Iterator[TensorChunk]:
         if fragment.start == 0:
             step = torch.tensor(get_step(store.inner, fragment.flat), dtype=torch.float32)
             yield TensorChunk(f"{prefix}/step", step, (), ())
+
+
+def replicated(store: ZeroStore) -> Iterator[Replicated]:
+    """What every rank holds whole: weights that are not sharded, and masters' state in stage 0."""
+    if not store.layout.shards_weights:
+        for fqn, parameter in store.parameters.items():
+            yield f"model/{fqn}", parameter.detach(), 0
+    if store.layout.replicated:
+        for fragment in filter(None, store.fragments.values()):
+            for key in MOMENTS:
+                state = store.inner.state[fragment.flat]
+                yield f"optimizer/{fragment.fqn}/{key}", fragment.of(state[key]), 0
 
 
 @torch.no_grad()

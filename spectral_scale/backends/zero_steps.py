@@ -1,5 +1,9 @@
 """State of the optimizer inside ZeRO: created up front, with one Adam step a flat tensor."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,3 +42,20 @@ def get_step(inner: torch.optim.Optimizer, flat: Tensor) -> float:
 def set_step(inner: torch.optim.Optimizer, flat: Tensor, value: float) -> None:
     """Overwrite them."""
     inner.state[flat]["step"].fill_(value)
+
+
+@contextmanager
+def without_update(inner: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, DeepSpeed goes through a step without changing masters, moments or Adam's steps.
+
+    Its masters are then copied into the module again, which rounds to the same weights.
+    """
+    host: Any = inner
+    own = host.__dict__.get("step")
+    host.step = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del host.step
+        if own is not None:
+            host.step = own

@@ -57,8 +57,17 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
         "checkpoint.interval": config.checkpoint.interval,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "metrics.log_interval": config.metrics.log_interval,
+        "health.spike_window": config.health.spike_window,
     }
+    if config.checkpoint.keep_every is not None:
+        at_least_one["checkpoint.keep_every"] = config.checkpoint.keep_every
     at_least_zero: dict[str, float] = {
+        "train.max_starts_without_progress": config.train.max_starts_without_progress,
+        "health.spike_sigmas": config.health.spike_sigmas,
+        "health.rollback_after": config.health.rollback_after,
+        "health.max_rollbacks": config.health.max_rollbacks,
+        "health.replica_interval": config.health.replica_interval,
+        "health.hang_timeout_seconds": config.health.hang_timeout_seconds,
         "spectral.extra_sigma": config.spectral.extra_sigma,
         "spectral.iteration_warmup_steps": config.spectral.iteration_warmup_steps,
         "optimizer.lr": config.optimizer.lr,
@@ -72,6 +81,8 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
     if config.optimizer.decay_steps != "auto":
         at_least_one["optimizer.decay_steps"] = config.optimizer.decay_steps
     positive: dict[str, float] = {"optimizer.galore_scale": config.optimizer.galore_scale}
+    if config.train.time_limit_minutes is not None:
+        positive["train.time_limit_minutes"] = config.train.time_limit_minutes
     if config.spectral.lora_alpha != "auto":
         positive["spectral.lora_alpha"] = config.spectral.lora_alpha
     fractions = {

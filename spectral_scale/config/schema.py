@@ -166,6 +166,11 @@ class TrainConfig:
     """Refuse kernels that are not bit-reproducible (always on for CPU)."""
     allow_changed: list[str] = field(default_factory=list)
     """Configuration keys that may differ from the run being resumed."""
+    time_limit_minutes: float | None = None
+    """Stop early enough to be saved this long after the start of the process; null: only a SLURM
+    job's own end (SLURM_JOB_END_TIME) counts."""
+    max_starts_without_progress: int = 3
+    """So many starts in a row that saved nothing new end in exit code 93; 0 never gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +181,34 @@ class CheckpointConfig:
     """Steps between checkpoints; one more is written when the run ends or is stopped."""
     keep_last: int = 2
     """Verified checkpoints kept; the newest verified one is never removed."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of this are kept for good; null: none."""
+    async_save: bool = False
+    """Copy the state to host memory and write it while training goes on; one save at a time, the
+    next one waits for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """Steps that must not count, copies that drifted apart, ranks that hang."""
+
+    skip: bool = True
+    """Leave a step out, on all ranks together, if its loss or gradient is not finite or a spike."""
+    spike_sigmas: float = 0.0
+    """A loss or gradient norm this many standard deviations above the mean of the last healthy
+    steps is a spike; 0: only what is not finite is left out."""
+    spike_window: int = 128
+    """Healthy steps of that mean; at least a quarter of them must be there for a verdict."""
+    rollback_after: int = 3
+    """So many steps left out in a row go back to the last checkpoint and pass over the data read
+    since; 0 never goes back."""
+    max_rollbacks: int = 2
+    """So many returns without a new checkpoint in between, then the run ends with an error."""
+    replica_interval: int = 500
+    """Steps between comparisons of everything that several ranks hold, bit for bit; 0: never."""
+    hang_timeout_seconds: float = 45.0
+    """A rank that is silent for so long, or a step that takes ten times the longest so far and at
+    least this, ends the run with stack traces; 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +225,7 @@ class MetricsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run: the eight sections of a configuration file."""
+    """One run: the nine sections of a configuration file."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     spectral: SpectralConfig = field(default_factory=SpectralConfig)
@@ -201,4 +234,5 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -5,7 +5,7 @@ and the master, or the next step would bring the old one back.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from spectral_scale.backends.zero_norms import Directions
 from spectral_scale.backends.zero_steps import create_state, set_step
 from spectral_scale.errors import SpectralError
 from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
+from spectral_scale.parallel.packing import broadcast_into, unpack
 from spectral_scale.parallel.store import MOMENTS
 
 
@@ -79,20 +80,19 @@ class ZeroStore:
     @torch.no_grad()
     def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
         """Trained parameters travel in fp32, frozen ones in the module's precision: one broadcast
-        a parameter or, where weights are sharded, each piece to its rank."""
+        for all of a precision or, where weights are sharded, one message to each rank."""
+        flat: dict[str, Tensor | None] = {}
         for fqn, value in values.items():
-            parameter = self.parameters[fqn]
-            if 0 in self.layout.shape(parameter):
-                continue
-            dtype = torch.float32 if parameter.requires_grad else parameter.dtype
-            if value is not None:
-                value = value.detach().to(self.device, dtype).reshape(-1)
-            if self.layout.shards_weights:
-                self.write(fqn, self._scatter(parameter, value, dtype, owner))
-            elif parameter.requires_grad:
-                self.write(fqn, self._broadcast(parameter, value, owner))
-            else:  # in place: a frozen weight never exists twice
-                self._broadcast(parameter, value, owner, into=parameter.detach().view(-1))
+            if 0 not in self.layout.shape(self.parameters[fqn]):
+                flat[fqn] = None if value is None else value.detach().reshape(-1)
+        if self.layout.shards_weights:
+            for fqn, part in self._scatter(flat, owner).items():
+                self.write(fqn, part)
+            return
+        into = {fqn: self._landing(fqn) for fqn in flat}
+        broadcast_into(into, flat, self.collective, owner=owner)
+        for fqn in (f for f in into if self.parameters[f].requires_grad):
+            self.write(fqn, into[fqn])
 
     @torch.no_grad()
     def reset_moments(self, fqns: Sequence[str]) -> int:
@@ -177,34 +177,50 @@ class ZeroStore:
         ranks = self.collective.broadcast_json(self.collective.gather_json(mine))
         return {fqn: [tuple(rank[fqn]) for rank in ranks] for fqn in mine}
 
-    def _broadcast(
-        self,
-        parameter: nn.Parameter,
-        value: Tensor | None,
-        owner: int,
-        *,
-        into: Tensor | None = None,
-    ) -> Tensor:
-        """The owner's 1-D value on every rank, in `into` if it is given, else in fp32."""
-        if into is None:
-            into = torch.empty(parameter.numel(), dtype=torch.float32, device=self.device)
-        if value is not None:
-            into.copy_(value)
-        return self.collective.broadcast(into, owner)
+    def _landing(self, fqn: str) -> Tensor:
+        """Where a whole value arrives, 1-D: a frozen weight in place, so that it never exists
+        twice, a trained one apart, from where both its copies are written."""
+        parameter = self.parameters[fqn]
+        if parameter.requires_grad:
+            return torch.empty(parameter.numel(), dtype=torch.float32, device=self.device)
+        return parameter.detach().view(-1)
 
-    def _scatter(
-        self, parameter: Any, value: Tensor | None, dtype: torch.dtype, owner: int
+    def _scatter(self, values: Mapping[str, Tensor | None], owner: int) -> dict[str, Tensor]:
+        """This rank's `weight_range` of each of the owner's 1-D values; one message a rank and
+        precision."""
+        rank, world = self.collective.rank, self.collective.world_size
+        parts = {fqn: self._empty_part(fqn) for fqn in values}
+        for dtype in dict.fromkeys(part.dtype for part in parts.values()):
+            chosen = [fqn for fqn, part in parts.items() if part.dtype == dtype]
+            mine = torch.cat([parts[fqn] for fqn in chosen])
+            if rank != owner:
+                _exchange([dist.P2POp(dist.irecv, mine, owner)] if mine.numel() else [])
+            else:
+                packed = [self._packed(values, chosen, r, dtype) for r in range(world)]
+                mine = packed[rank]
+                others = [(r, p) for r, p in enumerate(packed) if r != rank and p.numel()]
+                _exchange([dist.P2POp(dist.isend, p, r) for r, p in others])
+            unpack(mine, [parts[fqn] for fqn in chosen])
+        return parts
+
+    def _packed(
+        self, values: Mapping[str, Tensor | None], fqns: list[str], rank: int, dtype: torch.dtype
     ) -> Tensor:
-        start, numel = self.layout.weight_range(parameter)
-        if self.collective.world_size == 1 and value is not None:
-            return value
-        if value is None:
-            part = torch.empty(numel, dtype=dtype, device=self.device)
-            _exchange([dist.P2POp(dist.irecv, part, owner)] if numel else [])
-            return part
-        pieces = enumerate(value.split(parameter.partition_numel()))
-        _exchange([dist.P2POp(dist.isend, piece, r) for r, piece in pieces if r != owner])
-        return value[start : start + numel]
+        """What another rank holds of the values, one after another."""
+        parts = []
+        for fqn in fqns:
+            value = values[fqn]
+            if value is None:
+                raise ValueError(f"the owner gave no value for {fqn}")
+            partition = cast(Any, self.parameters[fqn]).partition_numel()
+            parts.append(value[rank * partition : (rank + 1) * partition].to(self.device, dtype))
+        return torch.cat(parts)
+
+    def _empty_part(self, fqn: str) -> Tensor:
+        parameter = self.parameters[fqn]
+        dtype = torch.float32 if parameter.requires_grad else parameter.dtype
+        _, numel = self.layout.weight_range(parameter)
+        return torch.empty(numel, dtype=dtype, device=self.device)
 
 
 def _exchange(operations: list[dist.P2POp]) -> None:

@@ -106,6 +106,16 @@ class SpectralLinear(FactoredLinear):
         sigma = (r + self.num_fixed,)
         return {"u": (self.out_features, r), "v": (self.in_features, r), "sigma": sigma}
 
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical shapes of the frozen parameters, whatever a host did to the storage."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.u_fixed is not None:
+            shapes["u_fixed"] = (self.out_features, self.num_fixed)
+            shapes["v_fixed"] = (self.in_features, self.num_fixed)
+        if self.residual is not None:
+            shapes["residual"] = (self.out_features, self.in_features)
+        return shapes
+
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """The dense weight (out, in) this layer stands for, in u's dtype."""

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.group import present_group
+from spectral_scale.parallel.packing import broadcast_into
 from spectral_scale.parallel.rectangles import Rectangle
 from spectral_scale.parallel.shards import Layout, Layouts, gather, local, scatter, sum_over_shards
 from spectral_scale.parallel.store import MOMENTS, zero_moments
@@ -49,16 +50,19 @@ class FSDP2Store:
 
     @torch.no_grad()
     def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
-        """Scatter from the owner, all parameters of a dtype and a placement in one message."""
+        """Scatter from the owner, or broadcast what ranks hold whole: all parameters of a dtype and
+        a placement in one message."""
         self._reshard()
         packets: dict[tuple[int, torch.dtype], dict[str, DTensor]] = {}
-        for fqn, value in values.items():
+        kept_whole: dict[str, Tensor] = {}
+        for fqn in values:
             parameter = self._parameters[fqn]
             if isinstance(parameter, DTensor):
                 kind = (id(self._layouts.of(parameter)), parameter.dtype)
                 packets.setdefault(kind, {})[fqn] = parameter
             else:
-                self._broadcast(parameter, value, owner)
+                kept_whole[fqn] = parameter.detach()
+        broadcast_into(kept_whole, values, self.collective, owner=owner)
         for packet in packets.values():
             into = list(packet.values())
             whole = [values[fqn] for fqn in packet]
@@ -110,13 +114,6 @@ class FSDP2Store:
         whole, and what is written to the shards would not be seen."""
         for module in self._fsdp_modules:
             module.reshard()
-
-    def _broadcast(self, parameter: Tensor, value: Tensor | None, owner: int) -> None:
-        """A parameter that every rank holds whole."""
-        if value is not None:
-            parameter.copy_(value)
-        if parameter.numel():
-            self.collective.broadcast(parameter.detach(), owner)
 
     def _rearrange(self, moment: Tensor, source: Tensor, new: Tensor) -> None:
         """Column j becomes column `source[j]`, or zero where `new`."""

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.packing import broadcast_into
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -73,13 +74,9 @@ class TorchStore:
 
     @torch.no_grad()
     def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
-        """Copy on the owner, then broadcast in each parameter's own dtype."""
-        for fqn, value in values.items():
-            parameter = self._parameters[fqn]
-            if value is not None:
-                parameter.copy_(value)
-            if parameter.numel():
-                self.collective.broadcast(parameter.detach(), owner)
+        """Copy on the owner, then one broadcast of all parameters of a dtype."""
+        targets = {fqn: self._parameters[fqn].detach() for fqn in values}
+        broadcast_into(targets, values, self.collective, owner=owner)
 
     @torch.no_grad()
     def reset_moments(self, fqns: Sequence[str]) -> int:

@@ -109,8 +109,11 @@ class SpectralBank:
         """Write trained values back, in place.
 
         u_a (m, r) and v_a (n, r) go to the active columns; sigma is (r + s,) of the active and the
-        extra triplets, or (k,): the active ones, then the others in ascending order.
+        extra triplets, or (k,): the active ones, then the others in ascending order. Raises
+        ValueError, before anything is written, if a value is not finite.
         """
+        if not all(bool(torch.isfinite(t).all()) for t in (u_a, sigma, v_a)):
+            raise ValueError("its trained triplets hold NaN or infinity")
         entry = self._entries[name]
         entry.u[:, entry.active] = u_a.to(self.device, self.dtype)
         entry.v[:, entry.active] = v_a.to(self.device, self.dtype)

@@ -28,6 +28,8 @@ class BoundaryReport:
     """Matrices whose SVD did not converge and that kept their old, still exact, factors."""
     seconds: float = 0.0
     """Wall time on this rank."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Of which in each phase of the protocol."""
     spectra: dict[str, LayerSpectrum] = field(default_factory=dict)
     """Spectrum and orthogonality by matrix, on rank 0."""
 
@@ -44,4 +46,5 @@ class BoundaryReport:
             "spectral/kept_factors": self.kept_factors,
             "spectral/boundary_seconds": self.seconds,
         }
-        return values | spectra_by_kind(self.spectra)
+        phases = {f"spectral/boundary_seconds/{k}": v for k, v in self.phase_seconds.items()}
+        return values | phases | spectra_by_kind(self.spectra)

@@ -172,10 +172,10 @@ def average_the_gradients(store: Any) -> None:
 
 
 def sample_by_rank(store: Any) -> None:
-    from spectral_scale.spectral import controller
+    from spectral_scale.spectral import drawing
 
-    plain, rank = controller.sample_triplets, store.collective.rank
-    controller.sample_triplets = lambda *a, **k: plain(*a, **(k | {"seed": k["seed"] + rank}))
+    plain, rank = drawing.sample_triplets, store.collective.rank
+    drawing.sample_triplets = lambda *a, **k: plain(*a, **(k | {"seed": k["seed"] + rank}))
 
 
 TWINS = [

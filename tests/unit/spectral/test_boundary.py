@@ -12,6 +12,7 @@ from spectral_scale import SpectralConfig, SpectralController, convert, merge, p
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.layers.convert import spectral_layers
 from spectral_scale.spectral.bank import SpectralBank
+from spectral_scale.spectral.drawing import draw_triplets
 
 LR = 1e-2
 SHAPES = [(24, 32), (32, 16)]
@@ -249,10 +250,9 @@ def test_ramp_multiplies_and_restores_the_learning_rate() -> None:
 def test_draws_depend_on_the_seed_alone() -> None:
     def active(seed: int) -> list[int]:
         trainer = Trainer()
-        again = SpectralController.__new__(SpectralController)
-        again.__dict__ |= trainer.controller.__dict__ | {"seed": seed}
-        again._draw("0", 3)
-        return trainer.controller.bank["0"].active.tolist()
+        entry = trainer.controller.bank["0"]
+        draw_triplets(entry, trainer.config, seed=seed, layer="0", position=(1, 1))
+        return entry.active.tolist()
 
     assert active(1) == active(1)
     assert active(1) != active(2)

@@ -165,7 +165,7 @@ def test_a_store_that_cannot_move_moments_is_refused():
 
     small = Small(boundary_moments="keep_sigma")
     small.before_boundary()
-    small.controller.store = Plain(small.controller.store)
+    small.controller.boundary.store = Plain(small.controller.store)
     with pytest.raises(SpectralError, match="keep_sigma needs a store.*Plain cannot"):
         small.controller.after_step()
 

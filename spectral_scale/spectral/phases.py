@@ -1,0 +1,77 @@
+"""The phases of a boundary: how long each takes, and where one breaks off."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+from spectral_scale.errors import SpectralError
+
+logger = logging.getLogger(__name__)
+
+PHASES = ("collect", "commit", "decompose", "sample", "rebuild", "agree", "deliver", "reset")
+"""In this order; collect and commit alternate matrix by matrix, rebuild to deliver parcel by
+parcel."""
+COLLECTIVE_PHASES = frozenset({"collect", "agree", "deliver", "reset"})
+"""Phases in which ranks wait for one another."""
+
+Listener = Callable[[str, int], None]
+"""Called as (phase, iteration that begins) whenever this rank enters a phase."""
+
+
+class PhaseClock:
+    """Times the phases of the boundary in progress on this rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.iteration = 0
+        self.seconds: dict[str, float] = {}
+        self.listeners: list[Listener] = []
+
+    def start(self, iteration: int) -> None:
+        """Begin a boundary: every phase back to zero seconds."""
+        self.iteration, self.seconds = iteration, dict.fromkeys(PHASES, 0.0)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what is inside, and tell the listeners that it begins.
+
+        Raises SpectralError, naming phase and rank, where a collective fails: a rank is gone.
+        """
+        logger.debug("iteration %d: %s", self.iteration, name)
+        for listener in self.listeners:
+            listener(name, self.iteration)
+        started = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            if name not in COLLECTIVE_PHASES:
+                raise
+            raise SpectralError(
+                f"rank {self.rank} broke off in phase {name!r} before iteration {self.iteration}: "
+                f"{error}; if another rank has died, its log says why; start the same command "
+                "again to resume from the last checkpoint"
+            ) from error
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+class OwnerWork:
+    """An owner's work on its matrices: an error is kept for all ranks to agree on.
+
+    An owner that raised at once would leave the others waiting. After an error nothing more is to
+    be begun; see `problem`.
+    """
+
+    def __init__(self) -> None:
+        self.problem: str | None = None
+
+    @contextlib.contextmanager
+    def on(self, name: str) -> Iterator[None]:
+        """Keep an error of what is inside as the problem of matrix `name`."""
+        try:
+            yield
+        except (ValueError, RuntimeError, MemoryError) as error:
+            self.problem = f"{name}: {error}; restart from the last checkpoint"
+            if isinstance(error, ValueError):  # not finite
+                self.problem += " with a lower learning rate"

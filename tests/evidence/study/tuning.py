@@ -1,6 +1,5 @@
 """The tuning rule: which learning rate to try next. Every variant has the same number of tries."""
 
-import math
 from collections.abc import Mapping
 
 from study.settings import TUNING_RUNS
@@ -11,24 +10,18 @@ FACTOR = 2.0
 def next_rate(losses: Mapping[float, float], first: float) -> float | None:
     """The next learning rate to try after those in `losses` (rate -> validation loss), or None.
 
-    First the given one, twice it and half of it. Every later try goes next to the best so far: one
-    factor of 2 beyond it while it is the largest or smallest tried, else halfway (in logarithm) to
-    its better neighbour. A run that diverged has an infinite loss. None when the budget is spent.
+    First the given one and twice it, then beyond the better one: a factor of 2 up from the largest
+    tried or down from the smallest. A run that diverged has an infinite loss. None when the budget
+    is spent.
     """
     if len(losses) >= TUNING_RUNS:
         return None
-    for rate in (first, rounded(first * FACTOR), rounded(first / FACTOR)):
-        if rate not in losses:
-            return rate
+    if not losses:
+        return first
+    if len(losses) == 1:
+        return rounded(first * FACTOR)
     best = best_rate(losses)
-    ordered = sorted(losses)
-    if best == ordered[-1]:
-        return rounded(best * FACTOR)
-    if best == ordered[0]:
-        return rounded(best / FACTOR)
-    place = ordered.index(best)
-    neighbour = min(ordered[place - 1], ordered[place + 1], key=losses.__getitem__)
-    return rounded(math.sqrt(best * neighbour))
+    return rounded(max(losses) * FACTOR if best == max(losses) else min(losses) / FACTOR)
 
 
 def best_rate(losses: Mapping[float, float]) -> float:

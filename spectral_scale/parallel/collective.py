@@ -68,16 +68,20 @@ class SingleProcess:
 
 
 class ProcessGroup:
-    """The default torch.distributed group; JSON and flags live on `device`."""
+    """A torch.distributed group, by default of all ranks; JSON and flags live on `device`.
 
-    def __init__(self, device: torch.device) -> None:
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+    `rank` and `source` count within the group.
+    """
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
         self.device = device
+        self._group = group
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
-        dist.barrier()
+        dist.barrier(group=self._group)
 
     def _encode(self, value: Any) -> Tensor:
         data = json.dumps(value).encode()
@@ -88,11 +92,11 @@ class ProcessGroup:
         data = self._encode(value)
         sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
         sizes[self.rank] = data.numel()
-        dist.all_reduce(sizes)
+        dist.all_reduce(sizes, group=self._group)
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=self.device)
         padded[: data.numel()] = data
         parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self._group)
         if self.rank != 0:
             return None
         return [
@@ -105,16 +109,16 @@ class ProcessGroup:
         mine = self.rank == source
         data = self._encode(value) if mine else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([data.numel()], device=self.device)
-        dist.broadcast(size, source)
+        dist.broadcast(size, group=self._group, group_src=source)
         if not mine:
             data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
-        dist.broadcast(data, source)
+        dist.broadcast(data, group=self._group, group_src=source)
         return json.loads(bytes(data.cpu().numpy()))
 
     def agree(self, error: str | None, *, what: str) -> str | None:
         """The first failing rank's error on every rank, or None; if all is well, one all-reduce."""
         first = torch.tensor([self.world_size if error is None else self.rank], device=self.device)
-        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self._group)
         failed = int(first)
         if failed == self.world_size:
             return None
@@ -123,10 +127,10 @@ class ProcessGroup:
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """Overwrite `tensor` in place with rank `source`'s."""
-        dist.broadcast(tensor, source)
+        dist.broadcast(tensor, group=self._group, group_src=source)
         return tensor

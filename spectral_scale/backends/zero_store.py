@@ -52,7 +52,8 @@ class ZeroStore:
         }
         create_state(self.inner, self.layout)
         self.device = engine.device
-        self._ranges = self._exchange_ranges()
+        self.ranges = self._exchange_ranges()
+        """Parameter -> (first element, number of elements) that each rank keeps."""
         self._directions = Directions(self, engine.module)
 
     # -- ParameterStore ---------------------------------------------------------------------
@@ -70,8 +71,8 @@ class ZeroStore:
                 _exchange([dist.P2POp(dist.isend, mine, owner)])
             return None
         dtype = torch.float32 if parameter.requires_grad else parameter.dtype
-        flat = torch.zeros(sum(n for _, n in self._ranges[fqn]), dtype=dtype, device=self.device)
-        parts = {r: flat[s : s + n] for r, (s, n) in enumerate(self._ranges[fqn]) if n}
+        flat = torch.zeros(sum(n for _, n in self.ranges[fqn]), dtype=dtype, device=self.device)
+        parts = {r: flat[s : s + n] for r, (s, n) in enumerate(self.ranges[fqn]) if n}
         if mine is not None:
             parts.pop(owner).copy_(mine)
         _exchange([dist.P2POp(dist.irecv, part, source) for source, part in parts.items()])

@@ -1,0 +1,70 @@
+"""Ranges from holders to those who need them and back: every element arrives, few are sent."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from spectral_scale.parallel.exchange import Exchange, even_slices
+from spectral_scale.parallel.pieces import ShardGroup
+from spectral_scale.testing.distributed import run_distributed
+from spectral_scale.testing.traffic import TrafficCounter
+
+SIZES = (10, 7, 1, 12)
+
+
+def cut(total: int, world: int) -> list[list[tuple[int, int]]]:
+    """One flat buffer cut evenly over ranks, as ZeRO-1 and 2 do: [tensor][rank] -> range."""
+    per_rank, start, held = -(-total // world), 0, []
+    for size in SIZES:
+        ranges = []
+        for rank in range(world):
+            a = max(start, rank * per_rank)
+            b = min(start + size, (rank + 1) * per_rank)
+            ranges.append((a - start, b - a) if b > a else (0, 0))
+        held.append(ranges)
+        start += size
+    return held
+
+
+def there_and_back(world: int) -> list[Any]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    group = ShardGroup(index=rank, size=world, handle=dist.group.WORLD)
+    held = cut(sum(SIZES), world)
+    whole = [torch.arange(n, dtype=torch.float32) + 100 * i for i, n in enumerate(SIZES)]
+    sliced = [even_slices(n, world) for n in SIZES]
+    owned = [[(0, n) if r == i % world else (0, 0) for r in range(world)]
+             for i, n in enumerate(SIZES)]  # fmt: skip
+    found = []
+    for wanted in (sliced, owned):
+        exchange = Exchange(held, wanted, group)
+        parts = [w[a : a + n] for w, (a, n) in zip(whole, (h[rank] for h in held), strict=True)]
+        with TrafficCounter() as counter:
+            got = exchange.forward(parts, dtype=torch.float32)
+            back = exchange.backward(got, dtype=torch.float32)
+        expected = [
+            w[a : a + n] for w, (a, n) in zip(whole, (x[rank] for x in wanted), strict=True)
+        ]
+        found.append(all(map(torch.equal, got, expected)) and all(map(torch.equal, back, parts)))
+        found.append(dict(counter.calls))
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_element_arrives_and_returns(world: int) -> None:
+    for sliced, calls, owned, more in run_distributed(there_and_back, world, world):
+        assert sliced and owned
+        assert calls == more == {"alltoall_base": 2}
+
+
+def test_slices_cover_everything_once() -> None:
+    for numel in (0, 1, 5, 12):
+        slices = even_slices(numel, 4)
+        assert sum(n for _, n in slices) == numel
+        assert all(a + n == b for (a, n), (b, _) in zip(slices, slices[1:], strict=False))
+        assert max(n for _, n in slices) - min(n for _, n in slices) <= 1

@@ -78,14 +78,7 @@ class SpectralLinear(FactoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's."""
-        if not self.ready:
-            raise SpectralError(
-                "a converted layer was used before its triplets were installed; "
-                "create the SpectralController after convert() and before the first forward"
-            )
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
+        x = self._prepared(x)
         y = SpectralProduct.apply(
             x.reshape(-1, self.in_features),
             self.residual,
@@ -99,6 +92,18 @@ class SpectralLinear(FactoredLinear):
             self.active_sigma_only,
         )
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """The input in the dtype of the product. Raises SpectralError before there are values."""
+        if not self.ready:
+            raise SpectralError(
+                "a converted layer was used before its triplets were installed; "
+                "create the SpectralController after convert() and before the first forward"
+            )
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
+        return x
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical shapes of the factors the optimizer sees, whatever a host did to the storage."""

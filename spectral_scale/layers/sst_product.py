@@ -8,7 +8,9 @@ directions' temporaries are scaled in place.
 Shape suffixes: T tokens, O out_features, I in_features, R trained triplets, F fixed triplets.
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +18,22 @@ from torch.autograd.function import once_differentiable
 
 BLOCK_ROWS = 128
 """Tokens that a sum over tokens takes at a time on the CPU."""
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Completes, over tensor-parallel ranks, what one rank's part of a layer leaves partial.
+
+    Ranks that share the outputs hold rows of u: h is partial, and must be complete in dL/dv and
+    dL/dsigma, but partial in dL/dx, which is summed later. Ranks that share the inputs hold rows of
+    v: z is partial, and must be complete in dL/du and dL/dsigma, but partial in y. One sum of
+    (T, R) then makes the gradients of the factors that every rank holds whole complete and equal.
+    """
+
+    shared: Literal["outputs", "inputs"]
+    """What the ranks share."""
+    sum: Callable[[Tensor], Tensor]
+    """The sum over ranks, as a new tensor."""
 
 
 class SpectralProduct(torch.autograd.Function):
@@ -39,6 +57,7 @@ class SpectralProduct(torch.autograd.Function):
         bias_O: Tensor | None,
         enhanced: bool,
         active_sigma_only: bool,
+        bottleneck: Bottleneck | None = None,
     ) -> Tensor:
         """All of x's dtype, except u, v, sigma and bias, which are cast to it."""
         dtype = x_TI.dtype
@@ -55,8 +74,10 @@ class SpectralProduct(torch.autograd.Function):
             z_fixed = x_TI @ v_IF
             y.addmm_(z_fixed * s[r:], u_OF.t())
         z_kept = None if active_sigma_only else z_fixed
+        if bottleneck is not None and bottleneck.shared == "inputs":
+            z = bottleneck.sum(z)
         ctx.save_for_backward(x_TI, residual_OI, u, v, u_OF, v_IF, s, z, z_kept)
-        ctx.enhanced, ctx.active_sigma_only = enhanced, active_sigma_only
+        ctx.enhanced, ctx.bottleneck = enhanced, bottleneck
         ctx.dtypes = u_OR.dtype, v_IR.dtype, sigma.dtype, None if bias_O is None else bias_O.dtype
         return y
 
@@ -69,20 +90,26 @@ class SpectralProduct(torch.autograd.Function):
         u_dtype, v_dtype, sigma_dtype, bias_dtype = ctx.dtypes
         r = u.shape[1]
         h = g @ u
-        d_u, d_v = g.t() @ z, x.t() @ h
+        complete = h
+        if ctx.bottleneck is not None and ctx.bottleneck.shared == "outputs":
+            complete = ctx.bottleneck.sum(h)
+        d_u, d_v = g.t() @ z, x.t() @ complete
         if not ctx.enhanced:
             d_u, d_v = d_u.mul_(s[:r]), d_v.mul_(s[:r])
-        d_sigma = sum_of_products(h, z, sigma_dtype)
+        d_sigma = sum_of_products(complete, z, sigma_dtype)
         d_x = None
         if ctx.needs_input_grad[0]:
             h.mul_(s[:r])
             d_x = h @ v.t() if residual is None else (g @ residual).addmm_(h, v.t())
         if u_fixed is not None:
             d_fixed, d_x = _backward_fixed(ctx, g, d_x, u_fixed, v_fixed, s[r:], z_fixed)
+            if ctx.bottleneck is not None and z_fixed is not None:
+                d_fixed = ctx.bottleneck.sum(d_fixed)
             d_sigma = torch.cat([d_sigma, d_fixed])
         d_bias = None if bias_dtype is None else column_sums(g, bias_dtype)
+        settings = (None, None, None)  # enhanced, active_sigma_only, bottleneck
         return (
-            d_x, None, d_u.to(u_dtype), d_v.to(v_dtype), None, None, d_sigma, d_bias, None, None
+            d_x, None, d_u.to(u_dtype), d_v.to(v_dtype), None, None, d_sigma, d_bias, *settings
         )  # fmt: skip
 
 

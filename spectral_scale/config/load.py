@@ -1,6 +1,6 @@
 """From YAML files and `--section.key value` overrides to one checked RunConfig.
 
-Later sources win: defaults, then the file, then the command line. Unknown keys are errors that name
+Later sources win: defaults, then `spectral.settings`, then the file, then the command line. Unknown keys are errors that name
 the nearest key. Values are checked against the schema's types by jsonargparse.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from spectral_scale.config.published import add_named_settings
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
 
@@ -30,7 +31,7 @@ class ResolvedConfig:
     config: RunConfig
     """The values."""
     sources: dict[str, str]
-    """Dotted key -> "default", a file's name, or "command line"."""
+    """Dotted key -> "default", "spectral.settings NAME", a file's name, or "command line"."""
 
     def to_yaml(self, *, with_sources: bool = False) -> str:
         """The configuration as YAML, each value's source as a comment if asked for."""
@@ -75,6 +76,7 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
             values[key], sources[key] = value, str(file)
     for key, value in _pairs(overrides):
         values[key], sources[key] = value, "command line"
+    add_named_settings(values, sources)
     return ResolvedConfig(config=_build(values, sources), sources=sources)
 
 

@@ -5,10 +5,14 @@ from typing import Any
 
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 
-_LORA_KEYS = frozenset({"spectral.spectral_rank", "spectral.lora_alpha", "optimizer.spectral_lr"})
+_CONVERTED = frozenset({"spectral.targets", "spectral.train_dense"})
+_LORA_KEYS = _CONVERTED | {"spectral.spectral_rank", "spectral.lora_alpha", "optimizer.spectral_lr"}
 _SST_KEYS = frozenset(f"spectral.{field.name}" for field in fields(SpectralConfig)) - {
     "spectral.method",
+    "spectral.settings",
     "spectral.lora_alpha",
+    "spectral.sparsity",
+    "spectral.ridge",
 }
 METHOD_KEYS: dict[str, frozenset[str]] = {
     "full": frozenset(),
@@ -20,6 +24,8 @@ METHOD_KEYS: dict[str, frozenset[str]] = {
         "spectral.iteration_warmup_steps",
         "spectral.bank_device",
     },
+    "frod": _CONVERTED
+    | {"spectral.sparsity", "spectral.ridge", "optimizer.spectral_lr", "optimizer.value_lr"},
     "galore": frozenset(
         {
             "spectral.spectral_rank",

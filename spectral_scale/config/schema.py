@@ -38,8 +38,12 @@ class ModelConfig:
 class SpectralConfig:
     """The training method of the blocks' linear layers; most keys are those of `sst`."""
 
-    method: Literal["full", "sst", "lora", "relora", "galore"] = "sst"
-    """full: dense training; sst: Sparse Spectral Training; lora, relora, galore: its baselines."""
+    method: Literal["full", "sst", "lora", "relora", "galore", "frod"] = "sst"
+    """full: dense training; sst: Sparse Spectral Training; lora, relora, galore: its baselines;
+    frod: fine-tuning in a basis that all layers of a kind share."""
+    settings: Literal["default", "paper"] = "default"
+    """paper: keys that are not given take the values of the SST paper (all triplets stay factored,
+    all sigma train, T3 = 200, constant rates after 2000 steps) in place of the defaults."""
     storage: Literal["residual", "factored"] = "residual"
     """residual: inactive triplets live merged in one frozen matrix; factored: all stay factored."""
     spectral_rank: int = 16
@@ -73,6 +77,14 @@ class SpectralConfig:
     """width: a factor of m rows trains at spectral_lr * sqrt(768 / m), a constant angle a step."""
     lora_alpha: float | Auto = "auto"
     """lora, relora: the factors' product is scaled by lora_alpha / r; auto: r, a scaling of 1."""
+    sparsity: float = 0.01
+    """frod: share of the n x n entries of S that train."""
+    ridge: float = 1.0e-3
+    """frod: added to the Gram matrices whose inverses give the shared basis."""
+    targets: list[str] = field(default_factory=list)
+    """Last names of the linears of a block that the method converts ([q_proj, v_proj]); []: all."""
+    train_dense: bool = True
+    """Whether what is not converted trains, too: embeddings, norms, biases, other linears."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +113,8 @@ class OptimizerConfig:
     """wsd: steps of the final linear decay; auto: a tenth of the run."""
     min_lr_ratio: float = 0.0
     """Where linear, cosine and wsd end, as a fraction of the peak."""
+    value_lr: float | Auto = "auto"
+    """frod: learning rate of the change of lambda; auto: ten times spectral_lr, as published."""
     galore_scale: float = 0.25
     """galore: factor on the update when it is projected back (0.25 as published)."""
 
@@ -117,6 +131,8 @@ class DataConfig:
     """Loader processes a rank; the order of the data does not depend on it."""
     validation_sequences: int = 256
     """Fixed number of sequences each evaluation reads (fewer if the folder holds fewer)."""
+    examples: int | None = None
+    """Train on this many sequences alone, drawn from `train` by the seed; null: on all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +165,14 @@ class TrainConfig:
     run_dir: str = "runs/first"
     """Folder of everything the run writes; an existing one is resumed."""
     steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Steps of the whole run; one that fp16 gradients overflow in counts, too."""
     global_batch_size: int = 32
     """Sequences an optimizer step, over all ranks."""
     micro_batch_size: int = 8
     """Sequences a forward pass, a rank."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16: bf16 products and frozen weights, fp32 trained weights; fp64: for tests."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """bf16: bf16 products and frozen weights, fp32 trained weights; fp16: DeepSpeed's, with dynamic
+    loss scale; fp64: for tests."""
     seed: int = 0
     """Fixes initial weights, data order, sampling and dropout."""
     eval_interval: int = 200

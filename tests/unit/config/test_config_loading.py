@@ -14,6 +14,7 @@ from spectral_scale.config.load import (
     load_config,
     to_dict,
 )
+from spectral_scale.config.published import PAPER
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
 
@@ -35,6 +36,23 @@ def test_without_sources_all_values_are_defaults() -> None:
     assert resolved.config == RunConfig()
     assert set(resolved.sources.values()) == {"default"}
     assert list(resolved.sources) == known_keys()
+
+
+def test_the_papers_settings_have_one_name_and_yield_to_what_is_given(write) -> None:
+    file = write("spectral: {settings: paper, steps_per_iteration: 100}")
+    resolved = load_config([file], ["--optimizer.warmup_steps", "50"])
+    config, sources = resolved.config, resolved.sources
+    assert (config.spectral.storage, config.spectral.trained_sigma) == ("factored", "all")
+    assert sources["spectral.storage"] == "spectral.settings paper"
+    assert (config.spectral.steps_per_iteration, config.optimizer.warmup_steps) == (100, 50)
+    assert config_from_dict(to_dict(config), "stored") == config
+
+
+def test_the_papers_settings_are_keys_of_the_schema() -> None:
+    assert set(PAPER) <= set(known_keys())
+    assert load_config([], ["--spectral.settings", "default"]).config == RunConfig()
+    with pytest.raises(ConfigError, match=r"spectral\.settings.*published"):
+        load_config([], ["--spectral.settings", "published"])
 
 
 def test_later_sources_win_and_are_named(write) -> None:

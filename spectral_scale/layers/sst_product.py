@@ -74,8 +74,6 @@ class SpectralProduct(torch.autograd.Function):
             z_fixed = x_TI @ v_IF
             y.addmm_(z_fixed * s[r:], u_OF.t())
         z_kept = None if active_sigma_only else z_fixed
-        if bottleneck is not None and bottleneck.shared == "inputs":
-            z = bottleneck.sum(z)
         ctx.save_for_backward(x_TI, residual_OI, u, v, u_OF, v_IF, s, z, z_kept)
         ctx.enhanced, ctx.bottleneck = enhanced, bottleneck
         ctx.dtypes = u_OR.dtype, v_IR.dtype, sigma.dtype, None if bias_O is None else bias_O.dtype
@@ -93,6 +91,8 @@ class SpectralProduct(torch.autograd.Function):
         complete = h
         if ctx.bottleneck is not None and ctx.bottleneck.shared == "outputs":
             complete = ctx.bottleneck.sum(h)
+        elif ctx.bottleneck is not None:  # here, not in forward: evaluation needs no sum
+            z = ctx.bottleneck.sum(z)
         d_u, d_v = g.t() @ z, x.t() @ complete
         if not ctx.enhanced:
             d_u, d_v = d_u.mul_(s[:r]), d_v.mul_(s[:r])

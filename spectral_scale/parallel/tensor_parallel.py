@@ -69,6 +69,11 @@ def cut_dimension(fqn: str) -> int | None:
     return cuts[leaf]
 
 
+def factor_cut(kind: Literal["column", "row"], leaf: str) -> int | None:
+    """The dimension along which a parameter of a converted linear is cut; None: whole."""
+    return _CUTS[kind][leaf]
+
+
 def held_rectangle(fqn: str, global_shape: Shape, *, parts: int, index: int) -> Rectangle:
     """The part of a parameter that rank `index` of `parts` tensor-parallel ranks holds.
 

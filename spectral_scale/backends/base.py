@@ -40,6 +40,8 @@ class Backend(Protocol):
     device: torch.device
     data_rank: int
     data_world_size: int
+    data_collective: Collective
+    """One rank for each data rank: sums over it count every batch once."""
 
     def shard(self, model: nn.Module) -> None:
         """Take the materialised model over, in place; before the optimizer is built."""

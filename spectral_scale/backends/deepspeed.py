@@ -43,6 +43,7 @@ class DeepSpeedBackend:
         if facts.world_size == 1:
             join_alone(self.device)  # the engine reduces over one rank, too
         self.data_rank, self.data_world_size = facts.rank, facts.world_size
+        self.data_collective = self.collective
         self._config = config
         self.deepspeed_config = resolve_deepspeed(config, world_size=facts.world_size)
         self._deepspeed = _import_deepspeed(self.device, facts)

@@ -52,6 +52,7 @@ class FSDP2Backend:
         if facts.world_size == 1:
             join_alone(self.device)
         self.data_rank, self.data_world_size = facts.rank, facts.world_size
+        self.data_collective = self.collective
         self._mesh = _mesh(self.device, facts.world_size, shard_group)
         self._shard_frozen = shard_frozen
         self._layouts = Layouts()

@@ -29,6 +29,7 @@ class TorchBackend:
         self.device = pick_device(device, facts.local_rank)
         self.collective = join_group(facts.world_size, self.device)
         self.data_rank, self.data_world_size = facts.rank, facts.world_size
+        self.data_collective = self.collective
         self._model: nn.Module
         self._wrapped: nn.Module
         self._optimizer: torch.optim.Optimizer

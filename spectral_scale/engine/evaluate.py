@@ -49,7 +49,10 @@ def evaluate(
     autocast: torch.dtype | None,
     watch: Watch | None = None,
 ) -> Evaluation:
-    """Loss over the loader's batches of all ranks. Collective: every rank runs as many forwards."""
+    """Loss over the loader's batches of all ranks that see different data, those of `collective`.
+
+    Collective: every rank runs as many forwards.
+    """
     was_training = model.training
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)

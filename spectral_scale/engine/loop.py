@@ -147,7 +147,7 @@ class TrainingLoop:
         """Mean loss and gradient norms of the latest step, known finite. Collective; waits."""
         loss, stats = self._latest
         norms = {kind: float(norm) for kind, norm in stats.grad_norms.items()}
-        mean_loss = float(self.run.backend.collective.all_reduce_sum(loss.clone()))
+        mean_loss = float(self.run.backend.data_collective.all_reduce_sum(loss.clone()))
         self._require_finite(mean_loss, norms)
         return mean_loss, norms
 
@@ -204,7 +204,7 @@ class TrainingLoop:
             run.forward,
             run.validation,
             device=run.backend.device,
-            collective=run.backend.collective,
+            collective=run.backend.data_collective,
             autocast=run.autocast,
         )
         self._evaluations.append(result)

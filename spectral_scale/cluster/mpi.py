@@ -1,28 +1,43 @@
 """mpi4py, for what MPI's variables cannot say: on which host and port the ranks are to meet."""
 
+from typing import Any
+
 from spectral_scale.errors import ConfigError
+from spectral_scale.parallel.facts import RankFacts
+
+REMEDY = (
+    "set MASTER_ADDR to rank 0's host and MASTER_PORT to a free port for all ranks (Open MPI: "
+    "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500; MPICH: -genv MASTER_ADDR HOST ...)"
+)
+MESSAGE_BYTES = 300
 
 
-def agree_on_address(address: str, port: int) -> tuple[str, int]:
+def agree_on_address(facts: RankFacts, address: str, port: int) -> tuple[str, int]:
     """Rank 0's address and port, on every rank. Collective over all MPI ranks.
 
-    Raises ConfigError without mpi4py, or an MPI library that fits it.
+    Raises ConfigError without mpi4py, or where its MPI library is not the launcher's.
     """
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            "under mpirun on several hosts the ranks must learn where rank 0 is: set MASTER_ADDR "
-            "and MASTER_PORT (mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 ...), or install "
-            f"mpi4py (pip install 'spectral-scale[mpi]'), which says: {error}"
+            f"{facts.source} does not say where the ranks meet, and mpi4py cannot ask: {error}; "
+            f"{REMEDY}, or install it: pip install 'spectral-scale[mpi]'"
         ) from None
-    found: tuple[str, int] = _broadcast(MPI.COMM_WORLD, address, port)
-    return found
+    world = MPI.COMM_WORLD
+    if (world.Get_rank(), world.Get_size()) != (facts.rank, facts.world_size):
+        library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
+        raise ConfigError(
+            f"{facts.source} says rank {facts.rank} of {facts.world_size}, mpi4py's MPI library "
+            f"({library}) says {world.Get_rank()} of {world.Get_size()}: it is not the "
+            f"launcher's; use that library's mpirun, or {REMEDY}"
+        )
+    return _broadcast(world, address, port)
 
 
-def _broadcast(world: object, address: str, port: int) -> tuple[str, int]:
+def _broadcast(world: Any, address: str, port: int) -> tuple[str, int]:
     """As bytes, not as a pickled object."""
-    data = bytearray(f"{address} {port}".encode().ljust(300))
-    world.Bcast(data, root=0)  # type: ignore[attr-defined]
+    data = bytearray(f"{address} {port}".encode().ljust(MESSAGE_BYTES))
+    world.Bcast(data, root=0)
     text, number = bytes(data).decode().split()
     return text, int(number)

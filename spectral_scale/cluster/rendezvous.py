@@ -92,7 +92,7 @@ def _from_mpi(facts: RankFacts, flags: LauncherFlags, environment: Mapping[str, 
         return Rendezvous(address=LOOPBACK, port=job_port(job), source=f"MPI job {job}")
     one_host = facts.local_world_size == facts.world_size
     address = LOOPBACK if one_host else _own_address(flags)
-    address, port = mpi.agree_on_address(address, free_port())
+    address, port = mpi.agree_on_address(facts, address, free_port())
     return Rendezvous(address=address, port=port, source="rank 0, through mpi4py")
 
 

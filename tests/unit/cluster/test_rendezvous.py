@@ -1,6 +1,8 @@
 """Where ranks meet, over which interface, and what is written into the environment."""
 
 import socket
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -75,7 +77,7 @@ def test_a_slurm_job_gives_its_first_node_and_a_port_of_its_own(
 def test_mpi_meets_by_its_job_or_by_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def agree(address: str, port: int) -> tuple[str, int]:
+    def agree(facts: RankFacts, address: str, port: int) -> tuple[str, int]:
         asked.append(address)
         return "10.0.0.1", 4321
 
@@ -153,3 +155,35 @@ def test_one_process_changes_nothing() -> None:
 def test_a_free_port_can_be_bound() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", rendezvous.free_port()))
+
+
+class World:
+    """An MPI communicator as one rank sees it."""
+
+    def __init__(self, rank: int, size: int, sent: bytes) -> None:
+        self.rank, self.size, self.sent = rank, size, sent
+
+    def Get_rank(self) -> int:
+        return self.rank
+
+    def Get_size(self) -> int:
+        return self.size
+
+    def Bcast(self, data: bytearray, root: int) -> None:
+        data[:] = self.sent.ljust(len(data))
+
+
+def test_an_mpi_library_that_is_not_the_launcher_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every rank would be the first of one, and wait for the others at its own port."""
+    fake = types.ModuleType("mpi4py")
+    fake.MPI = types.SimpleNamespace(  # type: ignore[attr-defined]
+        COMM_WORLD=World(1, 2, b"10.0.0.1 77"), Get_library_version=lambda: "Open MPI v9\0\nmore"
+    )
+    monkeypatch.setitem(sys.modules, "mpi4py", fake)
+    assert mpi.agree_on_address(MPI, "mine", 5) == ("10.0.0.1", 77)
+    fake.MPI.COMM_WORLD = World(0, 1, b"")
+    with pytest.raises(ConfigError, match=r"\(Open MPI v9\) says 0 of 1.*set MASTER_ADDR"):
+        mpi.agree_on_address(MPI, "mine", 5)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ConfigError, match=r"pip install 'spectral-scale\[mpi\]'"):
+        mpi.agree_on_address(MPI, "mine", 5)

@@ -1,0 +1,38 @@
+"""SST inside megatron-core: layers, layer specs, and access to parameters over TP x DP.
+
+The names below are the Python interface for a Megatron user's own script.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from spectral_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from spectral_scale.megatron.convert import convert_gpt as convert_gpt
+    from spectral_scale.megatron.optimizer import spectral_optimizer as spectral_optimizer
+    from spectral_scale.megatron.spec import spectral_gpt_block_spec as spectral_gpt_block_spec
+    from spectral_scale.megatron.spec import spectral_gpt_layer_spec as spectral_gpt_layer_spec
+    from spectral_scale.megatron.store import MegatronStore as MegatronStore
+
+_EXPORTS = {
+    "convert_gpt": "spectral_scale.megatron.convert",
+    "spectral_optimizer": "spectral_scale.megatron.optimizer",
+    "spectral_gpt_block_spec": "spectral_scale.megatron.spec",
+    "spectral_gpt_layer_spec": "spectral_scale.megatron.spec",
+    "MegatronStore": "spectral_scale.megatron.store",
+}
+__all__ = [*_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    """Load an exported name on first use; ConfigError with the install command if it cannot be."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if find_spec("megatron") is None or find_spec("megatron.core") is None:
+        raise ConfigError(
+            "this needs the package megatron-core, which is not installed; install it with: "
+            "pip install 'spectral-scale[megatron]'"
+        )
+    return getattr(import_module(_EXPORTS[name]), name)

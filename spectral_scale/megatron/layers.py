@@ -1,0 +1,265 @@
+"""megatron-core's parallel linears with their weight held as trained triplets and a frozen rest.
+
+What enters and leaves a layer, and in which parallel state, is the base layer's; so are its
+collectives. Fused weights are several logical matrices, each with triplets of its own.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    scatter_to_tensor_model_parallel_region,
+)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.megatron.matrix import MatrixSettings, SpectralMatrix
+from spectral_scale.parallel.tensor_parallel import factor_cut
+
+Fused = Literal["none", "qkv", "gated"]
+"""none: one matrix; qkv: query, key and value, interleaved by query group; gated: gate and up."""
+
+
+class SpectralColumnParallelLinear(ColumnParallelLinear):
+    """A ColumnParallelLinear of one or more spectral matrices, children by name.
+
+    Arguments and results are the base's. `settings` and `fused` are bound by `bound`; without,
+    creation raises ConfigError. Its outputs are fused as the base's weight would fuse them.
+    """
+
+    settings: ClassVar[MatrixSettings | None] = None
+    fused: ClassVar[Fused] = "none"
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: ModelParallelConfig,
+        init_method: Callable[[Tensor], Any],
+        bias: bool = True,
+        **options: Any,
+    ) -> None:
+        _refuse(type(self).__name__, options)
+        if options.pop("stride", 1) not in (1, 2 if self.fused == "gated" else 1):
+            raise ConfigError("stride is given by what the weight fuses; leave it out")
+        options.pop("skip_weight_param_allocation", None)
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            bias=False,
+            skip_weight_param_allocation=True,
+            **options,
+        )
+        settings = _required(self.settings)
+        self.init_method = init_method
+        self.matrix_names = tuple(_sizes(self.fused, config, output_size))
+        for name, rows in _sizes(self.fused, config, output_size).items():
+            matrix = SpectralMatrix(
+                input_size,
+                rows,
+                settings,
+                kind="column",
+                group=self.tp_group,
+                bias=bias,
+                device=_device(config),
+                dtype=config.params_dtype,
+            )
+            self.add_module(name, matrix)
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, in] (its part of s under sequence parallelism) -> output and bias, as the base."""
+        if weight is not None:
+            raise SpectralError("a spectral layer takes no weight from outside")
+        x = _autocast(input_)
+        if self.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, group=self.tp_group)
+        else:
+            x = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+        matrices = [self.get_submodule(name) for name in self.matrix_names]
+        output = self._fuse([m(x, add_bias=not self.skip_bias_add) for m in matrices])
+        gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
+        if gather:
+            output = gather_from_tensor_model_parallel_region(output, group=self.tp_group)
+        if not self.skip_bias_add or matrices[0].bias is None:
+            return output, None
+        return output, self._fuse([_tensor(m.bias) for m in matrices])
+
+    def _fuse(self, parts: list[Tensor]) -> Tensor:
+        """Outputs or biases of the matrices, this rank's, along the last dimension."""
+        if self.fused != "qkv":
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        groups = _groups(self.config) // self.tp_group.size()
+        by_group = [p.unflatten(-1, (groups, -1)) for p in parts]
+        return torch.cat(by_group, dim=-1).flatten(-2)
+
+    def split_fused(self, tensor: Tensor) -> dict[str, Tensor]:
+        """This rank's rows of a fused weight or bias (dimension 0) by matrix, copied."""
+        names = self.matrix_names
+        if self.fused != "qkv":
+            return dict(zip(names, tensor.chunk(len(names)), strict=True))
+        groups = _groups(self.config) // self.tp_group.size()
+        per_group = self.config.num_attention_heads // _groups(self.config)
+        head = tensor.shape[0] // (groups * (per_group + 2))
+        parts = tensor.unflatten(0, (groups, -1)).split([per_group * head, head, head], dim=1)
+        return {n: p.flatten(0, 1) for n, p in zip(names, parts, strict=True)}
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> Any:
+        """For megatron-core's own checkpoints: every factor with the axis along which it is cut."""
+        return _sharded_state(self, "column", {}, prefix, sharded_offsets, metadata)
+
+
+class SpectralRowParallelLinear(RowParallelLinear):
+    """A RowParallelLinear of one spectral matrix, child `matrix`; the bias is the base's.
+
+    Arguments and results are the base's. `settings` is bound by `bound`.
+    """
+
+    settings: ClassVar[MatrixSettings | None] = None
+    matrix_names = ("matrix",)
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: ModelParallelConfig,
+        init_method: Callable[[Tensor], Any],
+        bias: bool,
+        **options: Any,
+    ) -> None:
+        _refuse(type(self).__name__, options)
+        settings = _required(self.settings)
+        plain = copy.copy(config)
+        plain.perform_initialization = False  # the weight it allocates is dropped
+        super().__init__(
+            input_size, output_size, config=plain, init_method=init_method, bias=bias, **options
+        )
+        self.config, self.init_method = config, init_method
+        del self.weight
+        self.register_parameter("weight", None)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+        self.matrix = SpectralMatrix(
+            input_size,
+            output_size,
+            settings,
+            kind="row",
+            group=self.tp_group,
+            bias=False,
+            device=_device(config),
+            dtype=config.params_dtype,
+        )
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[s, b, this rank's part of in, or in] -> output and bias, as the base."""
+        x = _autocast(input_)
+        if not self.input_is_parallel:
+            x = scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
+        y = self.matrix(x)
+        if self.sequence_parallel:
+            y = reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
+        else:
+            y = reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
+        if self.skip_bias_add:
+            return y, self.bias
+        return (y if self.bias is None else y + self.bias), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> Any:
+        """For megatron-core's own checkpoints: every factor with the axis along which it is cut."""
+        return _sharded_state(self, "row", {}, prefix, sharded_offsets, metadata)
+
+
+SpectralParallelLinear = SpectralColumnParallelLinear | SpectralRowParallelLinear
+
+
+def bound(base: type, settings: MatrixSettings, fused: Fused = "none") -> type:
+    """A class as megatron-core's layer specs want it: `base` with settings of its own."""
+    return type(base.__name__, (base,), {"settings": settings, "fused": fused})
+
+
+def _sizes(fused: Fused, config: Any, output_size: int) -> dict[str, int]:
+    """Rows of each logical matrix of a fused weight, by the name of its child."""
+    if fused == "none":
+        return {"matrix": output_size}
+    if fused == "gated":
+        return {"gate_proj": output_size // 2, "up_proj": output_size // 2}
+    head = config.kv_channels
+    queries, keys = config.num_attention_heads * head, _groups(config) * head
+    if queries + 2 * keys != output_size:
+        raise ConfigError(
+            f"{output_size} outputs are not {config.num_attention_heads} queries and "
+            f"2 x {_groups(config)} keys and values of {head}; an output gate is not supported"
+        )
+    return {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+
+
+def _groups(config: Any) -> int:
+    return int(config.num_query_groups or config.num_attention_heads)
+
+
+def _refuse(what: str, options: Mapping[str, Any]) -> None:
+    for option in ("is_expert", "keep_master_weight_for_test", "disable_grad_reduce"):
+        if options.get(option):
+            raise ConfigError(f"{what} does not support {option}=True; use the dense layer there")
+
+
+def _required(settings: MatrixSettings | None) -> MatrixSettings:
+    if settings is None:
+        raise ConfigError("a spectral layer needs settings; make its class with layers.bound()")
+    return settings
+
+
+def _device(config: Any) -> torch.device:
+    return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
+
+
+def _autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _tensor(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise SpectralError("the matrices of a fused layer must all have a bias, or none")
+    return value
+
+
+def _sharded_state(
+    layer: Any, kind: Literal["column", "row"], axes: Any, prefix: str, offsets: Any, metadata: Any
+) -> Any:
+    state = {k: v for k, v in layer.state_dict(keep_vars=True).items() if v is not None}
+    for key in state:
+        child, _, leaf = key.rpartition(".")
+        cut = factor_cut(kind, leaf) if child else None
+        if cut is not None:
+            axes[key] = cut
+    return make_sharded_tensors_for_checkpoint(
+        state,
+        prefix,
+        axes,
+        offsets,
+        tp_group=layer.tp_group,
+        dp_cp_group=metadata["dp_cp_group"],
+    )

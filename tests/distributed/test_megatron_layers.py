@@ -1,0 +1,251 @@
+"""Spectral layers on megatron-core against the plain product: output and every gradient."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectral_scale.testing.distributed import run_distributed
+
+SEQUENCE, BATCH, WIDTH, RANK = 8, 2, 12, 3
+HEADS, GROUPS, HEAD = 8, 4, 2
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One layer."""
+
+    kind: str = "column"
+    tp: int = 2
+    sequence_parallel: bool = False
+    storage: str = "residual"
+    bias: bool = True
+    skip_bias_add: bool = False
+    gathered: bool = False
+    """column: gather_output; row: the input is whole on every rank."""
+    completion: str = "bottleneck"
+    gradient: str = "enhanced"
+    extra_sigma: int = 0
+    fault: str = "none"
+
+
+def _cases() -> list[Case]:
+    found = []
+    for tp in (1, 2, 4):
+        for sequence_parallel in (False, True) if tp > 1 else (False,):
+            for storage in ("residual", "factored"):
+                found += [
+                    Case(kind=kind, tp=tp, sequence_parallel=sequence_parallel, storage=storage)
+                    for kind in ("column", "row", "qkv", "gated")
+                ]
+    for kind in ("column", "row", "qkv"):
+        found += [
+            Case(kind=kind, skip_bias_add=True),
+            Case(kind=kind, skip_bias_add=True, sequence_parallel=True, tp=4),
+            Case(kind=kind, bias=False, gradient="default"),
+            Case(kind=kind, gathered=True, tp=4),
+            Case(kind=kind, extra_sigma=2),
+            Case(kind=kind, completion="per_step", tp=4),
+            Case(kind=kind, completion="per_step", storage="factored", sequence_parallel=True),
+        ]
+    return found
+
+
+def _layer(case: Case, group: Any) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from spectral_scale.config.schema import SpectralConfig
+    from spectral_scale.megatron.layers import (
+        SpectralColumnParallelLinear,
+        SpectralRowParallelLinear,
+        bound,
+    )
+    from spectral_scale.megatron.matrix import MatrixSettings
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        kv_channels=HEAD,
+        params_dtype=torch.float64,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=case.tp,
+        sequence_parallel=case.sequence_parallel,
+    )
+    spectral = SpectralConfig(
+        spectral_rank=RANK,
+        storage=case.storage,
+        gradient=case.gradient,
+        extra_sigma=case.extra_sigma,
+    )
+    settings = MatrixSettings(spectral=spectral, completion=case.completion)
+    common: dict[str, Any] = {
+        "config": config,
+        "init_method": torch.nn.init.normal_,
+        "bias": case.bias,
+        "skip_bias_add": case.skip_bias_add,
+        "tp_group": group,
+    }
+    if case.kind == "row":
+        row = bound(SpectralRowParallelLinear, settings)
+        return row(16, WIDTH, input_is_parallel=not case.gathered, **common)
+    fused = "none" if case.kind == "column" else case.kind
+    size = {"none": 16, "gated": 32, "qkv": (HEADS + 2 * GROUPS) * HEAD}[fused]
+    column = bound(SpectralColumnParallelLinear, settings, fused)
+    return column(WIDTH, size, gather_output=case.gathered, **common)
+
+
+def _whole_values(layer: Any, seed: int) -> dict[str, Tensor]:
+    """Whole parameters of every matrix, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    values = {}
+    for name in layer.matrix_names:
+        matrix = layer.get_submodule(name)
+        shapes = matrix.trained_shapes() | matrix.frozen_shapes()
+        values |= {f"{name}.{leaf}": random(*shape) for leaf, shape in shapes.items()}
+        if matrix.bias is not None:
+            values[f"{name}.bias"] = random(matrix.out_features)
+    if layer.bias is not None:
+        values["bias"] = random(layer.output_size)
+    return values
+
+
+def _part(parameter: Tensor, whole: Tensor, group: Any) -> Tensor:
+    """By comparing shapes: independent of the layers' own table of cuts."""
+    for dim, (mine, full) in enumerate(zip(parameter.shape, whole.shape, strict=True)):
+        if mine != full:
+            return whole.chunk(group.size(), dim=dim)[group.rank()]
+    return whole
+
+
+def _reference(case: Case, layer: Any, values: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The fused output in whole matrices and plain words."""
+    from spectral_scale.testing.oracle import PlainSpectralProduct
+
+    outputs = []
+    for name in layer.matrix_names:
+        leaves = {leaf: values.get(f"{name}.{leaf}") for leaf in ("residual", "u", "v", "u_fixed")}
+        leaves |= {leaf: values.get(f"{name}.{leaf}") for leaf in ("v_fixed", "sigma", "bias")}
+        outputs.append(
+            PlainSpectralProduct.apply(
+                x.reshape(-1, x.shape[-1]), *leaves.values(), case.gradient == "enhanced", False
+            )
+        )
+    if case.kind == "row" and "bias" in values:
+        outputs = [outputs[0] + values["bias"]]
+    if case.kind == "qkv":
+        outputs = [_by_group(*outputs)]
+    if case.kind == "gated":  # each rank's outputs are its part of the gate, then of the other
+        gate, up = (output.chunk(case.tp, dim=-1) for output in outputs)
+        outputs = [half for pair in zip(gate, up, strict=True) for half in pair]
+    return torch.cat(outputs, dim=-1).view(*x.shape[:-1], -1)
+
+
+def _by_group(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    columns, per_group = [], HEADS // GROUPS * HEAD
+    for g in range(GROUPS):
+        columns.append(query[:, g * per_group : (g + 1) * per_group])
+        columns += [t[:, g * HEAD : (g + 1) * HEAD] for t in (key, value)]
+    return torch.cat(columns, dim=-1)
+
+
+def _compare(case: Case, group: Any) -> float:
+    """Largest error of the output and of every gradient, this rank's parts."""
+    from spectral_scale.megatron.gradients import sum_partial_gradients
+
+    layer = _layer(case, group)
+    whole = {k: v.requires_grad_("residual" not in k) for k, v in _whole_values(layer, 1).items()}
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(_part(parameter, whole[name], group))
+    for name in layer.matrix_names:
+        layer.get_submodule(name).ready = True
+        if case.fault == "skip sum" and layer.get_submodule(name).bottleneck is not None:
+            object.__setattr__(layer.get_submodule(name).bottleneck, "sum", torch.clone)
+    generator = torch.Generator().manual_seed(2)
+    features = 16 if case.kind == "row" else WIDTH
+    x = torch.randn(SEQUENCE, BATCH, features, generator=generator, dtype=torch.float64)
+    expected_x = x.clone().requires_grad_()
+    expected = _reference(case, layer, whole, expected_x)
+    g = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    expected.backward(g)
+    rank, tp = group.rank(), group.size()
+    input_dim = 0 if case.sequence_parallel else 2
+    cut_input = case.sequence_parallel if case.kind != "row" else not case.gathered
+    if case.kind == "row":
+        input_dim = 2
+    mine = x.chunk(tp, dim=input_dim)[rank] if cut_input else x
+    mine = mine.clone().requires_grad_()
+    output, bias = layer(mine)
+    if bias is not None:
+        output = output + bias
+    dim = None if case.gathered else 2
+    if case.kind == "row":
+        dim = 0 if case.sequence_parallel else None
+    own = (lambda t: t) if dim is None else (lambda t: t.chunk(tp, dim=dim)[rank])
+    output.backward(own(g).contiguous())
+    if case.completion == "per_step":
+        assert sum_partial_gradients(layer.parameters(), group) > 0
+    if case.kind == "row" and case.sequence_parallel and layer.bias is not None:
+        torch.distributed.all_reduce(layer.bias.grad, group=group)  # as finalize_model_grads does
+    grad_x = expected_x.grad.chunk(tp, dim=input_dim)[rank] if cut_input else expected_x.grad
+    errors = [(output - own(expected)).abs().max(), (mine.grad - grad_x).abs().max()]
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            if case.fault == "sum twice" and name.endswith(".v"):
+                torch.distributed.all_reduce(parameter.grad, group=group)
+            wanted = _part(parameter, whole[name].grad, group)
+            errors.append((parameter.grad - wanted).abs().max())
+    return float(max(errors))
+
+
+def _work(cases: list[dict[str, Any]]) -> list[float]:
+    from spectral_scale.testing.megatron import run_on_cpu
+
+    run_on_cpu()
+    torch.distributed.init_process_group("gloo")
+    groups = {}
+    for size in (1, 2, 4):
+        members = [list(range(i, i + size)) for i in range(0, 4, size)]
+        made = [torch.distributed.new_group(ranks) for ranks in members]
+        groups[size] = made[torch.distributed.get_rank() // size]
+    errors = [_compare(case, groups[case.tp]) for case in (Case(**c) for c in cases)]
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return errors
+
+
+FAULTY = [
+    Case(fault="skip sum"),
+    Case(kind="row", fault="skip sum", storage="factored"),
+    Case(kind="qkv", fault="skip sum", sequence_parallel=True),
+    Case(fault="sum twice", sequence_parallel=True),
+]
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[Case, float]:
+    """Each case's largest error over all ranks; one group of processes for all of them."""
+    cases = [*_cases(), *FAULTY]
+    ranks = run_distributed(_work, 4, [asdict(case) for case in cases], timeout_seconds=150)
+    return dict(zip(cases, (max(e) for e in zip(*ranks, strict=True)), strict=True))
+
+
+@pytest.mark.parametrize("case", _cases(), ids=str)
+def test_output_and_gradients_equal_the_plain_product(
+    case: Case, errors: dict[Case, float]
+) -> None:
+    assert errors[case] < TOLERANCE
+
+
+@pytest.mark.parametrize("case", FAULTY, ids=str)
+def test_a_broken_sum_is_seen(case: Case, errors: dict[Case, float]) -> None:
+    assert errors[case] > 1e-3

@@ -31,6 +31,12 @@ class Holder:
     """Its process id there."""
     started: str
     """When it took the lock; UTC, ISO 8601."""
+    job: str | None = None
+    """The scheduler's job it belongs to, if any."""
+
+    def __str__(self) -> str:
+        job = f" (job {self.job})" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}, started {self.started}"
 
 
 class RunLock:
@@ -89,16 +95,13 @@ class RunLock:
             raise ConfigError(_in_use(self.run_dir, holder, gone=gone)) from None
         if holder is not None:
             logger.warning(
-                "taking over run folder %s: process %d on %s, started %s, ended without notice",
-                self.run_dir,
-                holder.pid,
-                holder.host,
-                holder.started,
+                "taking over run folder %s: %s, ended without notice", self.run_dir, holder
             )
 
     def _write_holder(self) -> None:
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        holder = Holder(host=socket.gethostname(), pid=os.getpid(), started=started)
+        job = os.environ.get("SLURM_JOB_ID")
+        holder = Holder(host=socket.gethostname(), pid=os.getpid(), started=started, job=job)
         temporary = self.run_dir / f".{LOCK_NAME}"
         temporary.write_text(json.dumps(asdict(holder)) + "\n", encoding="utf-8")
         temporary.replace(self.run_dir / LOCK_NAME)
@@ -109,7 +112,10 @@ def read_holder(run_dir: Path) -> Holder | None:
     try:
         values = json.loads((run_dir / LOCK_NAME).read_text(encoding="utf-8"))
         return Holder(
-            host=str(values["host"]), pid=int(values["pid"]), started=str(values["started"])
+            host=str(values["host"]),
+            pid=int(values["pid"]),
+            started=str(values["started"]),
+            job=None if values.get("job") is None else str(values["job"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -134,7 +140,7 @@ def _in_use(run_dir: Path, holder: Holder | None, *, gone: bool) -> str:
     elif gone:
         who = f"a child left by process {holder.pid} on this host ({holder.host})"
     else:
-        who = f"process {holder.pid} on {holder.host}, started {holder.started}"
+        who = str(holder)
     return (
         f"run folder {run_dir} is in use by {who}; wait for it, stop it, "
         "or set train.run_dir to another folder"

@@ -33,7 +33,8 @@ class CheckpointManager:
 
     Retention: a checkpoint is removed only when `keep_last` newer ones have been verified by this
     process, by reading them back before their commit or by hashing them in `latest_good`. So a
-    damaged newer folder never counts, and the newest verified checkpoint always stays.
+    damaged newer folder never counts, and the newest verified checkpoint always stays. Those of
+    steps that are multiples of `keep_every` stay for good.
     """
 
     def __init__(
@@ -42,12 +43,15 @@ class CheckpointManager:
         keep_last: int,
         collective: Collective,
         *,
+        keep_every: int | None = None,
         open_new: FileOpener = create_file,
     ) -> None:
         if keep_last < 1:
             raise ConfigError(f"checkpoint.keep_last is {keep_last}; it must be at least 1")
+        if keep_every is not None and keep_every < 1:
+            raise ConfigError(f"checkpoint.keep_every is {keep_every}; it must be at least 1")
         self.root = Path(root)
-        self.keep_last = keep_last
+        self.keep_last, self.keep_every = keep_last, keep_every
         self._collective = collective
         self._open_new = open_new
         self._verified: set[int] = set()
@@ -154,9 +158,12 @@ class CheckpointManager:
         newer_verified = 0
         for path in list_checkpoints(self.root):
             step = step_of(path.name)
-            if newer_verified >= self.keep_last and step is not None:
+            if newer_verified >= self.keep_last and step is not None and not self._milestone(step):
                 try:
                     remove_checkpoint(path)
                 except OSError as error:
                     logger.warning("old checkpoint %s could not be removed: %s", path, error)
             newer_verified += step in self._verified
+
+    def _milestone(self, step: int) -> bool:
+        return self.keep_every is not None and step % self.keep_every == 0

@@ -29,6 +29,9 @@ class NullLog:
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Do nothing."""
 
+    def go_back(self, step: int) -> None:
+        """Do nothing."""
+
     def close(self) -> None:
         """Do nothing."""
 
@@ -53,9 +56,13 @@ class MetricsLog:
     def __init__(self, run_dir: Path, *, tensorboard: bool, resume_step: int | None = None) -> None:
         self.failures = 0
         self._warned: set[str] = set()
-        self._sinks: list[_Sink] = [_LinesSink(run_dir / METRICS_FILE, resume_step)]
-        if tensorboard:
-            self._sinks.append(_TensorboardSink(run_dir / TENSORBOARD_FOLDER, resume_step))
+        self._run_dir, self._tensorboard = run_dir, tensorboard
+        self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> None:
+        self._sinks: list[_Sink] = [_LinesSink(self._run_dir / METRICS_FILE, resume_step)]
+        if self._tensorboard:
+            self._sinks.append(_TensorboardSink(self._run_dir / TENSORBOARD_FOLDER, resume_step))
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Append one line of `values` at `step`, flushed; never raises.
@@ -67,6 +74,11 @@ class MetricsLog:
         for sink in self._sinks:
             with self._guarded(sink.name):
                 sink.write(step, to_plain(values))
+
+    def go_back(self, step: int) -> None:
+        """The run returned to an earlier step: what follows supersedes lines of later steps."""
+        self.close()
+        self._open(step)
 
     def close(self) -> None:
         """Flush and close every sink; never raises. Closing twice is allowed."""

@@ -1,7 +1,8 @@
 """From a configuration to a run that is ready to train: the parts in order, nothing else."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from spectral_scale.models.build import build_model, compile_blocks, materialise
 from spectral_scale.models.folder import check_folder
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
 from spectral_scale.parallel.facts import RankFacts, require_rendezvous
+from spectral_scale.parallel.separate import separate
 from spectral_scale.parallel.table import ParameterTable, parameter_table
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class Run:
     """Optimizer steps already taken."""
     autocast: torch.dtype | None = None
     """Compute dtype of the forward pass, if it differs from the weights'."""
+    saved_state: Mapping[str, Any] = field(default_factory=dict)
+    """Counters of the checkpoint it goes on from; empty at step 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +123,12 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
     _set_determinism(config, backend.device)
     loader, validation = _build_loaders(config, backend, train_tokens, validation_tokens)
     identity = run_identity(config, architecture, loader)
+    background = config.checkpoint.async_save
     checkpoints = CheckpointManager(
         Path(config.train.run_dir) / "checkpoints",
         keep_last=config.checkpoint.keep_last,
-        collective=backend.collective,
+        keep_every=config.checkpoint.keep_every,
+        collective=separate(backend.collective) if background else backend.collective,
     )
     reader = checkpoints.latest_good()
     if reader is not None:
@@ -181,6 +187,7 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         identity=identity,
         start_step=start_step,
         autocast=autocast_dtype(config),
+        saved_state={} if reader is None else reader.state,
     )
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from spectral_scale.cluster.detect import LauncherFlags, detect
+from spectral_scale.config.load import ResolvedConfig, load_config
 from spectral_scale.errors import ConfigError
 
 
@@ -19,6 +20,38 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("text", "json"), default="text", help="how the result is printed"
     )
+
+
+def add_run_config(parser: argparse.ArgumentParser) -> None:
+    """What says which run is meant: files, DeepSpeed's customary flags, and any --section.key."""
+    parser.set_defaults(takes_overrides=True)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file")
+    parser.add_argument(
+        "--deepspeed",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="the same as --parallel.backend deepspeed; a FILE as --deepspeed_config gives it",
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        metavar="FILE",
+        help="the same as --parallel.deepspeed_config: DeepSpeed's JSON (ds_configs/ has some)",
+    )
+
+
+def load_run_config(arguments: argparse.Namespace) -> ResolvedConfig:
+    """The configuration that `add_run_config`'s arguments give. Raises ConfigError."""
+    return load_config(arguments.config, _deepspeed_flags(arguments) + arguments.overrides)
+
+
+def _deepspeed_flags(arguments: argparse.Namespace) -> list[str]:
+    """DeepSpeed's customary flags as overrides; keys of ours, given too, win."""
+    files = [f for f in (arguments.deepspeed, arguments.deepspeed_config) if f]
+    if len(files) > 1 and files[0] != files[1]:
+        raise ConfigError(f"--deepspeed {files[0]} and --deepspeed_config {files[1]}: give one")
+    flags = [] if arguments.deepspeed is None and not files else ["--parallel.backend=deepspeed"]
+    return flags + [f"--parallel.deepspeed_config={file}" for file in files[:1]]
 
 
 def add_launcher(parser: argparse.ArgumentParser) -> None:

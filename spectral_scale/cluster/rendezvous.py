@@ -61,16 +61,22 @@ def _from_job(facts: RankFacts, flags: LauncherFlags, environment: Mapping[str, 
     if "MPI" in facts.source:
         return _from_mpi(facts, flags, environment)
     if "SLURM_JOB_ID" in environment and "SLURM" in facts.source:
+        address, port = job_rendezvous(environment)
         return Rendezvous(
-            address=_first_host(environment),
-            port=job_port(environment["SLURM_JOB_ID"], environment.get("SLURM_STEP_ID", "")),
-            source=f"SLURM job {environment['SLURM_JOB_ID']}",
+            address=address, port=port, source=f"SLURM job {environment['SLURM_JOB_ID']}"
         )
     raise ConfigError(
         f"{facts.world_size} ranks ({facts.source}), but nothing says where they meet: "
         "MASTER_ADDR and MASTER_PORT must be set, or --master-addr and --master-port given; or "
         "start through torchrun"
     )
+
+
+def job_rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
+    """The first node of a SLURM job or step, and a port of its own. Raises ConfigError."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    identity = [environment.get(name, "") for name in names]
+    return _first_host(environment), job_port(*identity)
 
 
 def job_port(*identity: str) -> int:

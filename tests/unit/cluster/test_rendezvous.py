@@ -59,7 +59,7 @@ def test_a_slurm_job_gives_its_first_node_and_a_port_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = find_rendezvous(STEP, NONE, JOB)
-    assert (found.address, found.port) == ("127.0.0.1", job_port("77", "0"))
+    assert (found.address, found.port) == ("127.0.0.1", job_port("77", "0", ""))
     assert found.port in PORTS and "job 77" in found.source
     assert find_rendezvous(STEP, NONE, JOB | {"SLURM_STEP_ID": "1"}).port != found.port
     two = JOB | {"SLURM_STEP_NODELIST": "localhost,nowhere.invalid"}

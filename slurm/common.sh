@@ -1,0 +1,74 @@
+# shellcheck shell=bash
+# What all job scripts do: prepare, check, run the ranks, stop in time, requeue only if that helps.
+# No value of any site stands here; those are in env.sh.
+
+# Ask the ranks to stop: a file in the run folder works under every launcher, a signal does not.
+# A file that lies there before the ranks have started would be taken for an old one, so it is
+# put there again for as long as they run.
+stop_requested=0
+request_stop() {
+    stop_requested=1
+    echo "$(date '+%F %T') $1: asking the ranks to save and stop"
+}
+
+# prepare ARGUMENTS OF TRAIN...: sets run_dir, master_addr, master_port and started.
+prepare() {
+    trap 'request_stop "SIGUSR1 (the time limit is near)"' USR1
+    trap 'request_stop SIGTERM' TERM
+    cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
+    started=$(date +%s)
+    # Older SLURM does not say when the job ends; the ranks save in time if they know.
+    if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+        SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --job "$SLURM_JOB_ID" --format %e)" +%s) ||
+            SLURM_JOB_END_TIME=
+        export SLURM_JOB_END_TIME
+    fi
+    local facts
+    facts=$("$SPECTRAL_SCALE_PYTHON" -m spectral_scale slurm --facts "$@") || exit 78
+    eval "$facts" # three quoted assignments
+    echo "$(date '+%F %T') job $SLURM_JOB_ID on ${SLURM_JOB_NODELIST:-?}," \
+        "restart ${SLURM_RESTART_COUNT:-0}, run folder $run_dir"
+}
+
+# preflight LAUNCHER...: doctor on all ranks; SPECTRAL_SCALE_PREFLIGHT=0 leaves it out.
+preflight() {
+    if [[ ${SPECTRAL_SCALE_PREFLIGHT:-1} == 0 ]]; then return; fi
+    run_ranks "$@"
+    if ((code != 0)); then
+        echo "the preflight found a fault (see above); the run was not started" >&2
+        exit "$code"
+    fi
+}
+
+# run_ranks LAUNCHER...: sets code, the launcher's exit code. Signals do not end the wait.
+run_ranks() {
+    if ((stop_requested)); then
+        code=75
+        return
+    fi
+    "$@" &
+    local child=$!
+    while :; do
+        wait "$child"
+        code=$?
+        if ((code <= 128)) || ! kill -0 "$child" 2>/dev/null; then break; fi
+        keep_asking "$child" &
+    done
+    wait "$child"
+    code=$?
+}
+
+keep_asking() {
+    while kill -0 "$1" 2>/dev/null; do
+        [[ -d $run_dir && ! -e $run_dir/STOP ]] && : >"$run_dir/STOP"
+        sleep 1
+    done
+    rm -f "$run_dir/STOP"
+}
+
+# conclude ARGUMENTS OF TRAIN...: requeues the job if it was stopped and can go on; exits with the
+# run's own code, which torchrun does not hand on.
+conclude() {
+    "$SPECTRAL_SCALE_PYTHON" -m spectral_scale slurm --conclude "$code" --since "$started" "$@"
+    exit $?
+}

@@ -28,6 +28,9 @@ class StepStats:
     """Norm of the averaged gradient before clipping, by group kind; 0-dim tensors."""
     loss_scale: float | None = None
     """What the step's loss was multiplied by, where fp16 needs it."""
+    overflowed: bool = False
+    """Not applied because gradients overflowed in fp16, so that norms are not finite. No fault of
+    the run: the host lowers the loss scale and goes on, and `accept` was not asked."""
 
 
 class Backend(Protocol):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.backends import zero_state
+from spectral_scale.backends import zero_scale, zero_state
 from spectral_scale.backends.base import Accept, Replicated, StepStats
 from spectral_scale.backends.torch import pick_device
 from spectral_scale.backends.zero_norms import clip_by_kind, gradients_by_kind, norms_by_kind
@@ -23,6 +23,7 @@ from spectral_scale.backends.zero_steps import without_update
 from spectral_scale.backends.zero_store import ZeroStore
 from spectral_scale.config.deepspeed_json import resolve_deepspeed
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.errors import ConfigError, SpectralScaleError
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.facts import RankFacts
@@ -47,10 +48,12 @@ class DeepSpeedBackend:
         self._config = config
         self.deepspeed_config = resolve_deepspeed(config, world_size=facts.world_size)
         self._deepspeed = _import_deepspeed(self.device, facts)
+        _require_precision(self._deepspeed, config.train.precision, self.device)
         self._last = True
         self._model: nn.Module
         self._engine: Any
         self._store: ZeroStore
+        self._scaler: Any = None
 
     def shard(self, model: nn.Module) -> None:
         """DeepSpeed shards when it gets the optimizer."""
@@ -67,6 +70,8 @@ class DeepSpeedBackend:
             model=self._model, optimizer=optimizer, config=self.deepspeed_config
         )
         self._store = ZeroStore(self._engine, self.collective)
+        if self._config.train.precision == "fp16":
+            self._scaler = self._engine.optimizer.loss_scaler
         for fqn, value in exact.items():
             start, numel = self._store.layout.weight_range(trained[fqn])
             self._store.write(fqn, value.narrow(0, start, numel))
@@ -95,25 +100,56 @@ class DeepSpeedBackend:
         scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0))
         gradients = gradients_by_kind(self._store)
         norms = norms_by_kind(self._store, gradients, loss_scale=scale)
+        loss_scale = None if self._scaler is None else scale
+        if self._scaler is not None and not zero_scale.all_finite(norms):
+            self._skip_overflow(scale)
+            return StepStats(
+                applied=False, grad_norms=norms, loss_scale=loss_scale, overflowed=True
+            )
         if accept is not None and not accept(norms):
             with without_update(self._store.inner):
                 self._engine.step()  # clears gradients and counts micro-batches, no more
-            return StepStats(applied=False, grad_norms=norms)
+            return StepStats(applied=False, grad_norms=norms, loss_scale=loss_scale)
         clip_by_kind(gradients, norms, max_norm=clip_grad_norm)
         self._engine.step()
-        return StepStats(applied=bool(self._engine.was_step_applied()), grad_norms=norms)
+        applied = bool(self._engine.was_step_applied())
+        if self._scaler is not None and not applied:
+            raise SpectralScaleError(
+                "DeepSpeed skipped a step as overflowed whose gradient norms are finite; start "
+                "again to resume from the last checkpoint, and report this"
+            )
+        return StepStats(applied=applied, grad_norms=norms, loss_scale=loss_scale)
+
+    def _skip_overflow(self, scale: float) -> None:
+        """Let DeepSpeed drop the gradients and lower the loss scale."""
+        if zero_scale.cannot_lower(self._scaler):
+            raise SpectralScaleError(
+                f"fp16 gradients overflow at loss scale {scale:g}, the smallest allowed; lower "
+                "the learning rates, lower fp16.loss_scale or fp16.min_loss_scale of the "
+                "DeepSpeed JSON, or train in bf16, then start again to resume"
+            )
+        self._engine.step()
+        if self._engine.was_step_applied():
+            raise SpectralScaleError(
+                "DeepSpeed applied a step whose gradients had overflowed in fp16; start again to "
+                "resume from the last checkpoint, and report this"
+            )
 
     def state_chunks(self) -> Iterator[TensorChunk]:
-        """Masters and moments, each piece from the rank that keeps it."""
-        return zero_state.state_chunks(self._store)
+        """Masters and moments, each piece from the rank that keeps it, and fp16's loss scale."""
+        yield from zero_state.state_chunks(self._store)
+        if self._scaler is not None and self.collective.rank == 0:
+            yield from zero_scale.state_chunks(self._scaler)
 
     def replicated(self) -> Iterator[Replicated]:
         """The module's weights below stage 3, and in stage 0 the moments."""
         return zero_state.replicated(self._store)
 
     def load_state(self, read: ReadTensor) -> None:
-        """Masters, the module's weights and moments, in place."""
+        """Masters, the module's weights, moments and loss scale, in place."""
         zero_state.load_state(self._store, read)
+        if self._scaler is not None:
+            zero_scale.load_state(self._scaler, read)
 
     def _save_resolved(self) -> None:
         if self.collective.rank == 0:
@@ -129,6 +165,18 @@ class DeepSpeedBackend:
 def open_backend(config: RunConfig, facts: RankFacts) -> DeepSpeedBackend:
     """Start DeepSpeed. Collective. Raises ConfigError."""
     return DeepSpeedBackend(config, facts)
+
+
+def _require_precision(deepspeed: Any, precision: str, device: torch.device) -> None:
+    """Raise ConfigError if DeepSpeed refuses the precision on this device."""
+    accelerator = deepspeed.accelerator.get_accelerator()
+    supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+    if precision in supported and not supported[precision]():
+        others = [p for p, check in supported.items() if check()]
+        raise ConfigError(
+            f"train.precision={precision}: DeepSpeed does not support it on this {device.type}; "
+            f"set train.precision to one of {['fp32', *others]}"
+        )
 
 
 def _import_deepspeed(device: torch.device, facts: RankFacts) -> Any:

@@ -26,6 +26,14 @@ STAGE = "zero_optimization.stage"
 OFFLOAD = "zero_optimization.offload_optimizer.device"
 OFFLOAD_WEIGHTS = "zero_optimization.offload_param.device"
 SMALLEST_BUCKET = 2**20
+DYNAMIC_LOSS_SCALE = {
+    "fp16.loss_scale": 0,
+    "fp16.initial_scale_power": 16,
+    "fp16.loss_scale_window": 1000,
+    "fp16.hysteresis": 2,
+    "fp16.min_loss_scale": 1,
+}
+"""DeepSpeed's own defaults, written out: doubled after so many steps without overflow."""
 
 
 def with_deepspeed_json(config: RunConfig) -> RunConfig:
@@ -123,6 +131,8 @@ def _defaults(config: RunConfig) -> dict[str, Any]:
             "zero_optimization.stage3_prefetch_bucket_size": max(width * width, SMALLEST_BUCKET),
             "zero_optimization.stage3_param_persistence_threshold": 10 * width,
         }
+    if config.train.precision == "fp16":
+        defaults |= DYNAMIC_LOSS_SCALE
     if config.train.precision != "fp32":
         defaults |= {"data_types.grad_accum_dtype": "fp32", "communication_data_type": "fp32"}
     return defaults

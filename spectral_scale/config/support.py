@@ -33,6 +33,7 @@ FEATURES: dict[str, str] = {
     "moments=kept": "SST, moments that survive a swap",
     "precision=fp32": "fp32",
     "precision=bf16": "bf16",
+    "precision=fp16": "fp16, dynamic loss scale",
     "precision=fp64": "fp64 (tests)",
     "residual=replicated": "frozen weights replicated",
     "residual=sharded": "frozen weights sharded",

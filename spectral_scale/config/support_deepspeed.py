@@ -4,6 +4,8 @@ from spectral_scale.config.support import FEATURES, No, Support, Yes
 
 _TESTS = "tests/distributed/test_equivalence_deepspeed.py::"
 _EQUAL = Yes(f"{_TESTS}test_equals_one_process")
+_FP16 = "tests/distributed/test_deepspeed_fp16.py::"
+_FEATURES = "tests/distributed/test_deepspeed_features.py::"
 _STATE = "tests/distributed/test_deepspeed_state.py::"
 
 
@@ -23,23 +25,26 @@ _COMMON: dict[str, Support] = {
     "storage=factored": _EQUAL,
     "precision=fp32": _EQUAL,
     "precision=bf16": Yes(f"{_TESTS}test_bf16_trains_fp32_masters"),
+    "precision=fp16": Yes(f"{_FP16}test_equals_one_process"),
     "precision=fp64": No("masters are fp32; set parallel.backend=torch"),
     "residual=replicated": _EQUAL,
     "residual=sharded": No("ZeRO below stage 3 keeps weights whole; set parallel.zero_stage=3"),
     "accumulation": _EQUAL,
     "clipping": _EQUAL,
-    "dropout": No("no test has shown it"),
-    "activation_checkpointing": No("no test has shown it"),
+    "dropout": Yes(f"{_FEATURES}test_dropout_and_recomputation_equal_ddp"),
+    "activation_checkpointing": Yes(f"{_FEATURES}test_dropout_and_recomputation_equal_ddp"),
     "compile": No("no test has shown it"),
     "resume": Yes(f"{_STATE}test_resume_is_bit_exact"),
     "reshard": Yes(f"{_STATE}test_reshard_and_migrate"),
     "migrate": Yes(f"{_STATE}test_reshard_and_migrate"),
 }
+_HIDDEN_STEP = No(
+    "DeepSpeed takes a hidden optimizer step when it starts stage 0 in half precision; "
+    "set parallel.zero_stage=1"
+)
 _ZERO0: dict[str, Support] = _COMMON | {
-    "precision=bf16": No(
-        "DeepSpeed takes a hidden optimizer step when it starts stage 0 in bf16; "
-        "set parallel.zero_stage=1"
-    ),
+    "precision=bf16": _HIDDEN_STEP,
+    "precision=fp16": _HIDDEN_STEP,
 }
 _ZERO3: dict[str, Support] = _COMMON | {
     "residual=replicated": No("ZeRO-3 shards frozen weights, too; set parallel.zero_stage=2"),

@@ -24,6 +24,7 @@ _BOTH: dict[str, Support] = {
     "moments=kept": Yes(_OTHERS),
     "precision=fp32": Yes(_SINGLE),
     "precision=bf16": Yes(_BF16),
+    "precision=fp16": No("only DeepSpeed scales the loss; set train.precision=bf16"),
     "precision=fp64": Yes(_EQUAL),
     "residual=replicated": Yes(_EQUAL),
     "residual=sharded": Yes(_EQUAL),

@@ -18,6 +18,7 @@ TORCH: dict[str, Support] = {
     "moments=kept": Yes("tests/distributed/test_ddp_kept_moments.py"),
     "precision=fp32": Yes(_DDP),
     "precision=bf16": Yes(f"{_RESUME}test_resume_is_bit_exact[bf16]"),
+    "precision=fp16": No("only DeepSpeed scales the loss; set train.precision=bf16"),
     "precision=fp64": Yes("tests/unit/layers/test_sst_theory.py"),
     "residual=replicated": Yes(_DDP),
     "residual=sharded": No("every rank holds the whole model; set parallel.backend=fsdp2"),

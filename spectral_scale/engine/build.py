@@ -35,8 +35,15 @@ from spectral_scale.parallel.table import ParameterTable, parameter_table
 
 logger = logging.getLogger(__name__)
 
-MASTER_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+MASTER_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.float32,
+    "fp16": torch.float32,
+    "fp64": torch.float64,
+}
 """Precision -> dtype of trained weights, moments and the bank."""
+PRODUCT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precision -> dtype of products and frozen weights, where it is another one."""
 
 
 @dataclass(kw_only=True)
@@ -68,7 +75,9 @@ class Run:
     identity: dict[str, Any]
     """What a resumed run must share."""
     start_step: int = 0
-    """Optimizer steps already taken."""
+    """Steps already taken."""
+    skipped_steps: int = 0
+    """Those among them that updated nothing, because fp16 gradients overflowed."""
     autocast: torch.dtype | None = None
     """Compute dtype of the forward pass, if it differs from the weights'."""
     saved_state: Mapping[str, Any] = field(default_factory=dict)
@@ -165,12 +174,12 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
             fresh=reader is None,
         )
     )
-    start_step = 0
+    start_step = skipped_steps = 0
     if reader is not None:
         backend.load_state(reader.read)
         if controller is not None:
             controller.load_state(reader.read, reader.state["applied_steps"])
-        start_step = reader.state["step"]
+        start_step, skipped_steps = reader.state["step"], reader.state.get("skipped_steps", 0)
         logger.info("resuming from %s at step %d", reader.path.name, start_step)
     return Run(
         config=config,
@@ -186,6 +195,7 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         checkpoints=checkpoints,
         identity=identity,
         start_step=start_step,
+        skipped_steps=skipped_steps,
         autocast=autocast_dtype(config),
         saved_state={} if reader is None else reader.state,
     )
@@ -210,9 +220,8 @@ def _set_determinism(config: RunConfig, device: torch.device) -> None:
 
 def frozen_dtype(config: RunConfig) -> torch.dtype:
     """Dtype of frozen weights in training."""
-    if config.train.precision == "bf16":
-        return torch.bfloat16
-    return MASTER_DTYPES[config.train.precision]
+    precision = config.train.precision
+    return PRODUCT_DTYPES.get(precision) or MASTER_DTYPES[precision]
 
 
 def _build_loaders(

@@ -55,7 +55,7 @@ class TrainingLoop:
         self.flops_per_token = flops_per_token(run)
         train = run.config.train
         self.tokens_per_step = train.global_batch_size * run.config.model.sequence_length
-        self.step = run.start_step
+        self.step, self.skipped_steps = run.start_step, run.skipped_steps
         self._saved_step: int | None = run.start_step or None
         self._evaluations: list[Evaluation] = []
         self._first: Evaluation | None = None
@@ -88,11 +88,13 @@ class TrainingLoop:
     def _one_step(self, batch: StepBatch) -> None:
         run, config = self.run, self.run.config
         started = time.perf_counter()
-        self._set_learning_rates(batch.step)
+        self._set_learning_rates(batch.step - self.skipped_steps)
         loss = self._forward_backward(batch)
         stats = run.backend.step(clip_grad_norm=config.optimizer.clip_grad_norm)
         report = None
-        if run.controller is not None and stats.applied:
+        if not stats.applied:
+            self._count_skipped(stats)
+        elif run.controller is not None:
             report = run.controller.after_step()
         self.step = batch.step + 1
         values: dict[str, Any] = {}
@@ -136,7 +138,18 @@ class TrainingLoop:
             total += loss.detach()
         return total
 
+    def _count_skipped(self, stats: StepStats) -> None:
+        """The step's data is consumed; schedules and boundaries count applied steps only."""
+        self.skipped_steps += 1
+        if stats.overflowed:
+            logger.warning(
+                "step %d updated nothing: gradients overflowed in fp16 at loss scale %g",
+                self.step + 1,
+                stats.loss_scale,
+            )
+
     def _set_learning_rates(self, step: int) -> None:
+        """As `step`, the number of applied steps so far, has it."""
         factor = lr_factor(self.run.config.optimizer, step, self.run.config.train.steps)
         for group in self.run.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -146,7 +159,7 @@ class TrainingLoop:
     def _read_latest(self) -> tuple[float, dict[str, float]]:
         """Mean loss and gradient norms of the latest step, known finite. Collective; waits."""
         loss, stats = self._latest
-        norms = {kind: float(norm) for kind, norm in stats.grad_norms.items()}
+        norms = {} if stats.overflowed else {k: float(n) for k, n in stats.grad_norms.items()}
         mean_loss = float(self.run.backend.data_collective.all_reduce_sum(loss.clone()))
         self._require_finite(mean_loss, norms)
         return mean_loss, norms
@@ -182,11 +195,15 @@ class TrainingLoop:
             "train/perplexity": math.exp(min(loss, 700.0)),
             "train/tokens": self.step * self.tokens_per_step,
             "train/epoch": run.loader.epoch_of(self.step),
-            "train/grad_norm": math.sqrt(sum(n * n for n in norms.values())),
             "train/step_seconds": seconds,
             "train/tokens_per_second": speed,
         }
-        values |= {f"train/grad_norm/{kind}": norm for kind, norm in norms.items()}
+        if norms:
+            values["train/grad_norm"] = math.sqrt(sum(n * n for n in norms.values()))
+            values |= {f"train/grad_norm/{kind}": norm for kind, norm in norms.items()}
+        if (loss_scale := self._latest[1].loss_scale) is not None:
+            values["train/loss_scale"] = loss_scale
+            values["train/skipped_steps"] = self.skipped_steps
         for group in run.optimizer.param_groups:
             lr = group["lr"] * (self._ramp if group["spectral"] else 1.0)
             values[f"train/lr/{group_kind(group['name'])}"] = lr
@@ -226,7 +243,8 @@ class TrainingLoop:
         self._require_finite_state(chunks)
         state = {
             "step": self.step,
-            "applied_steps": 0 if run.controller is None else run.controller.applied_steps,
+            "applied_steps": self.step - self.skipped_steps,
+            "skipped_steps": self.skipped_steps,
             "tokens": self.step * self.tokens_per_step,
         }
         run.checkpoints.save(self.step, chunks, state=state, identity=run.identity)

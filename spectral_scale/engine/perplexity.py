@@ -13,6 +13,7 @@ from spectral_scale.config.presets import Architecture, resolve_architecture
 from spectral_scale.config.schema import ModelConfig
 from spectral_scale.data.loader import ValidationLoader
 from spectral_scale.data.tokens import TokenFolder, open_tokens
+from spectral_scale.engine.build import PRODUCT_DTYPES
 from spectral_scale.engine.data import check_vocabulary
 from spectral_scale.engine.evaluate import Evaluation, Watch, evaluate
 from spectral_scale.engine.restore import open_run, restore_model
@@ -66,7 +67,7 @@ class Perplexity:
     tokens: int
     """Tokens predicted."""
     precision: str
-    """fp32, bf16 or fp64."""
+    """fp32, bf16, fp16 or fp64."""
     loss: float
     """Mean negative log-likelihood a token, nats."""
     perplexity: float
@@ -123,7 +124,7 @@ def evaluate_model(
         loader,
         device=next(model.parameters()).device,
         collective=SingleProcess(),
-        autocast=torch.bfloat16 if precision == "bf16" else None,
+        autocast=PRODUCT_DTYPES.get(precision),
         watch=watch,
     )
 
@@ -133,7 +134,7 @@ def _run_subject(request: PerplexityRequest, device: torch.device) -> _Subject:
     tokens = tokens_of_run(run, request.data)
     trained = run.config.train.precision
     precision = trained if request.precision == "auto" else request.precision
-    model = restore_model(run, device=device, exact=precision != "bf16")
+    model = restore_model(run, device=device, exact=precision not in PRODUCT_DTYPES)
     if precision != "fp64":
         for parameter in model.parameters():
             if parameter.dtype == torch.float64:

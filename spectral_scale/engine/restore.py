@@ -94,7 +94,7 @@ def restore_model(
         run: from `open_run`.
         device: where it is needed.
         exact: hold frozen weights in the precision of the trained ones, not rounded as in training
-            (they differ for bf16 runs only).
+            (they differ for bf16 and fp16 runs only).
         eos_token_id: for the model's configuration.
 
     Raises CheckpointError if the checkpoint lacks a weight or has one of another shape.

@@ -1,5 +1,7 @@
 """A run so small that a step takes milliseconds, for tests of the whole path."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,35 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
         "tensors": {k: v.numpy() if v.dtype != torch.bfloat16 else v.float().numpy()
                     for k, v in (tensors | frozen).items()},
     }  # fmt: skip
+
+
+def train_in_turn(runs: Sequence[tuple[RunConfig, int | None]]) -> list[dict[str, Any]]:
+    """`train_tiny` of several runs: configurations, and after how many steps each stops (None: at
+    its end). Processes and hosts take seconds to start, the runs milliseconds a step."""
+    with one_process_group():
+        return [train_tiny(config, stop_after) for config, stop_after in runs]
+
+
+@contextmanager
+def one_process_group() -> Iterator[None]:
+    """Inside, runs neither join nor leave a process group: they share one. Ends with the process,
+    whose backends stay patched."""
+    import importlib
+
+    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.group import join_alone, join_group, leave_group
+
+    world_size = detect_rank_facts().world_size
+    collective = join_group(world_size, torch.device("cpu"))
+    if world_size == 1:
+        join_alone(torch.device("cpu"))
+    for name in ("torch", "deepspeed", "fsdp2"):
+        module: Any = importlib.import_module(f"spectral_scale.backends.{name}")
+        module.join_group = lambda *_: collective
+        module.join_alone = lambda *_: None
+        module.leave_group = lambda **_: None
+    yield
+    leave_group()
 
 
 class _Recorder:

@@ -60,7 +60,7 @@ ONLY_IN = {
         *("models/", "data/", "engine/", "bench/", "backends/", "cli/"),
         *("checkpoint/export", "testing/"),
     ),
-    "deepspeed": ("backends/deepspeed.py",),
+    "deepspeed": ("backends/deepspeed.py", "testing/deepspeed.py"),
     "megatron": ("megatron/", "backends/megatron", "models/megatron", "testing/megatron"),
     "mpi4py": ("cluster/mpi.py",),
 }

@@ -1,0 +1,111 @@
+"""What users of DeepSpeed switch on, in real runs: dropout, recomputation, profilers, CPU Adam."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spectral_scale.testing.distributed import run_distributed
+from spectral_scale.testing.tiny import one_process_group, tiny_config, train_tiny
+
+STEPS, STOP = 10, 6  # swaps after 4 and 8; stopped inside an iteration
+DROPOUT = {"model__dropout": 0.1}
+
+
+def zero_config(corpus: Path, run_dir: Path, stage: int | None, **changes: Any) -> Any:
+    """A run on two ranks: of plain torch, or of a ZeRO stage."""
+    settings: dict[str, Any] = {
+        "train__steps": STEPS,
+        "train__micro_batch_size": 3,
+        "optimizer__eps": 1e-5,
+    }
+    if stage is not None:
+        settings |= {"parallel__backend": "deepspeed", "parallel__zero_stage": stage}
+    return tiny_config(corpus, run_dir, **(settings | changes))
+
+
+def gap(found: dict[int, float], expected: dict[int, float]) -> float:
+    """Largest difference of a step's loss."""
+    assert found.keys() == expected.keys()
+    return max(abs(found[step] - expected[step]) for step in expected)
+
+
+def train_counting_blocks(runs: list[Any]) -> list[dict[str, Any]]:
+    """Train, and count the training forward passes of the first block's attention in each run."""
+    from transformers.models.opt.modeling_opt import OPTAttention
+
+    forward, calls = OPTAttention.forward, 0
+
+    def counting(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += int(self.training and self.layer_idx == 0)
+        return forward(self, *arguments, **keywords)
+
+    OPTAttention.forward = counting  # type: ignore[method-assign]
+    results = []
+    with one_process_group():
+        for config, stop_after in runs:
+            calls = 0
+            result = train_tiny(config, stop_after)
+            results.append(result | {"blocks": calls})
+    return results
+
+
+def test_dropout_and_recomputation_equal_ddp(corpus: Path, tmp_path: Path) -> None:
+    """Dropout masks are those of plain torch, also where a block runs twice; every stage goes on
+    bit for bit after a stop inside an iteration."""
+    recomputed = DROPOUT | {"model__activation_checkpointing": True}
+    offloaded = recomputed | {"parallel__offload": "cpu"}
+    runs = [(zero_config(corpus, tmp_path / "ddp", None, **DROPOUT), None)]
+    for i, (stage, changes) in enumerate([(0, recomputed), (2, offloaded), (3, offloaded)]):
+        runs.append((zero_config(corpus, tmp_path / f"{i}", stage, **changes), None))
+    for stage in (1, 2, 3):
+        straight = zero_config(corpus, tmp_path / f"{stage}a", stage, **recomputed)
+        broken = zero_config(corpus, tmp_path / f"{stage}b", stage, **recomputed)
+        runs += [(straight, None), (broken, STOP), (broken, None)]
+    ranks = run_distributed(train_counting_blocks, 2, runs, timeout_seconds=250)
+    ddp, micro_batches = ranks[0][0], 2 * STEPS
+    assert ddp["blocks"] == micro_batches
+    for straight in (ranks[0][i] for i in (1, 2, 3, 4, 7, 10)):
+        assert gap(straight["losses"], ddp["losses"]) < 1e-5
+        assert straight["blocks"] == 2 * micro_batches, "every block must run twice a micro-batch"
+    for first in (4, 7, 10):
+        straight, stopped, resumed = ranks[0][first : first + 3]
+        assert stopped["step"] == STOP
+        assert stopped["losses"] | resumed["losses"] == straight["losses"]
+        for rank in ranks:
+            assert_same(rank[first + 2]["tensors"], rank[first]["tensors"])
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Bit for bit; frozen weights, rebuilt from the bank, may be gathered at the end or not."""
+    found, expected = (
+        {k: v for k, v in d.items() if "frozen/" not in k} for d in (found, expected)
+    )
+    assert found.keys() == expected.keys()
+    assert not [n for n, value in expected.items() if not np.array_equal(found[n], value)]
+
+
+def train_with_other_masks(config: Any) -> dict[str, Any]:
+    """Recompute each block with masks of its own."""
+    import torch.utils.checkpoint as recomputation
+
+    plain = recomputation.checkpoint
+
+    def forgetful(*arguments: Any, **keywords: Any) -> Any:
+        return plain(*arguments, **(keywords | {"preserve_rng_state": False}))
+
+    import transformers.modeling_utils as utilities
+
+    recomputation.checkpoint = utilities.checkpoint = forgetful
+    return train_tiny(config)
+
+
+def test_masks_of_its_own_in_recomputation_would_show(corpus: Path, tmp_path: Path) -> None:
+    changes = DROPOUT | {"train__steps": 3, "train__micro_batch_size": 6}
+    plain = zero_config(corpus, tmp_path / "a", None, **changes)
+    changes |= {"model__activation_checkpointing": True}
+    broken = zero_config(corpus, tmp_path / "b", 2, **changes)
+    (expected,) = run_distributed(train_tiny, 1, plain)
+    (found,) = run_distributed(train_with_other_masks, 1, broken)
+    assert gap(found["losses"], expected["losses"]) > 1e-5

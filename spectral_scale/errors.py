@@ -30,5 +30,21 @@ class ResumeMismatchError(ConfigError):
     """A run folder whose checkpoints belong to a different model, method or data."""
 
 
+class NoProgressError(SpectralScaleError):
+    """Several starts in a row saved nothing new; a scheduler must not start another."""
+
+    exit_code = 93
+
+
+class HealthError(SpectralScaleError):
+    """Steps that cannot be applied again and again, or copies that differ; names samples, tensors."""
+
+
+class LostRankError(SpectralScaleError):
+    """Another rank died or hangs; names it. The last checkpoint is intact."""
+
+    exit_code = 75
+
+
 class SpectralError(SpectralScaleError):
     """A decomposition or boundary that failed on an owner; names the matrix and the rank."""

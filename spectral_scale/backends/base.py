@@ -3,14 +3,17 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from spectral_scale.models.weights import InitialWeights
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
+from spectral_scale.parallel.table import ParameterTable
 
 Accept = Callable[[Mapping[str, Tensor]], bool]
 """Given a step's gradient norms by group kind, whether it may be applied; alike on all ranks."""
@@ -80,3 +83,29 @@ class Backend(Protocol):
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the process group; collective unless this rank has failed."""
+
+
+@runtime_checkable
+class ModelMaker(Protocol):
+    """A backend with modules of its own, which takes the model before it has memory."""
+
+    def make(
+        self,
+        model: PreTrainedModel,
+        table: ParameterTable,
+        weights: InitialWeights,
+        *,
+        dtype: torch.dtype,
+        frozen_dtype: torch.dtype,
+        fresh: bool,
+    ) -> None:
+        """Put this rank's own parameters under the names of the (converted) meta model, in place.
+
+        Args:
+            model: its names and its configuration stay.
+            table: its parameters, with whole shapes.
+            weights: initial values of what the method does not hold, taken if `fresh`.
+            dtype: of trained parameters.
+            frozen_dtype: of frozen ones.
+            fresh: False when `load_state` follows.
+        """

@@ -9,18 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectral_scale.cli.arguments import add_launcher, launcher_flags
+from spectral_scale.cli.arguments import (
+    add_launcher,
+    add_run_config,
+    launcher_flags,
+    load_run_config,
+)
 from spectral_scale.cluster.adopt import adopt_launcher
 from spectral_scale.cluster.detect import LauncherFlags
 from spectral_scale.config.check import check_config
 from spectral_scale.config.deepspeed_json import with_deepspeed_json
-from spectral_scale.config.load import ResolvedConfig, build_parser, load_config
+from spectral_scale.config.load import ResolvedConfig, build_parser
 from spectral_scale.config.method_keys import keys_without_effect
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.errors import ConfigError, SpectralScaleError
+from spectral_scale.errors import SpectralScaleError
 
 if TYPE_CHECKING:
     from spectral_scale.engine.build import Run
+    from spectral_scale.engine.ending import Ending
     from spectral_scale.engine.loop import Outcome
     from spectral_scale.parallel.facts import RankFacts
 
@@ -44,24 +50,11 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(takes_overrides=True)
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file")
+    add_run_config(parser)
     parser.add_argument("--print-config", action="store_true", help="print the settings and exit")
     parser.add_argument("--help-config", action="store_true", help="describe every key and exit")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of the result")
     add_launcher(parser)
-    parser.add_argument(
-        "--deepspeed",
-        nargs="?",
-        const="",
-        metavar="FILE",
-        help="the same as --parallel.backend deepspeed; a FILE as --deepspeed_config gives it",
-    )
-    parser.add_argument(
-        "--deepspeed_config",
-        metavar="FILE",
-        help="the same as --parallel.deepspeed_config: DeepSpeed's JSON (ds_configs/ has some)",
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,20 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.help_config:
         print(build_parser().format_help())
         return 0
-    resolved = load_config(arguments.config, _deepspeed_flags(arguments) + arguments.overrides)
+    resolved = load_run_config(arguments)
     if arguments.print_config:
         print(resolved.to_yaml(with_sources=True), end="")
         return 0
     return train(resolved, output=arguments.format, flags=launcher_flags(arguments))
-
-
-def _deepspeed_flags(arguments: argparse.Namespace) -> list[str]:
-    """DeepSpeed's customary flags as overrides; keys of ours, given too, win."""
-    files = [f for f in (arguments.deepspeed, arguments.deepspeed_config) if f]
-    if len(files) > 1 and files[0] != files[1]:
-        raise ConfigError(f"--deepspeed {files[0]} and --deepspeed_config {files[1]}: give one")
-    flags = [] if arguments.deepspeed is None and not files else ["--parallel.backend=deepspeed"]
-    return flags + [f"--parallel.deepspeed_config={file}" for file in files[:1]]
 
 
 def train(resolved: ResolvedConfig, *, output: str, flags: LauncherFlags) -> int:
@@ -96,7 +80,8 @@ def train(resolved: ResolvedConfig, *, output: str, flags: LauncherFlags) -> int
     check_config(config, world_size=facts.world_size)
 
     from spectral_scale.engine.build import check_inputs
-    from spectral_scale.engine.run_folder import create_run_folder, log_to_file, write_failure
+    from spectral_scale.engine.ending import Ending
+    from spectral_scale.engine.run_folder import create_run_folder, log_to_file
 
     check_inputs(config, facts)
     run_dir = Path(config.train.run_dir)
@@ -106,14 +91,21 @@ def train(resolved: ResolvedConfig, *, output: str, flags: LauncherFlags) -> int
     if placement.warning is not None:
         logger.warning(placement.warning)
         _say(f"warning: {placement.warning}")
+    ending = Ending(
+        run_dir,
+        rank=facts.rank,
+        steps=config.train.steps,
+        max_starts=config.train.max_starts_without_progress,
+    )
     try:
         with _alone(run_dir, facts.rank):
             try:
-                return _train(config, facts, run_dir, output)
+                ending.begin()
+                return _train(config, facts, run_dir, output, ending)
             except BaseException as error:
-                if facts.rank == 0 and not isinstance(error, ConfigError):  # else nothing began
-                    reason = f"{type(error).__name__}: {error}"
-                    write_failure(run_dir, steps=config.train.steps, reason=reason)
+                replaced = ending.failed(error)
+                if replaced is not error:
+                    raise replaced from error
                 raise
     finally:
         logging.getLogger("spectral_scale").removeHandler(handler)
@@ -129,12 +121,14 @@ def _alone(run_dir: Path, rank: int) -> Iterator[None]:
         yield
 
 
-def _train(config: RunConfig, facts: "RankFacts", run_dir: Path, output: str) -> int:
+def _train(
+    config: RunConfig, facts: "RankFacts", run_dir: Path, output: str, ending: "Ending"
+) -> int:
     from spectral_scale.engine.build import build_run
 
     built = build_run(config, facts)
     try:
-        code = _loop(built, run_dir, output)
+        code = _loop(built, run_dir, output, ending)
     except BaseException:
         built.backend.close(failed=True)
         raise
@@ -142,9 +136,10 @@ def _train(config: RunConfig, facts: "RankFacts", run_dir: Path, output: str) ->
     return code
 
 
-def _loop(built: "Run", run_dir: Path, output: str) -> int:
+def _loop(built: "Run", run_dir: Path, output: str, ending: "Ending") -> int:
     from spectral_scale.engine.loop import TrainingLoop
-    from spectral_scale.engine.run_folder import write_config, write_status
+    from spectral_scale.engine.run_folder import write_config
+    from spectral_scale.engine.status import write_status
     from spectral_scale.metrics.sinks import MetricsLog, NullLog
 
     config = built.config
@@ -170,7 +165,9 @@ def _loop(built: "Run", run_dir: Path, output: str) -> int:
         progress = make_progress(
             start_step=built.start_step, steps=steps, bar=config.metrics.progress
         )
-    outcome = TrainingLoop(built, log, progress).train()
+    loop = TrainingLoop(built, log, progress, end=ending.at_once)
+    loop.guard.time_limit.require_useful()
+    outcome = loop.train()
     log.close()
     if progress is not None:
         progress.close()
@@ -208,15 +205,21 @@ def _introduce(built: "Run") -> None:
 
 
 def _conclude(run_dir: Path, outcome: "Outcome", steps: int, output: str) -> None:
-    from spectral_scale.engine.run_folder import write_status
+    from spectral_scale.engine.status import write_status
 
     if outcome.stopped is not None:
-        reason = f"stopped by {outcome.stopped}"
-        write_status(run_dir, "stopped", step=outcome.step, steps=steps, reason=reason)
-        _say(
-            f"\nstopped at step {outcome.step} of {steps} and saved; "
-            "run the same command again to continue"
+        write_status(
+            run_dir,
+            "stopped",
+            step=outcome.step,
+            steps=steps,
+            reason=f"stopped by {outcome.stopped}",
+            requeue=outcome.requeue,
         )
+        what = f"stopped at step {outcome.step} of {steps} and saved"
+        if not outcome.saved:
+            what = f"stopped without saving; step {outcome.step} of {steps} is the last saved"
+        _say(f"\n{what}; run the same command again to continue")
         return
     write_status(run_dir, "completed", step=outcome.step, steps=steps)
     _write_report(run_dir)

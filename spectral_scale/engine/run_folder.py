@@ -1,24 +1,19 @@
 """The run folder: what a run writes besides checkpoints and metrics. Rank 0 writes, all log."""
 
-import json
 import logging
 import os
 import platform
 import sys
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from spectral_scale import __version__
 from spectral_scale.config.load import to_dict
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.engine.status import EXIT_CODES, saved_step, write_json, write_status
 from spectral_scale.errors import ConfigError
 
-logger = logging.getLogger(__name__)
-
-State = Literal["running", "completed", "stopped", "failed"]
-STATUS_NAME = "status.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
@@ -35,13 +30,6 @@ def create_run_folder(run_dir: Path) -> None:
             f"train.run_dir={run_dir} cannot be written ({error.strerror}); "
             "give a folder you may write to"
         ) from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file as a whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
@@ -69,25 +57,17 @@ def write_environment(run_dir: Path, facts: dict[str, Any]) -> None:
     write_json(run_dir / "environment.json", {"versions": versions, "machine": machine} | facts)
 
 
-def write_status(run_dir: Path, state: State, *, step: int, steps: int, reason: str = "") -> None:
-    """Write status.json, which tells schedulers and people where the run stands.
-
-    Never raises for a full disk: a run must not end, nor its error be hidden, for want of it.
-    """
-    status = {"state": state, "step": step, "steps": steps, "reason": reason, "time": time.time()}
-    try:
-        write_json(run_dir / STATUS_NAME, status)
-    except OSError as error:
-        logger.warning("%s could not be written: %s", STATUS_NAME, error)
-
-
-def write_failure(run_dir: Path, *, steps: int, reason: str) -> None:
+def write_failure(run_dir: Path, *, steps: int, reason: str, exit_code: int = 1) -> None:
     """Write status.json of a run that failed, at the step it was last known to have saved."""
-    try:
-        step = int(json.loads((run_dir / STATUS_NAME).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        step = 0
-    write_status(run_dir, "failed", step=step, steps=steps, reason=reason)
+    write_status(
+        run_dir,
+        "failed",
+        step=saved_step(run_dir),
+        steps=steps,
+        reason=reason,
+        exit_code=exit_code,
+        requeue=exit_code == EXIT_CODES["stopped"],
+    )
 
 
 def log_to_file(run_dir: Path, rank: int) -> logging.Handler:

@@ -1,12 +1,10 @@
-"""Stopping early: a request on any rank becomes one decision of all ranks."""
+"""Signals, and a launcher that is gone: what one rank notices and all act upon together."""
 
 import signal
 import time
 from types import FrameType, TracebackType
 
-import torch
-
-from spectral_scale.parallel.collective import Collective
+from spectral_scale.engine.launcher import LauncherWatch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO_SECONDS = 2.0
@@ -18,13 +16,17 @@ class StopRequest:
     """Turns the first signal into a flag; one that comes later ends the process at once.
 
     Use as a context manager around the loop. The previous checkpoint stays valid either way.
+
+    Args:
+        launched: whether a launcher started this process: then its end is a request, too, so that
+            no rank goes on as an orphan.
     """
 
-    def __init__(self, collective: Collective) -> None:
-        self._collective = collective
-        self._received: str | None = None
+    def __init__(self, *, launched: bool = False) -> None:
+        self._received = 0
         self._received_at = 0.0
         self._previous: dict[int, object] = {}
+        self._launcher = LauncherWatch() if launched else None
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:
@@ -42,20 +44,22 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._received is None:
-            self._received, self._received_at = signal.Signals(number).name, now
+        if not self._received:
+            self._received, self._received_at = number, now
         elif now - self._received_at > ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Collective; called between steps."""
-        if self._collective.world_size == 1:
-            return self._received is not None
-        flag = torch.tensor([int(self._received is not None)])
-        return bool(self._collective.all_reduce_sum(flag).item())
-
     @property
-    def reason(self) -> str:
-        """The signal this rank received, or that another one did."""
-        return self._received or "a signal to another rank"
+    def received_number(self) -> int:
+        """The signal this rank received; 0 if none."""
+        return self._received
+
+    @staticmethod
+    def name_of(number: int) -> str:
+        """SIGTERM for 15."""
+        return signal.Signals(number).name
+
+    def launcher_gone(self) -> bool:
+        """Whether what started this process has ended."""
+        return self._launcher is not None and self._launcher.gone()

@@ -160,7 +160,7 @@ def test_one_rank_s_signal_stops_all(
     state, step, reason = status(tmp_path)
     assert (state, step) == ("stopped", SIGNALLED)
     own = "stopped by SIGTERM"
-    assert reason == (own if signalled_rank == 0 else "stopped by a signal to another rank")
+    assert reason == (own if signalled_rank == 0 else "stopped by SIGTERM to rank 1")
     assert saved_steps(tmp_path) == [3, SIGNALLED]
     assert run_distributed(train_as_a_rank, 2, words, None) == [0, 0]
     found = losses(tmp_path)

@@ -1,0 +1,121 @@
+"""Which steps may be applied, and when a run must go back: the rules, without communication.
+
+Every rank feeds in the same agreed numbers and so comes to the same verdict.
+"""
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from spectral_scale.config.schema import HealthConfig
+
+_SHARE = 4
+"""A quarter of the window is enough for a verdict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is to become of a step."""
+
+    reason: str | None = None
+    """Why it is left out; None if it is applied."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it is applied."""
+        return self.reason is None
+
+
+class HealthMonitor:
+    """Judges steps, and counts those left out in a row.
+
+    Args:
+        config: the rules.
+        saved: `state()` of a checkpoint, to go on as the run that wrote it would have.
+    """
+
+    def __init__(self, config: HealthConfig, saved: dict[str, Any] | None = None) -> None:
+        self._config = config
+        saved = saved or {}
+        self._take_windows(saved)
+        self.streak: int = saved.get("streak", 0)
+        """Steps left out in a row, up to the present one."""
+        self.rollbacks = 0
+        """Returns since a checkpoint was last added."""
+
+    def judge(self, *, loss: float, norm: float, faulty_ranks: tuple[int, ...]) -> Verdict:
+        """Whether a step may be applied. Counts it.
+
+        Args:
+            loss: mean over all ranks.
+            norm: of the whole gradient.
+            faulty_ranks: that found something not finite.
+        """
+        verdict = self._verdict(loss, norm, faulty_ranks)
+        if verdict.healthy:
+            self.streak = 0
+            if self._config.spike_sigmas:
+                self._losses.append(loss)
+                self._norms.append(norm)
+        else:
+            self.streak += 1
+        return verdict
+
+    def boundary(self) -> None:
+        """Other triplets train from now on: their gradients may be of another size."""
+        self._norms.clear()
+
+    @property
+    def must_go_back(self) -> bool:
+        """Whether too many steps in a row were left out."""
+        return 0 < self._config.rollback_after <= self.streak
+
+    @property
+    def may_go_back(self) -> bool:
+        """Whether it may try once more."""
+        return self.rollbacks < self._config.max_rollbacks
+
+    def went_back(self, saved: dict[str, Any] | None) -> None:
+        """Take over what the checkpoint knew."""
+        self._take_windows(saved or {})
+        self.streak = 0
+        self.rollbacks += 1
+
+    def progressed(self) -> None:
+        """A checkpoint was added."""
+        self.rollbacks = 0
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that continue it exactly."""
+        return {
+            "losses": list(self._losses),
+            "norms": list(self._norms),
+            "streak": self.streak,
+        }
+
+    def _verdict(self, loss: float, norm: float, faulty_ranks: tuple[int, ...]) -> Verdict:
+        if faulty_ranks:
+            ranks = ", ".join(map(str, faulty_ranks))
+            return Verdict(reason=f"loss or gradient not finite on rank {ranks}")
+        if self._config.spike_sigmas:
+            for what, value, window in (
+                ("loss", loss, self._losses),
+                ("gradient norm", norm, self._norms),
+            ):
+                if (limit := self._limit(window)) is not None and value > limit:
+                    return Verdict(reason=f"{what} {value:.6g} above {limit:.6g}")
+        return Verdict()
+
+    def _limit(self, window: deque[float]) -> float | None:
+        """Largest value that is no spike; None while too little is known."""
+        if len(window) < max(2, math.ceil(self._config.spike_window / _SHARE)):
+            return None
+        spread = statistics.stdev(window)
+        return statistics.fmean(window) + self._config.spike_sigmas * spread
+
+    def _take_windows(self, saved: dict[str, Any]) -> None:
+        size = self._config.spike_window
+        self._losses: deque[float] = deque(saved.get("losses", []), maxlen=size)
+        self._norms: deque[float] = deque(saved.get("norms", []), maxlen=size)

@@ -1,0 +1,90 @@
+"""Copies that must be equal on several ranks: compared bit for bit by a hash of each tensor.
+
+BLOOM-176B trained for weeks with layer norms that had drifted apart between ranks; here the first
+comparison names tensor and rank.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from spectral_scale.backends.base import Replicated
+from spectral_scale.errors import HealthError
+from spectral_scale.parallel.collective import Collective
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 1 << 22
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MULTIPLIER = 0x5851F42D4C957F2D
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def tensor_hash(tensor: Tensor) -> int:
+    """A 63-bit hash of a tensor's bits, the same on every device. Any single flipped bit shows.
+
+    The sum of element i's bits times an odd number of i, modulo 2**64: integers, so in any order.
+    """
+    words = tensor.detach().contiguous().reshape(-1)
+    words = words.view(_WORDS[words.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, words.numel(), _BLOCK):
+        part = words[start : start + _BLOCK].to(torch.int64)
+        index = torch.arange(start, start + part.numel(), dtype=torch.int64, device=part.device)
+        total += (part * (index * _MULTIPLIER | 1)).sum()
+    return (int(total) * 2 + 1) * _GOLDEN & _MASK
+
+
+def check_replicas(tensors: Iterable[Replicated], collective: Collective) -> int:
+    """Compare what several ranks hold. Collective. Returns the number of tensors compared.
+
+    Raises HealthError on every rank, naming the first tensor that differs and the ranks that hold
+    another value than most.
+    """
+    names, places, hashes = [], [], []
+    for name, tensor, place in tensors:
+        names.append(name)
+        places.append(place)
+        hashes.append(tensor_hash(tensor))
+    if collective.world_size == 1:
+        return len(names)
+    gathered = collective.gather_json([places, hashes])
+    fault = None
+    if gathered is not None:
+        counts = {len(each[0]) for each in gathered}
+        if counts != {len(names)}:
+            fault = f"ranks hold {sorted(counts)} replicated tensors; all must hold as many"
+        else:
+            fault = _first_difference(names, gathered)
+    fault = collective.broadcast_json(fault)
+    if fault is not None:
+        raise HealthError(
+            f"{fault}; memory or a network has corrupted it, or ranks computed different things: "
+            "start again to resume from the last checkpoint, without the host of that rank if it "
+            "happens twice"
+        )
+    return len(names)
+
+
+def _first_difference(names: list[str], gathered: list[list[list[int]]]) -> str | None:
+    for i, name in enumerate(names):
+        by_place: dict[int, dict[int, list[int]]] = {}
+        for rank, (places, hashes) in enumerate(gathered):
+            by_place.setdefault(places[i], {}).setdefault(hashes[i], []).append(rank)
+        for holders in by_place.values():
+            if len(holders) > 1:
+                return _describe(name, list(holders.values()))
+    return None
+
+
+def _describe(name: str, holders: list[list[int]]) -> str:
+    """Most ranks are right, if there is a majority; of two, nobody can tell."""
+    groups = sorted(holders, key=len, reverse=True)
+    if len(groups[0]) > len(groups[1]):
+        odd = sorted(rank for group in groups[1:] for rank in group)
+        return f"{name} on rank {', '.join(map(str, odd))} differs from the other ranks'"
+    parts = " and ".join(", ".join(map(str, group)) for group in groups)
+    return f"{name} differs between rank {parts}"

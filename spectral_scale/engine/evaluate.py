@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,14 @@ IGNORED = -100
 
 Watch = Callable[[Iterable[Batch], int], Iterable[Batch]]
 """Hands on this rank's batches, of which it is told the number, as tqdm does."""
+
+
+@runtime_checkable
+class SumsLosses(Protocol):
+    """A model that keeps its logits in parts and sums the losses itself."""
+
+    def token_loss_sum(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Of ids and labels (batch, sequence), a 0-dim tensor of float32 or better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +43,8 @@ class Evaluation:
 
 def token_loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """Sum over tokens of the negative log-likelihood, float32 or better; runs the forward pass."""
+    if isinstance(model, SumsLosses):
+        return model.token_loss_sum(batch.input_ids, batch.labels)
     logits = model(input_ids=batch.input_ids).logits
     flat = logits.view(-1, logits.shape[-1])
     flat = flat if flat.dtype == torch.float64 else flat.float()

@@ -1,7 +1,7 @@
 """The one place that knows which backends there are; each is imported only when it is chosen."""
 
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -15,11 +15,16 @@ MODULES = {
     "torch": "spectral_scale.backends.torch",
     "deepspeed": "spectral_scale.backends.deepspeed",
     "fsdp2": "spectral_scale.backends.fsdp2",
+    "megatron": "spectral_scale.backends.megatron",
 }
 """parallel.backend -> the module whose `open_backend(config, facts)` starts it. Collective."""
 
-PACKAGES = {"deepspeed": "deepspeed"}
-"""parallel.backend -> the package it needs besides this project's dependencies."""
+PACKAGES: dict[str, tuple[str, str | None]] = {
+    "deepspeed": ("deepspeed", None),
+    "megatron": ("megatron-core", "0.16"),
+}
+"""parallel.backend -> the package it needs besides this project's dependencies, and the beginning
+of the versions that it was tested with if others are refused."""
 
 
 def with_host_file(config: RunConfig) -> RunConfig:
@@ -32,13 +37,26 @@ def require_host(config: RunConfig, *, world_size: int) -> None:
     own configuration file contradicts the run."""
     backend = config.parallel.backend
     package = PACKAGES.get(backend)
-    if package is not None and find_spec(package) is None:
-        raise ConfigError(
-            f"parallel.backend={backend} needs the package {package}, which is not installed; "
-            f"install it with: pip install 'spectral-scale[{package}]'"
-        )
+    if package is not None:
+        _require_package(backend, *package)
     if backend == "deepspeed":
         resolve_deepspeed(config, world_size=world_size)
+
+
+def _require_package(backend: str, package: str, versions: str | None) -> None:
+    remedy = f"install it with: pip install 'spectral-scale[{backend}]'"
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        raise ConfigError(
+            f"parallel.backend={backend} needs the package {package}, which is not installed; "
+            f"{remedy}"
+        ) from None
+    if versions is not None and not found.startswith(f"{versions}."):
+        raise ConfigError(
+            f"parallel.backend={backend} was tested with {package} {versions}, and {found} is "
+            f"installed; {remedy}"
+        )
 
 
 def autocast_dtype(config: RunConfig) -> torch.dtype | None:

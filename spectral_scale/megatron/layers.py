@@ -125,11 +125,11 @@ class SpectralColumnParallelLinear(ColumnParallelLinear):
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> Any:
         """For megatron-core's own checkpoints: every factor with the axis along which it is cut."""
-        return _sharded_state(self, "column", {}, prefix, sharded_offsets, metadata)
+        return _sharded_state(self, "column", prefix, sharded_offsets, metadata)
 
 
 class SpectralRowParallelLinear(RowParallelLinear):
-    """A RowParallelLinear of one spectral matrix, child `matrix`; the bias is the base's.
+    """A RowParallelLinear of one spectral matrix, child `matrix`, whose bias is whole on each rank.
 
     Arguments and results are the base's. `settings` is bound by `bound`.
     """
@@ -152,43 +152,45 @@ class SpectralRowParallelLinear(RowParallelLinear):
         plain = copy.copy(config)
         plain.perform_initialization = False  # the weight it allocates is dropped
         super().__init__(
-            input_size, output_size, config=plain, init_method=init_method, bias=bias, **options
+            input_size, output_size, config=plain, init_method=init_method, bias=False, **options
         )
         self.config, self.init_method = config, init_method
         del self.weight
         self.register_parameter("weight", None)
-        if self.bias is not None:
-            torch.nn.init.zeros_(self.bias)
         self.matrix = SpectralMatrix(
             input_size,
             output_size,
             settings,
             kind="row",
             group=self.tp_group,
-            bias=False,
+            bias=bias,
             device=_device(config),
             dtype=config.params_dtype,
         )
+        if self.matrix.bias is not None:
+            # Added to a part of the sequence: finalize_model_grads sums its gradient.
+            _mark(self.matrix.bias, sequence_parallel=self.sequence_parallel)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, this rank's part of in, or in] -> output and bias, as the base."""
         x = _autocast(input_)
         if not self.input_is_parallel:
             x = scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
-        y = self.matrix(x)
+        y = self.matrix(x, add_bias=False)
         if self.sequence_parallel:
             y = reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
         else:
             y = reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
+        bias = self.matrix.bias
         if self.skip_bias_add:
-            return y, self.bias
-        return (y if self.bias is None else y + self.bias), None
+            return y, bias
+        return (y if bias is None else y + bias), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> Any:
         """For megatron-core's own checkpoints: every factor with the axis along which it is cut."""
-        return _sharded_state(self, "row", {}, prefix, sharded_offsets, metadata)
+        return _sharded_state(self, "row", prefix, sharded_offsets, metadata)
 
 
 SpectralParallelLinear = SpectralColumnParallelLinear | SpectralRowParallelLinear
@@ -240,6 +242,11 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def _mark(tensor: Any, **attributes: Any) -> None:
+    for name, value in attributes.items():
+        setattr(tensor, name, value)
+
+
 def _tensor(value: Tensor | None) -> Tensor:
     if value is None:
         raise SpectralError("the matrices of a fused layer must all have a bias, or none")
@@ -247,12 +254,13 @@ def _tensor(value: Tensor | None) -> Tensor:
 
 
 def _sharded_state(
-    layer: Any, kind: Literal["column", "row"], axes: Any, prefix: str, offsets: Any, metadata: Any
+    layer: Any, kind: Literal["column", "row"], prefix: str, offsets: Any, metadata: Any
 ) -> Any:
+    axes: dict[str, int] = {}
     state = {k: v for k, v in layer.state_dict(keep_vars=True).items() if v is not None}
     for key in state:
         child, _, leaf = key.rpartition(".")
-        cut = factor_cut(kind, leaf) if child else None
+        cut = factor_cut(kind, leaf) if child in layer.matrix_names else None
         if cut is not None:
             axes[key] = cut
     return make_sharded_tensors_for_checkpoint(

@@ -38,13 +38,13 @@ class SpectralMatrix(SpectralLinear):
     """A SpectralLinear of which this rank holds a part; logical sizes are those of the whole.
 
     Column-parallel: u (out / t, r), residual (out / t, in), bias (out / t); v and sigma whole.
-    Row-parallel: v (in / t, r), residual (out, in / t); u and sigma whole, no bias.
+    Row-parallel: v (in / t, r), residual (out, in / t); u, sigma and bias whole.
 
     Args:
         in_features: of the whole matrix.
         out_features: of the whole matrix.
         kind: which of its dimensions the ranks of `group` share.
-        bias: whether a column-parallel matrix has one.
+        bias: whether it has one.
         device: of the parameters.
         dtype: of trained parameters.
 
@@ -124,7 +124,8 @@ class SpectralMatrix(SpectralLinear):
         return total
 
     def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
-        """Column-parallel: (..., in) -> this rank's outputs; row-parallel: its inputs -> a summand.
+        """Column-parallel: (..., in) -> this rank's outputs; row-parallel: its inputs -> a summand,
+        to which no bias may be added.
 
         In x's dtype; gradients as `SpectralProduct` says.
         """

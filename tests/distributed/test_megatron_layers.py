@@ -113,8 +113,6 @@ def _whole_values(layer: Any, seed: int) -> dict[str, Tensor]:
         values |= {f"{name}.{leaf}": random(*shape) for leaf, shape in shapes.items()}
         if matrix.bias is not None:
             values[f"{name}.bias"] = random(matrix.out_features)
-    if layer.bias is not None:
-        values["bias"] = random(layer.output_size)
     return values
 
 
@@ -139,8 +137,6 @@ def _reference(case: Case, layer: Any, values: dict[str, Tensor], x: Tensor) -> 
                 x.reshape(-1, x.shape[-1]), *leaves.values(), case.gradient == "enhanced", False
             )
         )
-    if case.kind == "row" and "bias" in values:
-        outputs = [outputs[0] + values["bias"]]
     if case.kind == "qkv":
         outputs = [_by_group(*outputs)]
     if case.kind == "gated":  # each rank's outputs are its part of the gate, then of the other
@@ -194,8 +190,9 @@ def _compare(case: Case, group: Any) -> float:
     output.backward(own(g).contiguous())
     if case.completion == "per_step":
         assert sum_partial_gradients(layer.parameters(), group) > 0
-    if case.kind == "row" and case.sequence_parallel and layer.bias is not None:
-        torch.distributed.all_reduce(layer.bias.grad, group=group)  # as finalize_model_grads does
+    for parameter in layer.parameters():
+        if getattr(parameter, "sequence_parallel", False):  # as finalize_model_grads does
+            torch.distributed.all_reduce(parameter.grad, group=group)
     grad_x = expected_x.grad.chunk(tp, dim=input_dim)[rank] if cut_input else expected_x.grad
     errors = [(output - own(expected)).abs().max(), (mine.grad - grad_x).abs().max()]
     for name, parameter in layer.named_parameters():

@@ -1,6 +1,7 @@
 """The capability table: every yes is proved by a test that exists, every no says what to do."""
 
 import re
+from importlib.metadata import PackageNotFoundError
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,10 @@ def test_shard_groups_must_divide_the_ranks(group: int) -> None:
 
 def test_a_missing_host_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_with(parallel__backend="deepspeed")
-    monkeypatch.setattr(hosts, "find_spec", lambda _: None)
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(hosts, "version", missing)
     with pytest.raises(ConfigError, match=r"pip install 'spectral-scale\[deepspeed\]'"):
         hosts.require_host(config, world_size=1)
 

@@ -1,0 +1,40 @@
+"""What megatron-core can do: tensor parallelism within groups of ranks, data parallelism across."""
+
+from spectral_scale.config.support import No, Support, Yes
+
+_TRAIN = "tests/distributed/test_megatron_train.py::"
+_EQUAL = Yes(f"{_TRAIN}test_equals_one_process")
+_RESUME = Yes(f"{_TRAIN}test_checkpoints_move_between_layouts_and_backends")
+_UNTRIED = No("no test has shown it")
+
+MEGATRON: dict[str, Support] = {
+    "method=full": No("Megatron trains dense models by itself; set parallel.backend=fsdp2"),
+    "method=sst": _EQUAL,
+    "method=lora": No("its layers have no tensor-parallel form; set parallel.backend=fsdp2"),
+    "method=relora": No("its layers have no tensor-parallel form; set parallel.backend=fsdp2"),
+    "method=galore": No(
+        "its projectors need the whole gradient of a matrix; set parallel.backend=torch"
+    ),
+    "storage=residual": _EQUAL,
+    "storage=factored": _EQUAL,
+    "extra_sigma": _UNTRIED,
+    "moments=kept": No(
+        "moments cannot follow their triplets through Megatron's shards; leave "
+        "spectral.boundary_moments out"
+    ),
+    "precision=fp32": _EQUAL,
+    "precision=bf16": _UNTRIED,
+    "precision=fp64": No("Megatron's optimizers and losses are fp32; set parallel.backend=torch"),
+    "residual=replicated": _EQUAL,
+    "residual=sharded": No(
+        "frozen weights are cut by tensor parallelism only; leave parallel.residual out"
+    ),
+    "accumulation": _EQUAL,
+    "clipping": _EQUAL,
+    "dropout": _UNTRIED,
+    "activation_checkpointing": _UNTRIED,
+    "compile": No("compiled blocks were not tried with megatron-core; set model.compile=false"),
+    "resume": _RESUME,
+    "reshard": _RESUME,
+    "migrate": _RESUME,
+}

@@ -1,0 +1,48 @@
+"""How much memory tensors take at most while something runs, counted on any device."""
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages that were created in its scope and are still alive, and their peak.
+
+    Temporary memory inside an operator is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current_bytes = 0
+        self.peak_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call, then count new storages among the results."""
+        given = {t.untyped_storage().data_ptr() for t in _tensors([args, kwargs or {}])}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            address = storage.data_ptr()
+            if address and address not in given and address not in self._known:
+                self._known.add(address)
+                self.current_bytes += storage.nbytes()
+                weakref.finalize(storage, self._freed, address, storage.nbytes())
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+        return result
+
+    def _freed(self, address: int, nbytes: int) -> None:
+        self._known.discard(address)
+        self.current_bytes -= nbytes
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return _tensors(list(value.values()))
+    if isinstance(value, list | tuple):
+        return [t for item in value for t in _tensors(item)]
+    return []

@@ -13,6 +13,7 @@ from spectral_scale.errors import SpectralScaleError
 
 COMMANDS = (
     "train",
+    "plan",
     "prepare",
     "evaluate",
     "report",
@@ -21,6 +22,7 @@ COMMANDS = (
     "count",
     "verify",
     "bench",
+    "slurm",
 )
 INTERRUPTED = 130
 

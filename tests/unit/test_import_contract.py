@@ -41,7 +41,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "metrics": frozenset({"errors", "config", "ops"}),
     "engine": BELOW_ENGINE,
     "bench": BELOW_ENGINE | {"engine"},
-    "cli": BELOW_ENGINE | {"cluster", "engine", "bench"},
+    "plan": frozenset(
+        {"errors", "config", "data", "parallel", "layers", "models", "spectral", "engine"}
+    ),
+    "cli": BELOW_ENGINE | {"cluster", "engine", "bench", "plan"},
     "testing": BELOW_ENGINE | {"engine", "cli", "megatron"},
     "__init__": BELOW_BACKENDS,
     "__main__": frozenset({"cli"}),

@@ -1,0 +1,1 @@
+"""What a run needs and costs, computed before it starts. Nothing here is measured."""

@@ -1,0 +1,153 @@
+"""The plan of a run: memory by part, traffic, batch arithmetic and a verdict."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from spectral_scale.config.capability import variant
+from spectral_scale.config.check import check_config, gradient_accumulation_steps
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.plan.activations import ASSUMPTIONS, activation_bytes
+from spectral_scale.plan.inventory import Inventory, take_inventory
+from spectral_scale.plan.memory import memory_of
+from spectral_scale.plan.traffic import traffic_of
+
+Verdict = Literal["fits", "tight", "no"]
+RESERVED_BYTES = 2e9
+"""CUDA's context, NCCL's buffers and libraries."""
+FITS, TIGHT = 0.85, 0.97
+"""Shares of the memory; what is left is for fragmentation and for what the formulas leave out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Computed, not measured; bytes of the fullest rank."""
+
+    model: str
+    backend: str
+    world_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    tokens_per_step: int
+    parameters_trained: int
+    parameters_frozen: int
+    memory: dict[str, int]
+    """Part -> bytes, `activations` and `reserved` included."""
+    peak_bytes: int
+    """The larger of a step's and a boundary's need."""
+    host_bytes: int
+    """Offloaded to the host's memory, a rank."""
+    checkpoint_bytes: int
+    """Of one checkpoint on disk, all ranks together."""
+    step_traffic_bytes: int
+    """Over each rank's links in an optimizer step."""
+    boundary_traffic_bytes: int
+    """The same at a swap, merge or refresh."""
+    boundary_every_steps: int
+    """Steps between two of them; 0: there is none."""
+    gpu_memory_bytes: float
+    verdict: Verdict
+    assumptions: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line."""
+        return (
+            f"{self.model} on {self.world_size} ranks ({self.backend}): "
+            f"{self.peak_bytes / 1e9:.1f} of {self.gpu_memory_bytes / 1e9:.0f} GB a rank by "
+            f"formula: {VERDICTS[self.verdict]}"
+        )
+
+
+VERDICTS: dict[Verdict, str] = {
+    "fits": "fits",
+    "tight": "tight, it may run out of memory",
+    "no": "does not fit",
+}
+
+
+def plan_run(config: RunConfig, *, world_size: int, gpu_memory_bytes: float) -> Plan:
+    """Compute the plan. Raises ConfigError for a run that could not start at all."""
+    config, vocabulary = _with_vocabulary(config)
+    architecture = check_config(config, world_size=world_size)
+    inventory = take_inventory(config, architecture)
+    needs = memory_of(config, architecture, inventory, world_size=world_size)
+    activations = activation_bytes(config, architecture).total
+    traffic = traffic_of(config, inventory, world_size=world_size)
+    memory = {
+        "weights": needs.weights,
+        "gradients": needs.gradients,
+        "optimizer": needs.optimizer,
+        "bank": needs.bank,
+        "gathered": needs.gathered,
+        "activations": activations,
+        "svd_workspace": needs.svd_workspace,
+        "reserved": round(RESERVED_BYTES),
+    }
+    resting = needs.weights + needs.optimizer + needs.bank + memory["reserved"]
+    step = needs.gradients + needs.gathered + activations
+    peak = resting + max(step, needs.svd_workspace)
+    return Plan(
+        model=config.model.name or str(config.model.path),
+        backend=variant(config.parallel, world_size=world_size),
+        world_size=world_size,
+        micro_batch_size=config.train.micro_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps(config, world_size=world_size),
+        tokens_per_step=config.train.global_batch_size * config.model.sequence_length,
+        parameters_trained=inventory.numel(trainable=True),
+        parameters_frozen=inventory.numel(trainable=False),
+        memory=memory,
+        peak_bytes=peak,
+        host_bytes=needs.host,
+        checkpoint_bytes=checkpoint_bytes(config, inventory),
+        step_traffic_bytes=traffic.step,
+        boundary_traffic_bytes=traffic.boundary,
+        boundary_every_steps=_boundary_every(config),
+        gpu_memory_bytes=gpu_memory_bytes,
+        verdict=verdict(peak, gpu_memory_bytes),
+        assumptions=(
+            *vocabulary,
+            ASSUMPTIONS,
+            *needs.notes,
+            f"reserved: {RESERVED_BYTES / 1e9:.0f} GB for CUDA's context and NCCL",
+        ),
+    )
+
+
+def _with_vocabulary(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
+    """The embedding's rows as the data has them; of the preset, and a note, without the data."""
+    from spectral_scale.data.tokens import open_tokens
+    from spectral_scale.engine.data import with_vocabulary
+
+    if Path(config.data.train).is_dir():
+        return with_vocabulary(config, open_tokens(config.data.train)), ()
+    if config.model.path is not None or config.model.vocab_size != "auto":
+        return config, ()
+    return config, (f"vocabulary: the preset's, as data.train={config.data.train} is not here",)
+
+
+def verdict(peak_bytes: float, gpu_memory_bytes: float) -> Verdict:
+    """How a peak stands to a device's memory."""
+    share = peak_bytes / gpu_memory_bytes
+    return "fits" if share <= FITS else "tight" if share <= TIGHT else "no"
+
+
+def checkpoint_bytes(config: RunConfig, inventory: Inventory) -> int:
+    """Trained weights and both moments, and the bank or the frozen weights' fp32 truth."""
+    itemsize = 8 if config.train.precision == "fp64" else 4
+    matrices = inventory.matrices.values()
+    owned = {
+        "sst": sum(min(m, n) * (m + n + 1) for m, n in matrices),
+        "lora": sum(m * n for m, n in matrices),
+        "relora": sum(m * n for m, n in matrices),
+    }.get(config.spectral.method, 0)
+    return itemsize * (3 * inventory.numel(trainable=True) + owned)
+
+
+def _boundary_every(config: RunConfig) -> int:
+    swaps = config.spectral.method in ("sst", "relora", "galore")
+    return config.spectral.steps_per_iteration if swaps else 0
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """Plain values, for --format json."""
+    return asdict(plan) | {"assumptions": list(plan.assumptions)}

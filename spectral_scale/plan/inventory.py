@@ -1,0 +1,102 @@
+"""Every parameter of the model a run would train, counted on the meta device: no memory."""
+
+import re
+from dataclasses import dataclass
+
+from spectral_scale.config.presets import Architecture, linear_shapes
+from spectral_scale.config.schema import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One logical parameter."""
+
+    fqn: str
+    """Its name."""
+    shape: tuple[int, ...]
+    """Whole, before any sharding."""
+    numel: int
+    """Elements."""
+    trainable: bool
+    """Whether the optimizer sees it."""
+    itemsize: int
+    """Bytes of an element in training on the torch backend."""
+    block: int | None
+    """Number of its transformer block; None for embeddings, the last norm and the head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """The converted model's parameters and the dense matrices they stand for."""
+
+    items: tuple[Item, ...]
+    """In the model's order; a shared parameter once."""
+    matrices: dict[str, tuple[int, int]]
+    """Converted layer -> (m, n); empty for methods that convert none."""
+
+    def numel(self, *, trainable: bool, in_blocks: bool | None = None) -> int:
+        """Elements of these kinds."""
+        return sum(item.numel for item in self._select(trainable, in_blocks))
+
+    def nbytes(self, *, trainable: bool, in_blocks: bool | None = None) -> int:
+        """Bytes of these kinds."""
+        return sum(item.numel * item.itemsize for item in self._select(trainable, in_blocks))
+
+    def largest_block(self, *, trainable: bool) -> int:
+        """Elements of these in the block that has most."""
+        totals: dict[int, int] = {}
+        for item in self._select(trainable, in_blocks=True):
+            if item.block is not None:
+                totals[item.block] = totals.get(item.block, 0) + item.numel
+        return max(totals.values(), default=0)
+
+    def frozen_itemsize(self) -> int:
+        """Bytes of a frozen element; 0 if nothing is frozen."""
+        return max((item.itemsize for item in self.items if not item.trainable), default=0)
+
+    def _select(self, trainable: bool, in_blocks: bool | None) -> list[Item]:
+        return [
+            item
+            for item in self.items
+            if item.trainable is trainable
+            and (in_blocks is None or (item.block is not None) is in_blocks)
+        ]
+
+
+def take_inventory(config: RunConfig, architecture: Architecture) -> Inventory:
+    """Build and convert the model as training does, without memory or values."""
+    from spectral_scale.engine.build import MASTER_DTYPES, frozen_dtype
+    from spectral_scale.engine.methods import METHODS
+    from spectral_scale.layers.base import factored_layers
+    from spectral_scale.models.build import build_model
+    from spectral_scale.parallel.table import parameter_table
+
+    model = build_model(architecture, config.model, eos_token_id=None)
+    METHODS[config.spectral.method].convert(model, config.spectral, frozen_dtype(config))
+    master = MASTER_DTYPES[config.train.precision].itemsize
+    items = [
+        Item(
+            fqn=fqn,
+            shape=info.global_shape,
+            numel=parameter.numel(),
+            trainable=info.trainable,
+            itemsize=master if info.trainable else parameter.dtype.itemsize,
+            block=_block(fqn),
+        )
+        for (fqn, info), parameter in zip(
+            parameter_table(model).items(), model.parameters(), strict=True
+        )
+    ]
+    layers = factored_layers(model).items()
+    matrices = {name: (layer.out_features, layer.in_features) for name, layer in layers}
+    return Inventory(items=tuple(items), matrices=matrices)
+
+
+def _block(fqn: str) -> int | None:
+    found = re.search(r"\blayers\.(\d+)\.", fqn)
+    return int(found[1]) if found else None
+
+
+def dense_matrices(architecture: Architecture) -> list[tuple[int, int]]:
+    """(m, n) of every linear layer of every block."""
+    return list(linear_shapes(architecture).values()) * architecture.num_layers

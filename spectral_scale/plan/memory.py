@@ -1,0 +1,174 @@
+"""Bytes of a rank's device memory by part, on every backend: formulas, not measurements."""
+
+from dataclasses import dataclass, field
+
+from spectral_scale.config.capability import shard_group_size, shards_residual, zero_stage
+from spectral_scale.config.check import gradient_accumulation_steps
+from spectral_scale.config.presets import Architecture
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.plan.inventory import Inventory, dense_matrices
+from spectral_scale.spectral.owners import assign_owners
+
+SVD_ASSUMPTION = (
+    "SVD workspace: the largest matrix an owner decomposes, its factors, and 4 k^2 + m n "
+    "elements of the driver, fp32"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on the fullest rank."""
+
+    weights: int
+    """Parameters in the dtype they are trained and multiplied in."""
+    gradients: int
+    """Whole or sharded, of trained parameters."""
+    optimizer: int
+    """Moments, and fp32 masters where the backend keeps some apart."""
+    bank: int
+    """Triplets or base weights that this rank owns."""
+    gathered: int
+    """Blocks that are gathered for a pass, whole gradients and communication buffers."""
+    svd_workspace: int
+    """Of the largest re-decomposition; not at the same time as a step's activations."""
+    host: int = 0
+    """In the host's memory instead."""
+    notes: tuple[str, ...] = field(default=())
+    """What was assumed."""
+
+
+def memory_of(
+    config: RunConfig, architecture: Architecture, inventory: Inventory, *, world_size: int
+) -> Memory:
+    """The parts for the run's backend; activations apart (see `plan.activations`)."""
+    parts = _PARTS[config.parallel.backend](config, inventory, world_size)
+    if config.spectral.method == "galore":
+        parts["optimizer"] = _galore(config, architecture, inventory)
+    bank = owned_bytes(config, inventory, world_size)
+    host = parts.pop("host", 0)
+    if config.spectral.bank_device == "cpu":
+        host, bank = host + bank, 0
+    return Memory(
+        **parts,
+        bank=bank,
+        host=host,
+        svd_workspace=svd_bytes(config, inventory, world_size),
+        notes=(SVD_ASSUMPTION, *_NOTES.get(config.parallel.backend, ())),
+    )
+
+
+def _torch(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str, int]:
+    trained = inventory.nbytes(trainable=True)
+    return {
+        "weights": trained + inventory.nbytes(trainable=False),
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "gathered": 0,
+    }
+
+
+def _fsdp2(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str, int]:
+    group = shard_group_size(config.parallel, world_size)
+    sharded = shards_residual(config.parallel)
+    trained = inventory.nbytes(trainable=True)
+    frozen = inventory.nbytes(trainable=False)
+    itemsize = trained // max(inventory.numel(trainable=True), 1)
+    block = inventory.largest_block(trainable=True) * itemsize
+    gathered = 2 * block + inventory.nbytes(trainable=True, in_blocks=False)
+    if sharded:
+        gathered += 2 * inventory.largest_block(trainable=False) * inventory.frozen_itemsize()
+    several = gradient_accumulation_steps(config, world_size=world_size) > 1
+    gathered += trained if several else 2 * block
+    return {
+        "weights": _share(trained, group) + (_share(frozen, group) if sharded else frozen),
+        "gradients": _share(trained, group),
+        "optimizer": _share(2 * trained, group),
+        "gathered": 0 if group == 1 else gathered,
+    }
+
+
+def _deepspeed(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str, int]:
+    from spectral_scale.config.deepspeed_json import resolve_deepspeed
+
+    stage = zero_stage(config.parallel)
+    half = config.train.precision in ("bf16", "fp16")
+    size = 2 if half else 4
+    trained, frozen = inventory.numel(trainable=True), inventory.numel(trainable=False)
+    share = world_size if stage else 1
+    weights, gradients = size * (trained + frozen), size * trained
+    gathered = 0
+    if stage == 3:
+        sharded = shards_residual(config.parallel)
+        weights = _share(size * trained, share) + size * (
+            _share(frozen, share) if sharded else frozen
+        )
+        whole = inventory.largest_block(trainable=True) + inventory.largest_block(trainable=False)
+        gathered = size * (2 * whole + inventory.numel(trainable=True, in_blocks=False))
+    if stage >= 2:
+        gradients = _share(gradients, share)
+    masters = 4 * trained if half or stage else 0
+    optimizer = _share(masters + 8 * trained, share)
+    if stage and half:
+        optimizer += _share(4 * trained, share)  # fp32 gradients of the rank's part, in the step
+    buckets = resolve_deepspeed(config, world_size=world_size).get("zero_optimization", {})
+    elements = min(int(buckets.get("reduce_bucket_size", 5e8)), trained) if stage else 0
+    parts = {"weights": weights, "gradients": gradients, "gathered": gathered + size * elements}
+    if config.parallel.offload == "cpu":
+        return parts | {"optimizer": 0, "host": optimizer}
+    return parts | {"optimizer": optimizer}
+
+
+def _megatron(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str, int]:
+    split = config.parallel.tensor_parallel
+    return {part: _share(size, split) for part, size in _torch(config, inventory, 1).items()}
+
+
+_PARTS = {"torch": _torch, "fsdp2": _fsdp2, "deepspeed": _deepspeed, "megatron": _megatron}
+_NOTES = {
+    "fsdp2": ("FSDP2: two blocks and the root are whole at a time",),
+    "deepspeed": ("DeepSpeed: its own workspaces beyond buckets and gathered blocks left out",),
+    "megatron": (
+        "Megatron: everything cut over the tensor-parallel ranks, optimizer state whole over "
+        "data-parallel ones",
+    ),
+}
+
+
+def _share(nbytes: int, ranks: int) -> int:
+    return -(-nbytes // ranks)
+
+
+def _galore(config: RunConfig, architecture: Architecture, inventory: Inventory) -> int:
+    """Dense parameters' moments, projected ones' in rank r, and the projectors."""
+    itemsize, r = inventory.items[0].itemsize, config.spectral.spectral_rank
+    projected = dense_matrices(architecture)
+    rest = inventory.numel(trainable=True) - sum(m * n for m, n in projected)
+    low = sum(2 * r * max(m, n) + r * min(m, n) for m, n in projected)
+    return itemsize * (2 * rest + low)
+
+
+def owned_bytes(config: RunConfig, inventory: Inventory, world_size: int) -> int:
+    """Bytes on the rank that owns most: all triplets (sst), or base weights (relora) where the
+    layers' own are rounded."""
+    itemsize = 8 if config.train.precision == "fp64" else 4
+    loads = [0] * world_size
+    for name, rank in assign_owners(inventory.matrices, world_size).items():
+        m, n = inventory.matrices[name]
+        loads[rank] += {
+            "sst": itemsize * min(m, n) * (m + n + 1),
+            "relora": itemsize * m * n if inventory.frozen_itemsize() < itemsize else 0,
+        }.get(config.spectral.method, 0)
+    return max(loads)
+
+
+def svd_bytes(config: RunConfig, inventory: Inventory, world_size: int) -> int:
+    """Workspace of the largest SVD; 0 for methods that decompose nothing on a schedule."""
+    if config.spectral.method not in ("sst", "galore", "frod") or not inventory.matrices:
+        return 0
+    itemsize = 8 if config.train.precision == "fp64" else 4
+
+    def workspace(m: int, n: int) -> int:
+        k = min(m, n)
+        return itemsize * (2 * m * n + k * (m + n + 1) + 4 * k * k)
+
+    return max(workspace(m, n) for m, n in inventory.matrices.values())

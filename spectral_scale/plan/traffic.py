@@ -1,0 +1,92 @@
+"""Bytes that collectives carry a step and a boundary, by formula, per rank on a ring.
+
+A message of B bytes costs each of N ranks (N - 1) / N B in an all-gather or a reduce-scatter, and
+twice that in an all-reduce (Thakur et al. 2005, section 4).
+"""
+
+from dataclasses import dataclass
+
+from spectral_scale.config.capability import shard_group_size, shards_residual, zero_stage
+from spectral_scale.config.check import gradient_accumulation_steps
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.plan.inventory import Inventory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes over each rank's links."""
+
+    step: int
+    """Gradients and gathered weights of one optimizer step."""
+    boundary: int
+    """New factors and frozen weights at a swap, merge or refresh, on top of the step's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """Bytes of whole messages in one optimizer step."""
+
+    all_gather: int = 0
+    reduce_scatter: int = 0
+    all_reduce: int = 0
+    """Over all ranks, or over the copies of a shard."""
+
+
+def traffic_of(config: RunConfig, inventory: Inventory, *, world_size: int) -> Traffic:
+    """The bytes for the run's backend; nothing for one process."""
+    group = shard_group_size(config.parallel, world_size)
+    if config.parallel.backend == "megatron":
+        world_size //= config.parallel.tensor_parallel
+    if config.parallel.backend != "fsdp2":
+        group = world_size
+    payload = step_payload(config, inventory, world_size=world_size)
+    copies = world_size // group if config.parallel.backend == "fsdp2" else world_size
+    shares = (group - 1) / group, (copies - 1) / copies
+    reduced = 2 * shares[1] * payload.all_reduce
+    moved = shares[0] * (payload.all_gather + payload.reduce_scatter) + reduced
+    spread = (world_size - 1) / world_size
+    return Traffic(step=round(moved), boundary=round(spread * boundary_payload(config, inventory)))
+
+
+def step_payload(config: RunConfig, inventory: Inventory, *, world_size: int) -> Payload:
+    """What one optimizer step sends in all."""
+    accumulation = gradient_accumulation_steps(config, world_size=world_size)
+    trained = inventory.nbytes(trainable=True)
+    if config.parallel.backend == "fsdp2":
+        return _fsdp2(config, inventory, world_size, accumulation)
+    if config.parallel.backend != "deepspeed":
+        return Payload(all_reduce=trained)
+    size = 2 if config.train.precision in ("bf16", "fp16") else 4
+    stage, weights = zero_stage(config.parallel), size * inventory.numel(trainable=True)
+    if stage == 0:
+        return Payload(all_reduce=weights)
+    if stage < 3:
+        return Payload(all_gather=weights, reduce_scatter=weights)
+    frozen = size * inventory.numel(trainable=False) if shards_residual(config.parallel) else 0
+    return Payload(all_gather=2 * accumulation * (weights + frozen), reduce_scatter=weights)
+
+
+def _fsdp2(config: RunConfig, inventory: Inventory, world_size: int, accumulation: int) -> Payload:
+    """Blocks are gathered for each forward and each backward pass, the root once for both."""
+    trained = inventory.nbytes(trainable=True)
+    root = inventory.nbytes(trainable=True, in_blocks=False)
+    frozen = inventory.nbytes(trainable=False) if shards_residual(config.parallel) else 0
+    group = shard_group_size(config.parallel, world_size)
+    return Payload(
+        all_gather=accumulation * (2 * (trained - root + frozen) + root),
+        reduce_scatter=trained,
+        all_reduce=0 if group == world_size else trained // group,
+    )
+
+
+def boundary_payload(config: RunConfig, inventory: Inventory) -> int:
+    """What the owners send at a boundary: factors in fp32 and frozen weights in their own dtype."""
+    method, r = config.spectral.method, config.spectral.spectral_rank
+    trained = [item for item in inventory.items if item.trainable]
+    if method == "sst":
+        factors = sum(r * (m + n + 1) for m, n in inventory.matrices.values())
+        itemsize = trained[0].itemsize if trained else 4
+        return itemsize * factors + inventory.nbytes(trainable=False)
+    if method == "relora":
+        return inventory.nbytes(trainable=False)
+    return 0

@@ -6,20 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spectral_scale.config.check import check_spectral_rank
+from spectral_scale.config.check import check_spectral
 from spectral_scale.config.presets import PRESETS, Architecture, resolve_architecture
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
 from spectral_scale.errors import ConfigError
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "full": {"method": "full"},
+FULL: dict[str, dict[str, Any]] = {"full": {"method": "full", "targets": [], "train_dense": True}}
+WITH_RANK: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "sst residual": {"method": "sst", "storage": "residual"},
     "sst factored": {"method": "sst", "storage": "factored"},
 }
+WITH_SPARSITY: dict[str, dict[str, Any]] = {"frod": {"method": "frod"}}
 DESCRIPTION = (
-    "Count the parameters that train at a time, embeddings and norms included, for full training, "
-    "LoRA (ReLoRA has as many) and SST in both storages. Models are presets "
+    "Count the parameters that train at a time, embeddings and norms included unless they are "
+    "frozen, for full training, LoRA (ReLoRA has as many), SST in both storages and, given "
+    "--sparsity, FRoD. Models are presets "
     f"({', '.join(PRESETS)}) or local transformers folders; nothing is loaded."
 )
 
@@ -30,49 +32,77 @@ def add_parser(commands: Any) -> None:
         "count", help="count the parameters each method trains", description=DESCRIPTION
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a preset or a folder")
+    parser.add_argument("--spectral-rank", type=int, metavar="R", help="spectral.spectral_rank")
+    parser.add_argument("--sparsity", type=float, metavar="S", help="spectral.sparsity, for FRoD")
     parser.add_argument(
-        "--spectral-rank", type=int, required=True, metavar="R", help="spectral.spectral_rank"
+        "--targets", default="", metavar="A,B", help="spectral.targets: convert only these linears"
+    )
+    parser.add_argument(
+        "--freeze-dense", action="store_true", help="spectral.train_dense=false: count factors only"
     )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of the result")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a row a model and method; 0. Raises ConfigError for unknown models and ranks."""
-    if arguments.spectral_rank < 1:
-        raise ConfigError(f"--spectral-rank {arguments.spectral_rank} must be at least 1")
-    spectral = SpectralConfig(spectral_rank=arguments.spectral_rank)
-    models = [_resolve(name, spectral) for name in arguments.models]
+    variants = _variants(arguments)
+    models = [_resolve(name, list(variants.values())) for name in arguments.models]
     rows = [
         row
         for name, (model, architecture) in zip(arguments.models, models, strict=True)
-        for row in _count(name, model, architecture, spectral)
+        for row in _count(name, model, architecture, variants)
     ]
     print(json.dumps(rows, indent=2) if arguments.format == "json" else _table(rows))
     return 0
 
 
-def _resolve(name: str, spectral: SpectralConfig) -> tuple[ModelConfig, Architecture]:
+def _variants(arguments: argparse.Namespace) -> dict[str, SpectralConfig]:
+    """What is counted, by its name in the table. Raises ConfigError."""
+    rank, sparsity = arguments.spectral_rank, arguments.sparsity
+    if rank is None and sparsity is None:
+        raise ConfigError("give --spectral-rank R (for LoRA and SST), --sparsity S (FRoD) or both")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--spectral-rank {rank} must be at least 1")
+    if sparsity is not None and not 0 < sparsity <= 1:
+        raise ConfigError(f"--sparsity {sparsity} must lie in (0, 1]")
+    common: dict[str, Any] = {
+        "targets": [name for name in arguments.targets.split(",") if name],
+        "train_dense": not arguments.freeze_dense,
+    }
+    chosen = {name: common | changes for name, changes in FULL.items()}
+    if rank is not None:
+        chosen |= {n: common | c | {"spectral_rank": rank} for n, c in WITH_RANK.items()}
+    if sparsity is not None:
+        chosen |= {n: common | c | {"sparsity": sparsity} for n, c in WITH_SPARSITY.items()}
+    return {name: SpectralConfig(**values) for name, values in chosen.items()}
+
+
+def _resolve(name: str, variants: list[SpectralConfig]) -> tuple[ModelConfig, Architecture]:
     is_folder = name not in PRESETS and Path(name).is_dir()
     model = ModelConfig(name=None, path=name) if is_folder else ModelConfig(name=name)
     architecture = resolve_architecture(replace(model, sequence_length=1))
-    for problem in check_spectral_rank(spectral, architecture):
-        raise ConfigError(f"{name}: {problem}")
+    for spectral in variants:
+        for problem in check_spectral(spectral, architecture):
+            raise ConfigError(f"{name}: {problem}")
     return model, architecture
 
 
 def _count(
-    name: str, model: ModelConfig, architecture: Architecture, spectral: SpectralConfig
+    name: str,
+    model: ModelConfig,
+    architecture: Architecture,
+    variants: dict[str, SpectralConfig],
 ) -> list[dict[str, Any]]:
     from spectral_scale.engine.counts import counts_of
 
     rows = []
-    for variant, changes in VARIANTS.items():
-        counts = counts_of(architecture, model, replace(spectral, **changes))
+    for variant, spectral in variants.items():
+        counts = counts_of(architecture, model, spectral)
         rows.append(
             {
                 "model": name,
                 "method": variant,
-                "spectral_rank": None if variant == "full" else spectral.spectral_rank,
+                "spectral_rank": spectral.spectral_rank if variant in WITH_RANK else None,
                 "trained": counts.trained,
                 "dense": counts.dense,
                 "share": counts.share,

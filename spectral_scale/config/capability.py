@@ -52,7 +52,9 @@ def requested(config: RunConfig) -> Iterator[str]:
             yield "extra_sigma"
         if spectral.boundary_moments != "reset":
             yield "moments=kept"
-    if spectral.method in ("sst", "lora", "relora"):
+    if not spectral.train_dense:
+        yield "dense=frozen"
+    if spectral.method in ("sst", "lora", "relora", "frod"):
         yield "residual=sharded" if shards_residual(config.parallel) else "residual=replicated"
     for key in ("activation_checkpointing", "compile"):
         if getattr(model, key):

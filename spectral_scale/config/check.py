@@ -8,6 +8,9 @@ from spectral_scale.config.presets import Architecture, linear_shapes, resolve_a
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 from spectral_scale.errors import ConfigError
 
+CONVERTING = ("sst", "lora", "relora", "frod")
+"""Methods that put layers of their own in the place of linears."""
+
 
 def check_config(config: RunConfig, *, world_size: int) -> Architecture:
     """Raise one ConfigError that lists every broken rule; return the model's shapes if none is."""
@@ -15,7 +18,7 @@ def check_config(config: RunConfig, *, world_size: int) -> Architecture:
     problems += refusals(config, world_size=world_size)
     try:
         architecture = resolve_architecture(config.model)
-        problems += _check_spectral(config.spectral, architecture)
+        problems += check_spectral(config.spectral, architecture)
     except ConfigError as error:
         problems.append(str(error))
     if problems:
@@ -80,7 +83,14 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
     }
     if config.optimizer.decay_steps != "auto":
         at_least_one["optimizer.decay_steps"] = config.optimizer.decay_steps
-    positive: dict[str, float] = {"optimizer.galore_scale": config.optimizer.galore_scale}
+    if config.data.examples is not None:
+        at_least_one["data.examples"] = config.data.examples
+    positive: dict[str, float] = {
+        "optimizer.galore_scale": config.optimizer.galore_scale,
+        "spectral.ridge": config.spectral.ridge,
+    }
+    if config.optimizer.value_lr != "auto":
+        at_least_zero["optimizer.value_lr"] = config.optimizer.value_lr
     if config.train.time_limit_minutes is not None:
         positive["train.time_limit_minutes"] = config.train.time_limit_minutes
     if config.spectral.lora_alpha != "auto":
@@ -100,6 +110,8 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
     for key, number in positive.items():
         if not (number > 0 and math.isfinite(number)):
             yield f"{key}={number} must be finite and above 0"
+    if not 0 < config.spectral.sparsity <= 1:
+        yield f"spectral.sparsity={config.spectral.sparsity} must lie in (0, 1]"
     for key, fraction in fractions.items():
         if not (0 <= fraction < 1 or (fraction == 1 and key.endswith("ratio"))):
             yield f"{key}={fraction} must lie in [0, 1)"
@@ -119,18 +131,57 @@ def _check_batches(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
-def _check_spectral(spectral: SpectralConfig, architecture: Architecture) -> Iterator[str]:
-    if spectral.method != "full":
+def check_spectral(spectral: SpectralConfig, architecture: Architecture) -> Iterator[str]:
+    """What is wrong with the method's settings for the model's linear layers, if anything."""
+    yield from _check_targets(spectral, architecture)
+    if spectral.method not in ("full", "frod"):
         yield from check_spectral_rank(spectral, architecture)
+    if spectral.method == "frod":
+        yield from _check_frod(spectral, architecture)
     if spectral.method == "sst":
         yield from _check_sst(spectral)
         yield from _check_extra_sigma(spectral, architecture)
 
 
+def converted_shapes(
+    spectral: SpectralConfig, architecture: Architecture
+) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear of one block that the method converts."""
+    shapes = linear_shapes(architecture)
+    return {n: s for n, s in shapes.items() if not spectral.targets or n in spectral.targets}
+
+
+def _check_targets(spectral: SpectralConfig, architecture: Architecture) -> Iterator[str]:
+    known = list(linear_shapes(architecture))
+    for name in spectral.targets:
+        if name not in known:
+            yield f"spectral.targets holds {name}, but the blocks' linears are {known}"
+    if spectral.method not in CONVERTING and (spectral.targets or not spectral.train_dense):
+        key = "targets" if spectral.targets else "train_dense=false"
+        yield (
+            f"spectral.{key} needs a method that converts linears ({', '.join(CONVERTING)}), not "
+            f"spectral.method={spectral.method}; leave it out"
+        )
+
+
+def _check_frod(spectral: SpectralConfig, architecture: Architecture) -> Iterator[str]:
+    for name, (_, width) in converted_shapes(spectral, architecture).items():
+        if math.floor(spectral.sparsity * width * width) < 1:
+            yield (
+                f"spectral.sparsity={spectral.sparsity:g} selects none of the {width} x {width} "
+                f"entries of S of {name}; set it to at least {1 / (width * width):.3g}"
+            )
+    if architecture.num_layers < 2:
+        yield (
+            "spectral.method=frod shares a basis between the layers of a kind, and the model has "
+            "one block; use lora or sst, or a model with at least 2 blocks"
+        )
+
+
 def check_spectral_rank(spectral: SpectralConfig, architecture: Architecture) -> Iterator[str]:
     """What is wrong with the rank for the model's linear layers, if anything."""
     r = spectral.spectral_rank
-    for name, (out_features, in_features) in linear_shapes(architecture).items():
+    for name, (out_features, in_features) in converted_shapes(spectral, architecture).items():
         if r > min(out_features, in_features):
             yield (
                 f"spectral.spectral_rank={r} exceeds min(m, n)={min(out_features, in_features)} of "

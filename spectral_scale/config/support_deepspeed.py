@@ -6,6 +6,7 @@ _TESTS = "tests/distributed/test_equivalence_deepspeed.py::"
 _EQUAL = Yes(f"{_TESTS}test_equals_one_process")
 _FP16 = "tests/distributed/test_deepspeed_fp16.py::"
 _FEATURES = "tests/distributed/test_deepspeed_features.py::"
+_FROD = "tests/distributed/test_frod_backends.py::"
 _STATE = "tests/distributed/test_deepspeed_state.py::"
 
 
@@ -21,6 +22,8 @@ _COMMON: dict[str, Support] = {
     "method=galore": No(
         "its optimizer needs whole gradients, and ZeRO flattens them; set parallel.backend=torch"
     ),
+    "method=frod": Yes(f"{_FROD}test_zero_equals_one_process"),
+    "dense=frozen": Yes(f"{_FROD}test_zero_equals_one_process"),
     "storage=residual": _EQUAL,
     "storage=factored": _EQUAL,
     "precision=fp32": _EQUAL,

@@ -7,6 +7,7 @@ _EQUAL = f"{_FOLDER}test_equivalence_fsdp2.py::test_equals_one_process"
 _SINGLE = f"{_FOLDER}test_equivalence_fsdp2.py::test_losses_equal_in_single_precision"
 _OTHERS = f"{_FOLDER}test_equivalence_fsdp2.py::test_methods_and_models_equal_one_process"
 _BF16 = f"{_FOLDER}test_equivalence_fsdp2.py::test_bf16_trains_the_numbers_of_plain_torch"
+_FROD = f"{_FOLDER}test_frod_backends.py::"
 _SAME = f"{_FOLDER}test_fsdp2_resume.py::test_same_ranks_resume_bit_exactly"
 _ELSEWHERE = f"{_FOLDER}test_fsdp2_resume.py::test_resume_elsewhere"
 
@@ -18,6 +19,8 @@ _BOTH: dict[str, Support] = {
     "method=galore": No(
         "its projectors need the whole gradient of a matrix; set parallel.backend=torch"
     ),
+    "method=frod": Yes(f"{_FROD}test_fsdp2_equals_one_process"),
+    "dense=frozen": Yes(f"{_FROD}test_fsdp2_equals_one_process"),
     "storage=residual": Yes(_EQUAL),
     "storage=factored": Yes(_EQUAL),
     "extra_sigma": Yes(_OTHERS),

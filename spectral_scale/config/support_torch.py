@@ -5,6 +5,7 @@ from spectral_scale.config.support import No, Support, Yes
 _RESUME = "tests/integration/test_resume.py::"
 _DDP = "tests/distributed/test_ddp.py::test_ddp_equals_one_process"
 _METHODS = "tests/unit/baselines/test_method_runs.py"
+_FROD = "tests/distributed/test_frod_backends.py::"
 
 TORCH: dict[str, Support] = {
     "method=full": Yes(f"{_RESUME}test_resume_is_bit_exact[dense training]"),
@@ -12,6 +13,8 @@ TORCH: dict[str, Support] = {
     "method=lora": Yes(_METHODS),
     "method=relora": Yes(_METHODS),
     "method=galore": Yes(_METHODS),
+    "method=frod": Yes(f"{_FROD}test_ddp_equals_one_process"),
+    "dense=frozen": Yes(f"{_FROD}test_ddp_equals_one_process"),
     "storage=residual": Yes(_DDP),
     "storage=factored": Yes(f"{_RESUME}test_resume_is_bit_exact[factored storage]"),
     "extra_sigma": Yes(f"{_RESUME}test_resume_is_bit_exact[extra sigma, kept moments]"),

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from spectral_scale.data.order import ORDER_VERSION, sample_ids
+from spectral_scale.data.order import ORDER_VERSION, sample_ids, sample_index
 from spectral_scale.data.packing import count_samples, read_padded, read_samples
 from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.errors import ConfigError, DataError
+
+BEFORE_ALL = -1
+"""The epoch in whose order the examples come first: one that no training reaches."""
 
 
 class Batch(NamedTuple):
@@ -55,9 +58,10 @@ class TrainLoader:
         data_rank: k, this rank's place among the data-parallel ranks.
         data_world_size: N, the number of data-parallel ranks.
         num_workers: processes that read ahead; 0 reads in this process.
+        examples: read only this many sequences of the folder, drawn by the seed; None: all.
 
     Raises:
-        ConfigError: G is not divisible by N times the micro-batch size.
+        ConfigError: G is not divisible by N times the micro-batch size, or too many examples.
         DataError: the folder holds less than one sequence.
     """
 
@@ -72,6 +76,7 @@ class TrainLoader:
         data_rank: int = 0,
         data_world_size: int = 1,
         num_workers: int = 0,
+        examples: int | None = None,
     ) -> None:
         _check_positive(
             sequence_length=sequence_length,
@@ -91,7 +96,11 @@ class TrainLoader:
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.num_workers = num_workers
-        self.num_samples = count_samples(folder, sequence_length)
+        self.num_samples = count_examples(folder, sequence_length, examples)
+        self.examples: np.ndarray | None = None
+        if examples is not None:
+            every = count_samples(folder, sequence_length)
+            self.examples = sample_index(seed, BEFORE_ALL, np.arange(examples), every)
         self.rank_batch_size = global_batch_size // data_world_size
         self.gradient_accumulation_steps = self.rank_batch_size // micro_batch_size
         self._rank_offset = data_rank * self.rank_batch_size
@@ -99,7 +108,10 @@ class TrainLoader:
     @property
     def state_fingerprint(self) -> dict[str, int | str]:
         """Everything that the sequence of global batches depends on; compare it on resume."""
-        return {
+        few: dict[str, int | str] = {}
+        if self.examples is not None:
+            few["examples"] = len(self.examples)
+        return few | {
             "data": self.folder.fingerprint,
             "tokenizer": self.folder.tokenizer_sha256,
             "sequence_length": self.sequence_length,
@@ -150,7 +162,21 @@ class TrainLoader:
 
     def _samples_at(self, start: int, count: int) -> np.ndarray:
         positions = np.arange(start, start + count, dtype=np.int64)
-        return sample_ids(self.seed, positions, self.num_samples)
+        ids = sample_ids(self.seed, positions, self.num_samples)
+        return ids if self.examples is None else self.examples[ids]
+
+
+def count_examples(folder: TokenFolder, sequence_length: int, examples: int | None) -> int:
+    """Sequences that training reads. Raises ConfigError for more examples than there are."""
+    available = count_samples(folder, sequence_length)
+    if examples is None:
+        return available
+    if not 1 <= examples <= available:
+        raise ConfigError(
+            f"data.examples={examples}, but {folder.path} holds {available} sequences of "
+            f"{sequence_length} tokens; give 1 to {available}, or leave it out to take all"
+        )
+    return examples
 
 
 class ValidationLoader:

@@ -13,16 +13,21 @@ from transformers import PreTrainedModel
 from spectral_scale.backends.base import Backend
 from spectral_scale.backends.torch import pick_device
 from spectral_scale.checkpoint.manager import CheckpointManager
-from spectral_scale.config.check import check_config
-from spectral_scale.config.presets import Architecture, linear_shapes
-from spectral_scale.config.schema import RunConfig
-from spectral_scale.data.loader import TrainLoader, ValidationLoader
+from spectral_scale.config.check import check_config, converted_shapes
+from spectral_scale.config.presets import Architecture
+from spectral_scale.config.schema import RunConfig, SpectralConfig
+from spectral_scale.data.loader import TrainLoader, ValidationLoader, count_examples
 from spectral_scale.data.packing import count_samples
 from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
 from spectral_scale.engine.hosts import autocast_dtype, open_backend, require_host, with_host_file
-from spectral_scale.engine.identity import check_identity, run_identity
-from spectral_scale.engine.methods import METHODS, ControllerParts, MethodController
+from spectral_scale.engine.identity import base_identity, check_identity, run_identity
+from spectral_scale.engine.methods import (
+    METHODS,
+    ControllerParts,
+    MethodController,
+    convert_model,
+)
 from spectral_scale.engine.tokenizers import check_folder_tokenizer
 from spectral_scale.errors import SpectralError
 from spectral_scale.layers.base import factored_layers
@@ -112,10 +117,10 @@ def check_inputs(config: RunConfig, facts: RankFacts) -> Inputs:
     config = with_vocabulary(config, train)
     architecture = check_config(config, world_size=facts.world_size)
     check_vocabulary(architecture.vocab_size, train)
-    count_samples(train, config.model.sequence_length)
+    count_examples(train, config.model.sequence_length, config.data.examples)
     if validation is not None:
         count_samples(validation, config.model.sequence_length, keep_tail=True)
-    _initial_weights(config)  # a folder without usable ones raises
+    initial_weights(config)  # a folder without usable ones raises
     return Inputs(config=config, architecture=architecture, train=train, validation=validation)
 
 
@@ -131,8 +136,10 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
     backend = open_backend(config, facts)
     _set_determinism(config, backend.device)
     loader, validation = _build_loaders(config, backend, train_tokens, validation_tokens)
+    weights = initial_weights(config)
     identity = run_identity(config, architecture, loader)
     background = config.checkpoint.async_save
+    identity |= base_identity(config, weights, backend.collective)
     checkpoints = CheckpointManager(
         Path(config.train.run_dir) / "checkpoints",
         keep_last=config.checkpoint.keep_last,
@@ -149,16 +156,14 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         check_folder(Path(config.model.path), model)
         check_folder_tokenizer(Path(config.model.path), train_tokens)
     method = METHODS[config.spectral.method]
-    method.convert(model, config.spectral, frozen_dtype(config))
-    check_converted(model, architecture)
+    convert_model(model, config.spectral, frozen_dtype(config))
+    check_converted(model, config.spectral, architecture)
     table = parameter_table(model)
     dtype = MASTER_DTYPES[config.train.precision]
     materialise(model, device=backend.device, dtype=dtype)
     if config.model.compile:
         compile_blocks(model)
-    weights = _initial_weights(config)
-    if reader is None:
-        initialise_dense(model, table, weights)
+    initialise_dense(model, table, weights, frozen_only=reader is not None)
     backend.shard(model)
     optimizer = method.optimizer(model, config, backend.collective)
     forward = backend.attach(optimizer)
@@ -201,10 +206,10 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
     )
 
 
-def check_converted(model: nn.Module, architecture: Architecture) -> None:
-    """Raise SpectralError unless every linear of every block was converted, or none (dense)."""
+def check_converted(model: nn.Module, spectral: SpectralConfig, architecture: Architecture) -> None:
+    """Raise SpectralError unless every targeted linear of every block was converted, or none."""
     converted = len(factored_layers(model))
-    expected = architecture.num_layers * len(linear_shapes(architecture))
+    expected = architecture.num_layers * len(converted_shapes(spectral, architecture))
     if converted not in (0, expected):
         raise SpectralError(
             f"{converted} linear layers were converted, the model's blocks hold {expected}; "
@@ -236,6 +241,7 @@ def _build_loaders(
         data_rank=backend.data_rank,
         data_world_size=backend.data_world_size,
         num_workers=config.data.num_workers,
+        examples=config.data.examples,
     )
     if held_out is None:
         return loader, None
@@ -250,17 +256,22 @@ def _build_loaders(
     return loader, validation
 
 
-def _initial_weights(config: RunConfig) -> InitialWeights:
+def initial_weights(config: RunConfig) -> InitialWeights:
+    """Where the run starts from: the folder of `model.path`, or the seed. Raises ConfigError."""
     if config.model.path is not None:
         return FolderWeights(Path(config.model.path))
     return KeyedWeights(config.train.seed)
 
 
 def initialise_dense(
-    model: PreTrainedModel, table: ParameterTable, weights: InitialWeights
+    model: PreTrainedModel,
+    table: ParameterTable,
+    weights: InitialWeights,
+    *,
+    frozen_only: bool = False,
 ) -> None:
-    """Fill every dense parameter from its own key or file entry, in place."""
+    """Fill every dense parameter, or those that never train, from its key or file entry."""
     with torch.no_grad():
         for fqn, parameter in model.named_parameters():
-            if table[fqn].layer is None:
+            if table[fqn].layer is None and not (frozen_only and table[fqn].trainable):
                 parameter.copy_(weights.get(fqn, table[fqn].global_shape))

@@ -42,9 +42,9 @@ def counts_of(
     """Counts of a model converted as training converts it, on the meta device: no memory."""
     import torch
 
-    from spectral_scale.engine.methods import METHODS
+    from spectral_scale.engine.methods import convert_model
     from spectral_scale.models.build import build_model
 
     built = build_model(architecture, model, eos_token_id=None)
-    METHODS[spectral.method].convert(built, spectral, torch.float32)
+    convert_model(built, spectral, torch.float32)
     return count_parameters(built, parameter_table(built))

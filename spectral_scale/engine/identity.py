@@ -9,11 +9,14 @@ from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.data.loader import TrainLoader
 from spectral_scale.errors import ResumeMismatchError
+from spectral_scale.models.weights import InitialWeights
+from spectral_scale.parallel.collective import Collective
 
 FREE_KEYS = {
     "spectral.bank_device",
     "optimizer.lr",
     "optimizer.spectral_lr",
+    "optimizer.value_lr",
     "optimizer.weight_decay",
     "optimizer.clip_grad_norm",
     "optimizer.schedule",
@@ -22,7 +25,15 @@ FREE_KEYS = {
     "optimizer.min_lr_ratio",
 }
 """Keys of the compared sections that may change on resume without being named."""
-METHOD_KEYS = ("method", "storage", "spectral_rank", "lora_alpha")
+METHOD_KEYS = (
+    "method",
+    "storage",
+    "spectral_rank",
+    "lora_alpha",
+    "sparsity",
+    "targets",
+    "train_dense",
+)
 """Keys of the spectral section that decide what a checkpoint's tensors mean."""
 
 
@@ -47,6 +58,25 @@ def run_identity(
             if f"{section}.{key}" not in FREE_KEYS:
                 facts[f"{section}.{key}"] = value
     return facts | {f"data.{key}": value for key, value in loader.state_fingerprint.items()}
+
+
+def keeps_initial_weights(config: RunConfig) -> bool:
+    """Whether checkpoints leave out weights that the run never changes, so that it needs those it
+    started from for as long as it lives."""
+    return config.spectral.method == "frod" or not config.spectral.train_dense
+
+
+def base_identity(
+    config: RunConfig, weights: InitialWeights, collective: Collective
+) -> dict[str, Any]:
+    """The fingerprint of those weights, read by rank 0; nothing if checkpoints hold all weights.
+
+    The folder of a model may move, but its files must stay the same. Collective.
+    """
+    if not keeps_initial_weights(config):
+        return {}
+    mine = weights.fingerprint() if collective.rank == 0 else None
+    return {"model.weights": collective.broadcast_json(mine)}
 
 
 def check_identity(

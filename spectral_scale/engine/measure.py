@@ -40,9 +40,11 @@ def flops_per_token(run: Run) -> float:
 
 def _factor_flops(info: ParameterInfo) -> int:
     """FLOPs a token of one matrix of a converted layer, whichever method's: forward, gradient of
-    its input and, if it trains, its own gradient, each a product of 2 FLOPs an element.
+    its input and, if it trains, its own gradient, each a product of 2 FLOPs an element. FRoD needs
+    the gradient of its frozen weight.
     """
-    return 2 * (3 if info.trainable else 2) * math.prod(info.global_shape)
+    products = 3 if info.trainable or info.role == "mixed" else 2
+    return 2 * products * math.prod(info.global_shape)
 
 
 def utilization(run: Run, flops_a_token: float, tokens_per_second: float) -> float | None:

@@ -13,13 +13,15 @@ from spectral_scale.baselines.lora import convert_lora
 from spectral_scale.baselines.low_rank import LowRankController
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 from spectral_scale.layers.base import factored_layers
-from spectral_scale.layers.convert import convert
+from spectral_scale.layers.convert import convert, freeze_dense
+from spectral_scale.layers.frod import convert_frod
 from spectral_scale.models.weights import InitialWeights
 from spectral_scale.optim.build import build_adamw
 from spectral_scale.optim.groups import param_groups
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
 from spectral_scale.spectral.controller import SpectralController
+from spectral_scale.spectral.frod_controller import FRoDController
 
 
 class Report(Protocol):
@@ -99,6 +101,7 @@ def _adamw(model: nn.Module, config: RunConfig, _: Collective) -> torch.optim.Op
         spectral_lr=config.optimizer.spectral_lr,
         weight_decay=config.optimizer.weight_decay,
         direction_lr_scaling=config.spectral.direction_lr_scaling,
+        value_lr=config.optimizer.value_lr,
     )
     return build_adamw(groups, config.optimizer)
 
@@ -147,12 +150,35 @@ def _galore_controller(parts: ControllerParts) -> GaLoreController:
     return GaLoreController(parts.optimizer)
 
 
+def _frod_controller(parts: ControllerParts) -> FRoDController:
+    return FRoDController(
+        parts.model,
+        parts.optimizer,
+        parts.config.spectral,
+        seed=parts.config.train.seed,
+        collective=parts.collective,
+        store=parts.store,
+        weights=parts.dense_weight,
+        dtype=parts.dtype,
+        decompose=parts.fresh,
+    )
+
+
 def _convert_sst(model: nn.Module, config: SpectralConfig, frozen_dtype: torch.dtype) -> object:
-    return convert(model, config, frozen_dtype=frozen_dtype)
+    return convert(model, config, targets=_targets(config), frozen_dtype=frozen_dtype)
 
 
 def _convert_lora(model: nn.Module, config: SpectralConfig, frozen_dtype: torch.dtype) -> object:
-    return convert_lora(model, config, frozen_dtype=frozen_dtype)
+    return convert_lora(model, config, targets=_targets(config), frozen_dtype=frozen_dtype)
+
+
+def _convert_frod(model: nn.Module, config: SpectralConfig, frozen_dtype: torch.dtype) -> object:
+    return convert_frod(model, config, targets=_targets(config), frozen_dtype=frozen_dtype)
+
+
+def _targets(config: SpectralConfig) -> list[str] | None:
+    """Patterns of module names; None for all linears of the blocks."""
+    return [f"*.{name}" for name in config.targets] or None
 
 
 _LORA = Method(convert=_convert_lora, optimizer=_adamw, controller=_low_rank_controller)
@@ -163,5 +189,13 @@ METHODS: dict[str, Method] = {
     "lora": _LORA,
     "relora": _LORA,
     "galore": Method(optimizer=_galore, controller=_galore_controller),
+    "frod": Method(convert=_convert_frod, optimizer=_adamw, controller=_frod_controller),
 }
 """By the name that `spectral.method` gives."""
+
+
+def convert_model(model: nn.Module, config: SpectralConfig, frozen_dtype: torch.dtype) -> None:
+    """Make a dense meta model the one that the method trains, in place."""
+    METHODS[config.method].convert(model, config, frozen_dtype)
+    if not config.train_dense:
+        freeze_dense(model, frozen_dtype)

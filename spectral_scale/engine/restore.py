@@ -14,16 +14,26 @@ from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.config.load import load_config
 from spectral_scale.config.presets import Architecture, resolve_architecture
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.engine.build import MASTER_DTYPES, frozen_dtype
-from spectral_scale.engine.identity import model_identity
-from spectral_scale.engine.methods import METHODS, ControllerParts
+from spectral_scale.engine.build import (
+    MASTER_DTYPES,
+    frozen_dtype,
+    initial_weights,
+    initialise_dense,
+)
+from spectral_scale.engine.identity import (
+    base_identity,
+    keeps_initial_weights,
+    model_identity,
+)
+from spectral_scale.engine.methods import METHODS, ControllerParts, convert_model
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.layers.base import factored_layers
 from spectral_scale.models.build import build_model, materialise
-from spectral_scale.models.weights import KeyedWeights
+from spectral_scale.models.weights import InitialWeights, KeyedWeights
 from spectral_scale.optim.groups import param_groups
 from spectral_scale.parallel.collective import SingleProcess
 from spectral_scale.parallel.store import TorchStore
+from spectral_scale.parallel.table import parameter_table
 
 CONFIG_NAME = "config.yaml"
 
@@ -102,13 +112,14 @@ def restore_model(
     config, dtype = run.config, MASTER_DTYPES[run.config.train.precision]
     plain = replace(config.model, activation_checkpointing=False)
     model = build_model(run.architecture, plain, eos_token_id=eos_token_id)
-    METHODS[config.spectral.method].convert(
-        model, config.spectral, dtype if exact else frozen_dtype(config)
-    )
+    convert_model(model, config.spectral, dtype if exact else frozen_dtype(config))
+    table = parameter_table(model)
     materialise(model, device=device, dtype=dtype)
+    weights = _initial_weights(run)
+    initialise_dense(model, table, weights, frozen_only=True)
     _load_trained(model, run.reader)
     if factored_layers(model):
-        _load_frozen(model, run, dtype)
+        _load_frozen(model, run, weights, dtype)
     _take_generation_config(model, config.model.path)
     return model.eval()
 
@@ -151,7 +162,20 @@ def _load_trained(model: nn.Module, reader: CheckpointReader) -> None:
         parameter.copy_(value)
 
 
-def _load_frozen(model: nn.Module, run: SavedRun, dtype: torch.dtype) -> None:
+def _initial_weights(run: SavedRun) -> InitialWeights:
+    """What the run started from, if its checkpoints need it. Raises CheckpointError if it changed
+    and ConfigError if it is gone."""
+    if not keeps_initial_weights(run.config):
+        return KeyedWeights(run.config.train.seed)
+    weights = initial_weights(run.config)
+    current = base_identity(run.config, weights, SingleProcess())
+    _refuse_foreign(run.reader, run.folder, current)
+    return weights
+
+
+def _load_frozen(
+    model: nn.Module, run: SavedRun, weights: InitialWeights, dtype: torch.dtype
+) -> None:
     """Let the method's own controller rebuild what does not train, as it does on resume."""
     # Controllers hook into an optimizer; this one holds no state and never steps.
     optimizer = torch.optim.SGD(param_groups(model, lr=0.0, spectral_lr=0.0), lr=0.0)
@@ -163,7 +187,7 @@ def _load_frozen(model: nn.Module, run: SavedRun, dtype: torch.dtype) -> None:
             config=run.config,
             collective=collective,
             store=TorchStore(model, optimizer, collective),
-            weights=KeyedWeights(run.config.train.seed),
+            weights=weights,
             dtype=dtype,
             fresh=False,
         )

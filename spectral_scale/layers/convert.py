@@ -97,6 +97,30 @@ def replace_linears(
     return converted
 
 
+def freeze_dense(model: nn.Module, frozen_dtype: torch.dtype) -> int:
+    """Freeze all parameters but the factors of converted layers, in place; how many they are.
+
+    Those of linears take `frozen_dtype` unless they are tied to an embedding: products cast them to
+    it anyway. Embeddings and norms stay in float32 at least.
+    """
+    kept = {
+        id(getattr(layer, leaf))
+        for layer in factored_layers(model).values()
+        for leaf in layer.trained_shapes()
+    }
+    modules = [m for m in model.modules() if isinstance(m, nn.Linear | FactoredLinear)]
+    linear = {id(p) for module in modules for p in module.parameters(recurse=False)}
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    linear -= {id(p) for module in embeddings for p in module.parameters(recurse=False)}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    for parameter in frozen:
+        wide = torch.promote_types(frozen_dtype, torch.float32)
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(frozen_dtype if id(parameter) in linear else wide)
+    logger.info("froze %d parameters that no method converts", len(frozen))
+    return len(frozen)
+
+
 def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
     """Converted layers by fqn, in the model's order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, SpectralLinear)}

@@ -3,6 +3,7 @@
 Both are pure functions of (name, shape), so no value depends on world size, backend or order.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,9 @@ class InitialWeights(Protocol):
     def get(self, fqn: str, shape: tuple[int, ...]) -> Tensor:
         """The float32 CPU value of one dense weight."""
 
+    def fingerprint(self) -> str:
+        """The same for the same weights, however they are reached."""
+
 
 class KeyedWeights:
     """Freshly drawn: N(0, 0.02) for matrices, ones for norms, zeros for biases."""
@@ -39,6 +43,10 @@ class KeyedWeights:
             return torch.ones(shape)
         generator = keyed_generator(self.seed, "initial weight", fqn)
         return torch.empty(shape).normal_(0.0, INIT_STD, generator=generator)
+
+    def fingerprint(self) -> str:
+        """The seed."""
+        return f"seed {self.seed}"
 
 
 class FolderWeights:
@@ -81,6 +89,17 @@ class FolderWeights:
                 f"the configuration asks for {shape}"
             )
         return value.float()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the files' contents."""
+        digest = hashlib.sha256()
+        for path in sorted(set(self._file_of.values())):
+            try:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise ConfigError(f"{path}: cannot be read: {error}") from None
+        return digest.hexdigest()
 
     def _open(self, name: str) -> Any:
         path = self._file_of[name]

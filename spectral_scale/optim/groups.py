@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,8 +11,10 @@ from spectral_scale.parallel.table import parameter_table
 
 REFERENCE_WIDTH = 768
 """Rows at which `direction_lr_scaling: width` leaves the learning rate as it is."""
-SPECTRAL_KINDS = ("spectral_direction", "spectral_value", "low_rank")
-"""Kinds of group that train at `spectral_lr`."""
+VALUE_LR_FACTOR = 10.0
+"""FRoD's published learning rates of lambda over those of S."""
+SPECTRAL_KINDS = ("spectral_direction", "spectral_value", "low_rank", "frod_mixing", "frod_value")
+"""Kinds of group that train at `spectral_lr`, `frod_value` at `value_lr`."""
 
 
 def param_groups(
@@ -22,9 +24,11 @@ def param_groups(
     spectral_lr: float,
     weight_decay: float = 0.0,
     direction_lr_scaling: str = "none",
+    value_lr: float | Literal["auto"] = "auto",
 ) -> list[dict[str, Any]]:
     """Groups for torch.optim.AdamW: those of dense, dense_no_decay, spectral_direction,
-    spectral_value and low_rank (the factors of LoRA) that the model has.
+    spectral_value, low_rank (the factors of LoRA), frod_mixing and frod_value (the entries of S
+    and the change of lambda of FRoD; `auto` is ten times spectral_lr) that the model has.
 
     Each holds `params`, their `fqns`, `name`, `lr`, `base_lr`, `weight_decay` (dense matrices only)
     and `spectral` (whose lr the controller ramps after each boundary). With `width` scaling the
@@ -43,6 +47,8 @@ def param_groups(
     for name, fqns in sorted(by_name.items()):
         spectral = group_kind(name) in SPECTRAL_KINDS
         peak = (spectral_lr if spectral else lr) * _width_factor(name)
+        if name == "frod_value":
+            peak = VALUE_LR_FACTOR * spectral_lr if value_lr == "auto" else value_lr
         groups.append(
             {
                 "name": name,
@@ -77,6 +83,8 @@ def _group_name(role: str, rows: int, direction_lr_scaling: str) -> str:
     names = {
         "value": "spectral_value",
         "factor": "low_rank",
+        "mixing": "frod_mixing",
+        "value_delta": "frod_value",
         "matrix": "dense",
         "vector": "dense_no_decay",
     }

@@ -9,9 +9,22 @@ from typing import Literal
 
 from torch import nn
 
-Role = Literal["direction", "value", "residual", "fixed", "factor", "base", "matrix", "vector"]
+Role = Literal[
+    "direction",
+    "value",
+    "residual",
+    "fixed",
+    "factor",
+    "base",
+    "mixing",
+    "value_delta",
+    "mixed",
+    "matrix",
+    "vector",
+]
 """direction: u, v; value: sigma; residual, fixed: frozen caches; factor: a low-rank factor,
-base: the frozen weight it adds to; matrix, vector: dense weights."""
+base: the frozen weight it adds to; mixing, value_delta: FRoD's coefficients, mixed: the frozen
+weight they change; matrix, vector: dense weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

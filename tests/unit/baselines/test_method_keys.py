@@ -44,6 +44,7 @@ def test_keys_given_in_vain_are_named() -> None:
         "lora": [scale, storage],
         "relora": [scale, storage],
         "galore": [alpha, storage],
+        "frod": [scale, alpha, storage],
     }
 
 

@@ -71,7 +71,8 @@ def test_every_no_has_a_reason_and_every_feature_a_name() -> None:
 
 
 def test_whatever_can_be_requested_has_a_name() -> None:
-    methods, backends = ("full", "sst", "lora", "relora", "galore"), ("torch", "deepspeed", "fsdp2")
+    methods = ("full", "sst", "lora", "relora", "galore", "frod")
+    backends = ("torch", "deepspeed", "fsdp2")
     for method, backend in product(methods, backends):
         config = config_with(
             spectral__method=method,

@@ -1,0 +1,94 @@
+"""The weight of a FRoD layer, its product, and the gradients of its coefficients.
+
+The weight is formed for each pass and freed after it: nothing of its size is kept, and a step costs
+the layer's dense products plus about 12 m n^2 FLOPs for each micro-batch, whatever its tokens.
+Gradients of the coefficients come from the dense gradient G = dL/dW: dL/dS_pq = u_p^T G v_q.
+
+Shape suffixes: T tokens, O out_features, I in_features.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spectral_scale.layers.frod_pattern import Pattern
+from spectral_scale.layers.sst_product import column_sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedBasis:
+    """What all layers of a category hold in common, once on each rank; no host touches it."""
+
+    category: str
+    """The last parts of the layers' names."""
+    v: Tensor
+    """(n, n) V."""
+    v_inverse_t: Tensor
+    """(n, n) V^-T."""
+    pattern: Pattern
+    """Where S has entries."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors."""
+        return self.v.nbytes + self.v_inverse_t.nbytes + self.pattern.positions.nbytes
+
+
+def directions(base_OI: Tensor, basis: SharedBasis, inverse_lengths: Tensor) -> Tensor:
+    """U^T (n, m) = diag(1 / lambda) V^-1 W^T, in V's dtype."""
+    u = basis.v_inverse_t.t() @ base_OI.to(basis.v.dtype).t()
+    return u.mul_(inverse_lengths[:, None])
+
+
+def adapted_weight(
+    base_OI: Tensor, u_IO: Tensor, basis: SharedBasis, mixing: Tensor, value_delta: Tensor
+) -> Tensor:
+    """W + U (S + diag(delta)) V^T (m, n), in V's dtype; exactly W if both are zero."""
+    inner = basis.pattern.apply(mixing, u_IO)
+    inner.addcmul_(u_IO, value_delta.to(u_IO.dtype)[:, None])
+    return torch.addmm(base_OI.to(u_IO.dtype), inner.t(), basis.v.t())
+
+
+class FRoDProduct(torch.autograd.Function):
+    """y = x (W + U (S + diag(delta)) V^T)^T + bias, with U = W V^-T diag(1 / lambda)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        base_OI: Tensor,
+        mixing: Tensor,
+        value_delta: Tensor,
+        bias_O: Tensor | None,
+        basis: SharedBasis,
+        inverse_lengths: Tensor,
+    ) -> Tensor:
+        """In x's dtype; the weight is formed in V's and rounded once."""
+        u = directions(base_OI, basis, inverse_lengths)
+        weight = adapted_weight(base_OI, u, basis, mixing, value_delta).to(x_TI.dtype)
+        ctx.save_for_backward(x_TI, base_OI, mixing, value_delta)
+        ctx.basis, ctx.inverse_lengths = basis, inverse_lengths
+        ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        bias = None if bias_O is None else bias_O.to(x_TI.dtype)
+        return torch.nn.functional.linear(x_TI, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, S, delta and bias; the weight is formed again."""
+        g = grads[0]
+        x, base, mixing, value_delta = ctx.saved_tensors
+        basis: SharedBasis = ctx.basis
+        u = directions(base, basis, ctx.inverse_lengths)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = g @ adapted_weight(base, u, basis, mixing, value_delta).to(g.dtype)
+        d_weight_IO = (x.t() @ g).to(u.dtype)
+        h = basis.v.t() @ d_weight_IO
+        d_mixing = basis.pattern.products(u, h).to(mixing.dtype)
+        d_delta = (u * h).sum(1).to(value_delta.dtype)
+        d_bias = column_sums(g, ctx.bias_dtype) if ctx.needs_input_grad[4] else None
+        return d_x, None, d_mixing, d_delta, d_bias, None, None

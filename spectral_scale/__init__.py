@@ -7,9 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectral_scale.config.schema import FilterConfig as FilterConfig
     from spectral_scale.config.schema import SpectralConfig as SpectralConfig
     from spectral_scale.layers.convert import convert as convert
     from spectral_scale.layers.convert import merge as merge
+    from spectral_scale.optim.filter.adamw import SpectralFilterAdamW as SpectralFilterAdamW
+    from spectral_scale.optim.filter.spectral_filter import SpectralFilter as SpectralFilter
     from spectral_scale.optim.groups import param_groups as param_groups
     from spectral_scale.parallel.fsdp2_store import FSDP2Store as FSDP2Store
     from spectral_scale.spectral.controller import SpectralController as SpectralController
@@ -23,6 +26,9 @@ _EXPORTS = {
     "param_groups": "spectral_scale.optim.groups",
     "SpectralController": "spectral_scale.spectral.controller",
     "FSDP2Store": "spectral_scale.parallel.fsdp2_store",
+    "FilterConfig": "spectral_scale.config.schema",
+    "SpectralFilter": "spectral_scale.optim.filter.spectral_filter",
+    "SpectralFilterAdamW": "spectral_scale.optim.filter.adamw",
 }
 __all__ = [*_EXPORTS, "__version__"]
 

@@ -1,5 +1,7 @@
 """Flat pieces of what DeepSpeed's ZeRO trains, between the last backward pass and the step."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,7 +25,7 @@ class ZeroPieces:
         else:
             self.group = ShardGroup(index=rank, size=world, handle=dist.group.WORLD)
         self.device = store.device
-        self.shapes: dict[str, Shape] = {
+        self.shapes: Mapping[str, Shape] = {
             fqn: store.layout.shape(store.parameters[fqn])
             for fqn in store.parameters
             if fqn in store.fragments

@@ -56,6 +56,10 @@ def requested(config: RunConfig) -> Iterator[str]:
         yield "dense=frozen"
     if spectral.method in ("sst", "lora", "relora", "frod"):
         yield "residual=sharded" if shards_residual(config.parallel) else "residual=replicated"
+    if config.filter.enabled:
+        yield f"filter={config.filter.nodes}"
+        if config.filter.joint_loss_mu:
+            yield "joint_loss"
     for key in ("activation_checkpointing", "compile"):
         if getattr(model, key):
             yield key

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from spectral_scale.config.capability import refusals
+from spectral_scale.config.filter_rules import filter_problems
 from spectral_scale.config.presets import Architecture, linear_shapes, resolve_architecture
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 from spectral_scale.errors import ConfigError
@@ -19,6 +20,7 @@ def check_config(config: RunConfig, *, world_size: int) -> Architecture:
     try:
         architecture = resolve_architecture(config.model)
         problems += check_spectral(config.spectral, architecture)
+        problems += filter_problems(config, architecture)
     except ConfigError as error:
         problems.append(str(error))
     if problems:

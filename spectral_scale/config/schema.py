@@ -120,6 +120,47 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """The spectral filter: gradients of parameter blocks, low-passed over a graph of the blocks,
+    before clipping and AdamW; and the joint loss over the same graph."""
+
+    kind: Literal["none", "rational", "heat", "ideal", "identity"] = "none"
+    """Response h to a graph frequency f; rational: 1 / (1 + strength f); heat: exp(-strength f);
+    ideal: 1 up to f = strength, else 0; identity: 1 (measures, changes nothing); none: off."""
+    strength: float = 1.0
+    """s of the response; frequencies lie in [0, 2] with the normalized Laplacian."""
+    nodes: Literal["layers", "rows", "heads", "block_gains"] = "layers"
+    """layers: same-shape parameters of one name, by depth; rows, heads: inside each matrix;
+    block_gains: all of them, only the size of their gradients is filtered."""
+    graph: Literal["path", "knn", "complete"] = "path"
+    """path: neighbours in depth or storage; knn: most similar mean gradients; complete: all."""
+    neighbors: int = 4
+    """knn: most similar nodes that each node chooses."""
+    gradient_decay: float = 0.9
+    """knn: decay a step of the mean gradients (of sampled entries) that are compared."""
+    refresh_steps: int = 200
+    """knn: steps between new graphs; the first one is built after the first step."""
+    laplacian: Literal["normalized", "combinatorial"] = "normalized"
+    """combinatorial: D - A, keeps the mean over nodes; normalized: the same between nodes scaled by
+    D^-1/2, whose frequencies do not depend on the edges' weights."""
+    permute_nodes: bool = False
+    """Control: the same graph with its nodes exchanged at random, fixed by the seed."""
+    norm_matched: bool = False
+    """Control: scale each filtered gradient back to its norm before filtering."""
+    joint_loss_mu: float = 0.0
+    """mu of the joint loss, task + mu Tr(D^T L D), of the change D since the anchor."""
+    anchor_steps: int = 0
+    """Steps between new anchors of the joint loss; 0: the start of the run."""
+    targets: list[str] = field(default_factory=list)
+    """fnmatch patterns of the parameters to filter; none: all that the nodes allow."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is done at all."""
+        return self.kind != "none" or self.joint_loss_mu != 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Prepared token folders (`spectral-scale prepare`), or `embedded` for the built-in corpus."""
 
@@ -242,11 +283,12 @@ class MetricsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run: the nine sections of a configuration file."""
+    """One run: the ten sections of a configuration file."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     spectral: SpectralConfig = field(default_factory=SpectralConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -8,6 +8,7 @@ _FP16 = "tests/distributed/test_deepspeed_fp16.py::"
 _FEATURES = "tests/distributed/test_deepspeed_features.py::"
 _FROD = "tests/distributed/test_frod_backends.py::"
 _STATE = "tests/distributed/test_deepspeed_state.py::"
+_FILTER = Yes("tests/distributed/test_filter_equivalence.py::test_equals_one_process")
 
 
 def _refused(reason: str) -> dict[str, Support]:
@@ -26,6 +27,11 @@ _COMMON: dict[str, Support] = {
     "dense=frozen": Yes(f"{_FROD}test_zero_equals_one_process"),
     "storage=residual": _EQUAL,
     "storage=factored": _EQUAL,
+    "filter=layers": _FILTER,
+    "filter=rows": _FILTER,
+    "filter=heads": _FILTER,
+    "filter=block_gains": _FILTER,
+    "joint_loss": _FILTER,
     "precision=fp32": _EQUAL,
     "precision=bf16": Yes(f"{_TESTS}test_bf16_trains_fp32_masters"),
     "precision=fp16": Yes(f"{_FP16}test_equals_one_process"),

@@ -10,6 +10,7 @@ _BF16 = f"{_FOLDER}test_equivalence_fsdp2.py::test_bf16_trains_the_numbers_of_pl
 _FROD = f"{_FOLDER}test_frod_backends.py::"
 _SAME = f"{_FOLDER}test_fsdp2_resume.py::test_same_ranks_resume_bit_exactly"
 _ELSEWHERE = f"{_FOLDER}test_fsdp2_resume.py::test_resume_elsewhere"
+_FILTER = Yes("tests/distributed/test_filter_equivalence.py::test_equals_one_process")
 
 _BOTH: dict[str, Support] = {
     "method=full": Yes(_OTHERS),
@@ -25,6 +26,11 @@ _BOTH: dict[str, Support] = {
     "storage=factored": Yes(_EQUAL),
     "extra_sigma": Yes(_OTHERS),
     "moments=kept": Yes(_OTHERS),
+    "filter=layers": _FILTER,
+    "filter=rows": _FILTER,
+    "filter=heads": _FILTER,
+    "filter=block_gains": _FILTER,
+    "joint_loss": _FILTER,
     "precision=fp32": Yes(_SINGLE),
     "precision=bf16": Yes(_BF16),
     "precision=fp16": No("only DeepSpeed scales the loss; set train.precision=bf16"),

@@ -6,6 +6,7 @@ _RESUME = "tests/integration/test_resume.py::"
 _DDP = "tests/distributed/test_ddp.py::test_ddp_equals_one_process"
 _METHODS = "tests/unit/baselines/test_method_runs.py"
 _FROD = "tests/distributed/test_frod_backends.py::"
+_FILTER = Yes("tests/distributed/test_filter_equivalence.py::test_equals_one_process")
 
 TORCH: dict[str, Support] = {
     "method=full": Yes(f"{_RESUME}test_resume_is_bit_exact[dense training]"),
@@ -19,6 +20,11 @@ TORCH: dict[str, Support] = {
     "storage=factored": Yes(f"{_RESUME}test_resume_is_bit_exact[factored storage]"),
     "extra_sigma": Yes(f"{_RESUME}test_resume_is_bit_exact[extra sigma, kept moments]"),
     "moments=kept": Yes("tests/distributed/test_ddp_kept_moments.py"),
+    "filter=layers": _FILTER,
+    "filter=rows": _FILTER,
+    "filter=heads": _FILTER,
+    "filter=block_gains": _FILTER,
+    "joint_loss": _FILTER,
     "precision=fp32": Yes(_DDP),
     "precision=bf16": Yes(f"{_RESUME}test_resume_is_bit_exact[bf16]"),
     "precision=fp16": No("only DeepSpeed scales the loss; set train.precision=bf16"),

@@ -20,6 +20,7 @@ from spectral_scale.data.loader import TrainLoader, ValidationLoader, count_exam
 from spectral_scale.data.packing import count_samples
 from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
+from spectral_scale.engine.filter_run import open_filter
 from spectral_scale.engine.hosts import autocast_dtype, open_backend, require_host, with_host_file
 from spectral_scale.engine.identity import base_identity, check_identity, run_identity
 from spectral_scale.engine.methods import (
@@ -34,6 +35,7 @@ from spectral_scale.layers.base import factored_layers
 from spectral_scale.models.build import build_model, compile_blocks, materialise
 from spectral_scale.models.folder import check_folder
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
+from spectral_scale.optim.filter.spectral_filter import SpectralFilter
 from spectral_scale.parallel.facts import RankFacts, require_rendezvous
 from spectral_scale.parallel.separate import separate
 from spectral_scale.parallel.table import ParameterTable, parameter_table
@@ -71,6 +73,8 @@ class Run:
     """Its groups carry `name`, `fqns`, `base_lr`, `spectral`."""
     controller: MethodController | None
     """What the method does between steps; None for dense training."""
+    gradient_filter: SpectralFilter | None
+    """What happens to gradients before they are clipped; None: nothing."""
     loader: TrainLoader
     """Training batches by step."""
     validation: ValidationLoader | None
@@ -179,11 +183,14 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
             fresh=reader is None,
         )
     )
+    gradient_filter = open_filter(config, architecture, model, table, backend.store())
     start_step = skipped_steps = 0
     if reader is not None:
         backend.load_state(reader.read)
         if controller is not None:
             controller.load_state(reader.read, reader.state["applied_steps"])
+        if gradient_filter is not None:
+            gradient_filter.load_state(reader.read)
         start_step, skipped_steps = reader.state["step"], reader.state.get("skipped_steps", 0)
         logger.info("resuming from %s at step %d", reader.path.name, start_step)
     return Run(
@@ -195,6 +202,7 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         table=table,
         optimizer=optimizer,
         controller=controller,
+        gradient_filter=gradient_filter,
         loader=loader,
         validation=validation,
         checkpoints=checkpoints,

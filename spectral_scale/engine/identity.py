@@ -53,7 +53,8 @@ def run_identity(
     facts = model_identity(config, architecture)
     facts["model.dropout"] = config.model.dropout
     facts["train.precision"] = config.train.precision
-    for section in ("spectral", "optimizer"):
+    sections = ["spectral", "optimizer", *(["filter"] if config.filter.enabled else [])]
+    for section in sections:
         for key, value in values[section].items():
             if f"{section}.{key}" not in FREE_KEYS:
                 facts[f"{section}.{key}"] = value

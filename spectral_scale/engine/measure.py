@@ -66,7 +66,8 @@ def memory(run: Run) -> dict[str, float]:
     return {
         "memory/weights_bytes": tensor_bytes(run.model.parameters()),
         "memory/gradients_bytes": sum(local(p).nbytes for p in trained),
-        "memory/states_bytes": tensor_bytes(states),
+        "memory/states_bytes": tensor_bytes(states)
+        + (0 if run.gradient_filter is None else run.gradient_filter.nbytes),
         "memory/bank_bytes": 0 if run.controller is None else run.controller.nbytes(),
         "memory/peak_bytes": peak_memory_bytes(run.backend.device),
     }

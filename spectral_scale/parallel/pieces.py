@@ -75,7 +75,9 @@ class TensorPieces:
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = dict(parameters)
-        self.shapes: dict[str, Shape] = {f: tuple(p.shape) for f, p in self._parameters.items()}
+        self.shapes: Mapping[str, Shape] = {
+            fqn: tuple(p.shape) for fqn, p in self._parameters.items()
+        }
         self.device = next(iter(self._parameters.values())).device
         layouts = Layouts()
         self._layouts = {

@@ -1,0 +1,52 @@
+"""Where parameters stood when the joint loss began to count their change."""
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from spectral_scale.optim.filter.sampling import spread
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
+from spectral_scale.parallel.pieces import Pieces, range_chunks, read_range
+
+
+class Anchors:
+    """A full-precision copy of this rank's pieces, as the host cuts them.
+
+    Args:
+        pieces: where the values are.
+        fqns: parameters to copy, as they are now.
+    """
+
+    def __init__(self, pieces: Pieces, fqns: Iterable[str]) -> None:
+        self._pieces = pieces
+        self._kept: dict[str, Tensor] = {}
+        self.renew(fqns)
+
+    def renew(self, fqns: Iterable[str]) -> None:
+        """Count the change of these parameters from now on."""
+        self._kept |= {fqn: self._pieces.value(fqn).clone() for fqn in fqns}
+
+    def change(self, fqn: str) -> Tensor:
+        """Value minus anchor of this rank's piece, 1-D."""
+        return self._pieces.value(fqn) - self._kept[fqn]
+
+    def state_chunks(self, *, own: bool) -> Iterator[TensorChunk]:
+        """The anchors of this rank's pieces; whole ones from the first rank, or all."""
+        for fqn, kept in self._kept.items():
+            if own or self._pieces.group.index == 0 or spread(self._pieces, fqn):
+                shape = self._pieces.shapes[fqn]
+                yield from range_chunks(f"filter/anchor/{fqn}", kept, self._start(fqn), shape)
+
+    def load_state(self, read: ReadTensor) -> None:
+        """Overwrite them from a checkpoint."""
+        for fqn, kept in self._kept.items():
+            name, shape = f"filter/anchor/{fqn}", self._pieces.shapes[fqn]
+            kept.copy_(read_range(read, name, self._start(fqn), kept.numel(), shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept on this rank."""
+        return sum(kept.nbytes for kept in self._kept.values())
+
+    def _start(self, fqn: str) -> int:
+        return self._pieces.held(fqn)[self._pieces.group.index][0]

@@ -1,0 +1,193 @@
+"""All graphs of a filter whose nodes are blocks: which run where, and what they exchange."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from spectral_scale.config.schema import FilterConfig
+from spectral_scale.errors import SpectralError
+from spectral_scale.optim.filter.anchors import Anchors
+from spectral_scale.optim.filter.block_filter import BlockFilter
+from spectral_scale.optim.filter.measure import Sums
+from spectral_scale.optim.filter.nodes import NodeGroup
+from spectral_scale.optim.filter.placement import Placement, place
+from spectral_scale.optim.filter.signals import BlockedSignal, Signal, StackedSignal
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
+from spectral_scale.parallel.exchange import Exchange
+from spectral_scale.parallel.pieces import Pieces
+
+
+class BlockSet:
+    """Runs every group where `place` puts it. All ranks call every method alike.
+
+    Args:
+        groups: the same on every rank.
+        config: of the filter.
+        pieces: the host's gradients.
+        seed: fixes sampled entries and permutations.
+    """
+
+    def __init__(
+        self, groups: Sequence[NodeGroup], config: FilterConfig, pieces: Pieces, *, seed: int
+    ) -> None:
+        self._config, self._pieces, self._seed = config, pieces, seed
+        self._placements = place(groups, pieces)
+        self._blocks = [self._block_filter(p) for p in self._placements]
+        self._moved = [p for p in self._placements if p.wanted is not None]
+        self._exchange: Exchange | None = None
+        if self._moved:
+            held = [pieces.held(fqn) for p in self._moved for fqn in p.group.fqns]
+            wanted = [p.wanted or [] for p in self._moved for _ in p.group.fqns]
+            self._exchange = Exchange(held, wanted, pieces.group)
+        self.counts_once = [p.is_whole for p in self._placements]
+        """By group, whether every rank measures the same whole."""
+
+    def _block_filter(self, placement: Placement) -> BlockFilter | None:
+        """None where another rank filters the group."""
+        if not placement.works_here:
+            return None
+        first = placement.group.fqns[0]
+        return BlockFilter(
+            placement.group,
+            self._config,
+            seed=self._seed,
+            features=placement.features,
+            span=placement.span,
+            device=self._pieces.device,
+            dtype=torch.promote_types(self._pieces.value(first).dtype, torch.float32),
+        )
+
+    def run(
+        self,
+        gradients: Mapping[str, Tensor],
+        anchors: Anchors | None,
+        sums: Sequence[Sums] | None,
+        *,
+        full: bool,
+        needs_graph: bool,
+    ) -> None:
+        """Filter pieces in place; no communication for groups whose nodes are here already.
+
+        Raises SpectralError if `needs_graph` and a group has none: the filter would be off.
+        """
+        for index, placement in enumerate(self._placements):
+            if placement.wanted is None:
+                fqns = placement.group.fqns
+                changes = None if anchors is None else [anchors.change(fqn) for fqn in fqns]
+                parts = [gradients[fqn] for fqn in fqns]
+                self._run(index, parts, changes, sums, full, needs_graph)
+        if self._exchange is not None:
+            self._run_moved(self._exchange, gradients, anchors, sums, full, needs_graph)
+
+    def _run_moved(
+        self,
+        exchange: Exchange,
+        gradients: Mapping[str, Tensor],
+        anchors: Anchors | None,
+        sums: Sequence[Sums] | None,
+        full: bool,
+        needs_graph: bool,
+    ) -> None:
+        """The others: one all-to-all there (one more for a joint loss), one back."""
+        device = self._pieces.device
+        fqns = [fqn for p in self._moved for fqn in p.group.fqns]
+        parts = [gradients[fqn].to(device) for fqn in fqns]
+        dtype = parts[0].dtype
+        here = iter(exchange.forward(parts, dtype=dtype))
+        changed: Iterator[Tensor] | None = None
+        if anchors is not None:
+            own = [anchors.change(fqn).to(device) for fqn in fqns]
+            changed = iter(exchange.forward(own, dtype=own[0].dtype))
+        filtered: list[Tensor] = []
+        for index, placement in enumerate(self._placements):
+            if placement.wanted is not None:
+                mine = [next(here) for _ in placement.group.fqns]
+                changes = None if changed is None else [next(changed) for _ in mine]
+                self._run(index, mine, changes, sums, full, needs_graph)
+                filtered += mine
+        back = exchange.backward(filtered, dtype=dtype)
+        for fqn, part in zip(fqns, back, strict=True):
+            gradients[fqn].copy_(part)
+
+    def _run(
+        self,
+        index: int,
+        parts: list[Tensor],
+        changes: list[Tensor] | None,
+        sums: Sequence[Sums] | None,
+        full: bool,
+        needs_graph: bool,
+    ) -> None:
+        block = self._blocks[index]
+        if block is None:
+            return
+        own = None if sums is None else sums[index]
+        change = None if changes is None else _signal(block, changes)
+        filtered = block.run(_signal(block, parts), change, own, full=full)
+        if needs_graph and not filtered:
+            raise SpectralError(
+                f"{block.group.name} has no graph, so that its filter is off; call commit() after "
+                "every applied optimizer step"
+            )
+
+    def commit(self) -> None:
+        """The latest gradients enter the means."""
+        for block, _ in self._here():
+            block.commit()
+
+    def forget(self, fqns: set[str]) -> None:
+        """Start the means of groups inside `fqns` again."""
+        for block, _ in self._here():
+            if fqns.issuperset(block.group.fqns):
+                block.forget()
+
+    def renew_graphs(self) -> None:
+        """One all-reduce of the sampled mean gradients of all groups that are cut over ranks.
+
+        Raises SpectralError on all ranks if those of any group are not finite.
+        """
+        means = [block.mean_gradients() for block, _ in self._here()]
+        shared = [
+            mean
+            for mean, (_, p) in zip(means, self._here(), strict=True)
+            if not (p.is_owned or p.is_whole)
+        ]
+        if shared:
+            flat = self._pieces.group.sum(torch.cat([mean.flatten() for mean in shared]))
+            for mean, part in zip(shared, flat.split([m.numel() for m in shared]), strict=True):
+                mean.copy_(part.view_as(mean))
+        error = None
+        try:
+            for mean, (block, _) in zip(means, self._here(), strict=True):
+                block.renew(mean)
+        except SpectralError as caught:
+            error = caught
+        failed = torch.tensor([float(error is not None)], device=self._pieces.device)
+        if float(self._pieces.group.sum(failed)):
+            raise error or SpectralError("another rank's graph cannot be renewed; see its error")
+
+    def state_chunks(self, *, own: bool) -> Iterator[TensorChunk]:
+        """Of every group, each piece once in the group of ranks, or all that is here."""
+        for block, placement in self._here():
+            if own or self._pieces.group.index == 0 or not placement.is_whole:
+                yield from block.state_chunks(own=own)
+
+    def load_state(self, read: ReadTensor) -> None:
+        """Overwrite it from a checkpoint."""
+        for block, _ in self._here():
+            block.load_state(read)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept on this rank."""
+        return sum(block.nbytes for block, _ in self._here())
+
+    def _here(self) -> list[tuple[BlockFilter, Placement]]:
+        pairs = zip(self._blocks, self._placements, strict=True)
+        return [(block, placement) for block, placement in pairs if block is not None]
+
+
+def _signal(block: BlockFilter, parts: list[Tensor]) -> Signal:
+    cut = block.group.cut
+    return StackedSignal(parts) if cut is None else BlockedSignal(parts[0], cut)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from spectral_scale.engine.attempts import Attempts
-from spectral_scale.engine.heartbeat import forget
 from spectral_scale.engine.run_folder import write_failure
 from spectral_scale.engine.status import EXIT_CODES, saved_step
 from spectral_scale.engine.switches import Switches
@@ -36,7 +35,6 @@ class Ending:
         if self._attempts is not None:
             self._attempts.open()
             Switches(self._run_dir).clear()
-            forget(self._run_dir)
 
     def failed(self, error: BaseException) -> BaseException:
         """Note an error in status.json; what to raise in its place."""

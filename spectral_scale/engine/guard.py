@@ -15,7 +15,7 @@ from torch import Tensor
 from spectral_scale.engine.agreement import Agreed, Mine, agree
 from spectral_scale.engine.build import Run
 from spectral_scale.engine.health import HealthMonitor, Verdict
-from spectral_scale.engine.heartbeat import Phase
+from spectral_scale.engine.heartbeat import Phase, forget
 from spectral_scale.engine.saver import Saver
 from spectral_scale.engine.status import read_status
 from spectral_scale.engine.stop import StopRequest
@@ -72,6 +72,9 @@ class Guard:
         """On the latest step."""
 
     def __enter__(self) -> Self:
+        if self._leads:
+            forget(self._run_dir)
+        self._collective.barrier()  # then every rank writes its heartbeat
         self._stack.enter_context(self._stop)
         self._stack.enter_context(self.watchdog)
         return self

@@ -1,9 +1,11 @@
 """A run so small that a step takes milliseconds, for tests of the whole path."""
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -55,10 +57,6 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
         config: the run.
         stop_after: ask for a stop, by a signal, in that step of this attempt.
     """
-    import os
-    import signal
-
-    from spectral_scale.data.loader import StepBatch
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.engine.run_folder import create_run_folder
@@ -70,15 +68,7 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
     create_run_folder(Path(config.train.run_dir))
     run = build_run(config, facts)
     recorder = _Recorder()
-    batches = run.loader.steps
-
-    def signalling(start: int, stop: int) -> Iterator[StepBatch]:
-        for taken, batch in enumerate(batches(start, stop), start=1):
-            if taken == stop_after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    run.loader.steps = signalling  # type: ignore[method-assign, assignment]
+    run.loader = cast(Any, _SignallingLoader(run.loader, stop_after))
     log: Any = recorder if facts.rank == 0 else NullLog()
     outcome = TrainingLoop(run, log, None).train()
     tensors = {chunk.key: chunk.tensor.clone() for chunk in run.backend.state_chunks()}
@@ -129,6 +119,23 @@ def one_process_group() -> Iterator[None]:
         module.leave_group = lambda **_: None
     yield
     leave_group()
+
+
+class _SignallingLoader:
+    """A loader that signals its own process when a batch is asked for."""
+
+    def __init__(self, loader: Any, at: int | None) -> None:
+        self._loader, self._at = loader, at
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def steps(self, start: int, stop: int) -> Iterator[Any]:
+        """The loader's batches; SIGTERM comes before the one that was named, counted from 1."""
+        for number, batch in enumerate(self._loader.steps(start, stop), start=1):
+            if number == self._at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
 
 class _Recorder:

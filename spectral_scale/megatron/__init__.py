@@ -11,6 +11,7 @@ from spectral_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from spectral_scale.megatron.convert import convert_gpt as convert_gpt
+    from spectral_scale.megatron.convert import fresh_weights as fresh_weights
     from spectral_scale.megatron.optimizer import spectral_optimizer as spectral_optimizer
     from spectral_scale.megatron.spec import spectral_gpt_block_spec as spectral_gpt_block_spec
     from spectral_scale.megatron.spec import spectral_gpt_layer_spec as spectral_gpt_layer_spec
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "convert_gpt": "spectral_scale.megatron.convert",
+    "fresh_weights": "spectral_scale.megatron.convert",
     "spectral_optimizer": "spectral_scale.megatron.optimizer",
     "spectral_gpt_block_spec": "spectral_scale.megatron.spec",
     "spectral_gpt_layer_spec": "spectral_scale.megatron.spec",

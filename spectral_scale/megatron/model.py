@@ -103,7 +103,8 @@ def take_place(model: PreTrainedModel, gpt: nn.Module, table: ParameterTable) ->
     Returns the number of parameters. Raises SpectralError unless every one of the model found its
     counterpart, in the shape of this rank's part, and none of the GPTModel's is left.
     """
-    group = gpt.pg_collection.tp  # type: ignore[union-attr]
+    made: Any = gpt
+    group = made.pg_collection.tp
     weights = megatron_weights(
         megatron_architecture(model.config), parts=group.size(), index=group.rank()
     )

@@ -5,8 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-from spectral_scale.errors import SpectralError
-
 logger = logging.getLogger(__name__)
 
 PHASES = ("collect", "commit", "decompose", "sample", "rebuild", "agree", "deliver", "reset")
@@ -36,7 +34,7 @@ class PhaseClock:
     def phase(self, name: str) -> Iterator[None]:
         """Time what is inside, and tell the listeners that it begins.
 
-        Raises SpectralError, naming phase and rank, where a collective fails: a rank is gone.
+        Where a collective fails, because a rank is gone, the error gets a note with phase and rank.
         """
         logger.debug("iteration %d: %s", self.iteration, name)
         for listener in self.listeners:
@@ -45,13 +43,12 @@ class PhaseClock:
         try:
             yield
         except RuntimeError as error:
-            if name not in COLLECTIVE_PHASES:
-                raise
-            raise SpectralError(
-                f"rank {self.rank} broke off in phase {name!r} before iteration {self.iteration}: "
-                f"{error}; if another rank has died, its log says why; start the same command "
-                "again to resume from the last checkpoint"
-            ) from error
+            if name in COLLECTIVE_PHASES:
+                error.add_note(
+                    f"rank {self.rank} broke off in phase {name!r} of the boundary before "
+                    f"iteration {self.iteration}"
+                )
+            raise
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 

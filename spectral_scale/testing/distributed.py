@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from queue import Empty
@@ -15,6 +16,14 @@ JOIN_SECONDS = 10.0
 
 class WorkerError(AssertionError):
     """A worker raised, died or did not finish; carries every rank's traceback."""
+
+    def __init__(self, failures: dict[int, str], values: dict[int, Any]) -> None:
+        listed = [f"--- rank {rank}:\n{text}" for rank, text in sorted(failures.items())]
+        super().__init__("\n".join(listed))
+        self.failures = failures
+        """What became of the ranks that failed: a traceback, or how the process ended."""
+        self.values = values
+        """Results of the others."""
 
 
 def run_distributed(
@@ -46,28 +55,44 @@ def run_distributed(
     values: dict[int, Any] = {}
     failures: dict[int, str] = {}
     try:
-        while len(values) + len(failures) < world_size:
-            rank, value, failure = results.get(timeout=timeout_seconds)
-            if failure is None:
-                values[rank] = value
-            else:
-                failures[rank] = failure
-    except Empty:
-        silent = sorted(set(range(world_size)) - values.keys() - failures.keys())
-        for rank in silent:
-            code = workers[rank].exitcode
-            state = "it still runs" if code is None else f"it ended with exit code {code}"
-            failures[rank] = f"no result after {timeout_seconds} s; {state}"
+        _receive(workers, results, values, failures, timeout_seconds)
     finally:
         for worker in workers:
             worker.join(JOIN_SECONDS if not failures else 0.5)
             if worker.is_alive():
                 worker.kill()
     if failures:
-        raise WorkerError(
-            "\n".join(f"--- rank {rank}:\n{text}" for rank, text in sorted(failures.items()))
-        )
+        raise WorkerError(failures, values)
     return [values[rank] for rank in range(world_size)]
+
+
+def _receive(
+    workers: list[Any],
+    results: Any,
+    values: dict[int, Any],
+    failures: dict[int, str],
+    timeout_seconds: float,
+) -> None:
+    """Take results until every rank has given one, died, or the others are silent too long."""
+    heard = time.monotonic()
+    dead: set[int] = set()
+    while waiting := set(range(len(workers))) - values.keys() - failures.keys():
+        try:
+            rank, value, failure = results.get(timeout=0.2)
+            heard = time.monotonic()
+            if failure is None:
+                values[rank] = value
+            else:
+                failures[rank] = failure
+            continue
+        except Empty:
+            pass
+        for rank in waiting & dead:  # nothing more can be on its way
+            failures[rank] = f"it ended with exit code {workers[rank].exitcode}"
+        dead |= {rank for rank in waiting if workers[rank].exitcode is not None}
+        if time.monotonic() - heard > timeout_seconds:
+            for rank in waiting - dead:
+                failures[rank] = f"no result after {timeout_seconds} s; it still runs"
 
 
 def _work(

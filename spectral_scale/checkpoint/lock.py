@@ -121,6 +121,19 @@ def read_holder(run_dir: Path) -> Holder | None:
         return None
 
 
+def is_held(run_dir: Path) -> bool:
+    """Whether some process holds the run folder's lock now; without effect on it."""
+    if not (run_dir / ".lock").exists():
+        return False
+    lock = FileLock(run_dir / ".lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
 def _is_gone(holder: Holder) -> bool:
     """Whether the holder is known to have ended: it ran on this host and its pid is free."""
     if holder.host != socket.gethostname() or holder.pid <= 0:

@@ -21,6 +21,8 @@ COMMANDS = (
     "import",
     "count",
     "verify",
+    "status",
+    "stop",
     "bench",
     "slurm",
 )

@@ -15,7 +15,8 @@ from spectral_scale.data.loader import Batch, StepBatch
 from spectral_scale.engine.build import Run
 from spectral_scale.engine.evaluate import Evaluation, evaluate, token_loss_sum
 from spectral_scale.engine.guard import End, Guard
-from spectral_scale.engine.incidents import data_of, record
+from spectral_scale.engine.incident_file import record
+from spectral_scale.engine.incidents import data_of
 from spectral_scale.engine.lost_ranks import naming_lost_ranks
 from spectral_scale.engine.measure import memory
 from spectral_scale.engine.replicas import check_replicas

@@ -1,4 +1,4 @@
-"""Bytes that collectives move, counted as they are called."""
+"""What a step does, counted as it is called: bytes of collectives, shapes of products."""
 
 from collections import Counter
 from typing import Any
@@ -12,7 +12,8 @@ class TrafficCounter(TorchDispatchMode):
     """Counts the payload of every collective of torch.distributed in its scope, by operation.
 
     The payload is the whole message: of an all-gather its output, of a reduce-scatter its input, of
-    a scatter or gather all pieces. A ring moves (N - 1) / N of it over each rank's link.
+    a scatter or gather all pieces, of a send what this rank sends. A ring moves (N - 1) / N of it
+    over each rank's link, an all-reduce twice that.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,21 @@ class TrafficCounter(TorchDispatchMode):
             self.calls[operation] += 1
             self.payload_bytes[operation] += _payload(operation, args)
         return func(*args, **(kwargs or {}))
+
+
+class ProductShapes(TorchDispatchMode):
+    """Collects the shapes of all matrix products in its scope, backward passes on the CPU too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call, then note the result's shape."""
+        result = func(*args, **(kwargs or {}))
+        if "mm" in str(func) and isinstance(result, Tensor):
+            self.shapes.add(tuple(result.shape))
+        return result
 
 
 def _payload(operation: str, args: Any) -> int:

@@ -6,11 +6,15 @@ The product path never imports this. `python -m spectral_scale.testing.megatron 
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.testing.tiny import one_process_group, train_tiny
 
 CPU = torch.device("cpu")
 
@@ -75,6 +79,85 @@ def run_on_cpu() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     _CudaMeansCpu.entered = _CudaMeansCpu()
     _CudaMeansCpu.entered.__enter__()
+
+
+def train_in_turn_on_cpu(
+    runs: Sequence[tuple[RunConfig, int | None]], fault: str = "none"
+) -> list[dict[str, Any]]:
+    """`tiny.train_in_turn` with runs on megatron-core among them, which share one process group.
+
+    Args:
+        runs: configurations, and after how many steps each stops (None: at its end).
+        fault: one of `FAULTS`, put into this process first.
+    """
+    with megatron_in_one_group():
+        FAULTS[fault]()
+        return [train_tiny(config, stop_after) for config, stop_after in runs]
+
+
+@contextlib.contextmanager
+def megatron_in_one_group() -> Iterator[None]:
+    """`tiny.one_process_group` for runs on megatron-core, too, on the CPU."""
+    run_on_cpu()
+    with one_process_group():
+        plain: Any = import_module("spectral_scale.backends.torch")
+        backend: Any = import_module("spectral_scale.backends.megatron")
+        for name in ("join_group", "join_alone", "leave_group"):
+            setattr(backend, name, getattr(plain, name))
+        yield
+
+
+def _skip_tensor_sum() -> None:
+    matrix: Any = import_module("spectral_scale.megatron.matrix")
+    matrix.SpectralMatrix._total = lambda self, tensor: tensor.clone()
+
+
+def _sum_twice() -> None:
+    """What is complete already is marked for the sum of sequence parallelism."""
+    matrix: Any = import_module("spectral_scale.megatron.matrix")
+    bottleneck = matrix.SpectralMatrix._bottleneck
+
+    def marked(self: Any, completion: Any) -> Any:
+        for leaf in ("v", "sigma") if self.kind == "column" else ("u", "sigma"):
+            getattr(self, leaf).sequence_parallel = True
+        return bottleneck(self, completion)
+
+    matrix.SpectralMatrix._bottleneck = marked
+
+
+def _count_norm_per_rank() -> None:
+    backend: Any = import_module("spectral_scale.backends.megatron")
+    counted = backend.counted_squares
+    backend.counted_squares = lambda parameters, *, tensor_rank, device: counted(
+        parameters, tensor_rank=0, device=device
+    )
+
+
+def _draw_for_each_part() -> None:
+    """Initial matrices are drawn part by part, as many as there are tensor-parallel ranks."""
+    from megatron.core import parallel_state
+
+    weights: Any = import_module("spectral_scale.models.weights")
+    draw = weights.KeyedWeights.get
+
+    def by_part(self: Any, fqn: str, shape: tuple[int, ...]) -> torch.Tensor:
+        parts = parallel_state.get_tensor_model_parallel_world_size()
+        if len(shape) < 2 or parts == 1:
+            return draw(self, fqn, shape)
+        part = (shape[0] // parts, *shape[1:])
+        return torch.cat([draw(self, fqn, part) for _ in range(parts)])
+
+    weights.KeyedWeights.get = by_part
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "none": lambda: None,
+    "skip the tensor-parallel sum": _skip_tensor_sum,
+    "sum twice": _sum_twice,
+    "count the norm on every rank": _count_norm_per_rank,
+    "draw for each part": _draw_for_each_part,
+}
+"""What tests break to see themselves fail; for the life of the process."""
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""Runs on megatron-core against one process: losses, triplets, norms, weights, checkpoints."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectral_scale.testing.distributed import WorkerError, run_distributed
+from spectral_scale.testing.equivalence import assemble, distance
+from spectral_scale.testing.megatron import train_in_turn_on_cpu
+from spectral_scale.testing.tiny import tiny_config, train_in_turn
+
+STEPS, BATCH, STOP = 10, 16, 6  # swaps after 4 and 8, the second with a re-SVD
+SETTINGS: dict[str, Any] = {
+    "train__steps": STEPS,
+    "train__global_batch_size": BATCH,
+    "model__num_heads": 4,
+    "health__replica_interval": 1,  # ranks that hold the same compare it after every step
+    # Above rounding, which Adam would blow up to full steps.
+    "optimizer__eps": 1e-5,
+    # So low that sigma stays above zero: two zeros leave the basis of a re-SVD to rounding.
+    "optimizer__spectral_lr": 1e-4,
+}
+FACTORED = {"spectral__storage": "factored"}
+CLIPPED = {"optimizer__clip_grad_norm": 0.1}  # below every kind's norm but that of sigma
+LLAMA = {"model__name": "llama-60m", "model__num_heads": 4, "model__ffn_size": 96}
+SEQUENCE = {"parallel__sequence_parallel": True}
+PER_STEP = {"parallel__factor_gradients": "per_step"}
+PLAIN_ADAM = {"parallel__distributed_optimizer": False}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who holds what."""
+
+    tensor: int
+    data: int
+    changes: tuple[tuple[str, Any], ...] = ()
+    accumulation: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.data
+
+    def settings(self) -> dict[str, Any]:
+        found = {
+            "parallel__backend": "megatron",
+            "parallel__tensor_parallel": self.tensor,
+            "train__micro_batch_size": BATCH // self.data // self.accumulation,
+        }
+        return SETTINGS | found | dict(self.changes)
+
+
+def layout(tensor: int, data: int, accumulation: int = 1, **changes: Any) -> Layout:
+    return Layout(tensor, data, tuple(changes.items()), accumulation)
+
+
+LAYOUTS = [
+    layout(1, 1),
+    layout(1, 1, **FACTORED),
+    layout(1, 2, 2, **CLIPPED),
+    layout(1, 2, **FACTORED, **PLAIN_ADAM),
+    layout(2, 1),
+    layout(2, 1, **SEQUENCE, **FACTORED),
+    layout(2, 1, **FACTORED, **PER_STEP, **CLIPPED),
+    layout(4, 1, 2, **SEQUENCE, **CLIPPED),
+    layout(4, 1, **FACTORED),
+    layout(2, 2, **FACTORED, **CLIPPED),
+    layout(2, 2, **SEQUENCE, **PLAIN_ADAM),
+    layout(2, 2, 2, **SEQUENCE, **PER_STEP, **LLAMA),
+    layout(4, 1, **SEQUENCE, **FACTORED, **LLAMA),
+]
+BROKEN = {
+    "skip the tensor-parallel sum": layout(2, 1),
+    "sum twice": layout(2, 1, **SEQUENCE, **CLIPPED),
+    "count the norm on every rank": layout(2, 1, **CLIPPED),
+    "draw for each part": layout(2, 1),
+}
+
+
+def _alone_changes(changes: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in changes.items() if not k.startswith("parallel__")}
+    return kept | {"train__micro_batch_size": BATCH // 2, "health__replica_interval": 0}
+
+
+class Runs:
+    """Results of runs, those of a world size trained by the same processes."""
+
+    def __init__(self, corpus: Path, folder: Path) -> None:
+        self.corpus, self.folder = corpus, folder
+        self._alone: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._found: dict[Layout, list[dict[str, Any]]] = {}
+
+    def config(self, name: str, **changes: Any) -> Any:
+        return tiny_config(self.corpus, self.folder / name, **changes)
+
+    def alone(self, changes: dict[str, Any]) -> dict[str, Any]:
+        if not self._alone:
+            wanted = {self._key(x.settings()) for x in [*LAYOUTS, *BROKEN.values()]}
+            runs = [
+                (self.config(f"alone{i}", **dict(key)), None)
+                for i, key in enumerate(sorted(wanted, key=str))
+            ]
+            results = run_distributed(train_in_turn, 1, runs, timeout_seconds=200)[0]
+            self._alone = dict(zip(sorted(wanted, key=str), results, strict=True))
+        return self._alone[self._key(changes)]
+
+    def found(self, wanted: Layout) -> list[dict[str, Any]]:
+        if wanted not in self._found:
+            same = [x for x in LAYOUTS if x.world == wanted.world]
+            names = [f"world{wanted.world}-{i}" for i in range(len(same))]
+            configs = [self.config(n, **x.settings()) for n, x in zip(names, same, strict=True)]
+            results = train(wanted.world, [(config, None) for config in configs])
+            self._found |= dict(zip(same, results, strict=True))
+        return self._found[wanted]
+
+    def _key(self, changes: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(sorted(_alone_changes(changes).items()))
+
+
+def train(
+    world: int, runs: Sequence[tuple[Any, int | None]], fault: str = "none"
+) -> list[list[dict[str, Any]]]:
+    """For each run, the results by rank."""
+    ranks = run_distributed(train_in_turn_on_cpu, world, runs, fault, timeout_seconds=250)
+    return [list(results) for results in zip(*ranks, strict=True)]
+
+
+def norm_gap(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Largest relative difference of a gradient norm at any step."""
+    gaps = [0.0]
+    for (_, ours), (_, theirs) in zip(found["lines"], expected["lines"], strict=True):
+        for key in theirs:
+            if key.startswith("train/grad_norm"):
+                gaps.append(abs(ours[key] - theirs[key]) / max(theirs[key], 1e-12))
+    return max(gaps)
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(corpus, tmp_path_factory.mktemp("megatron"))
+
+
+@pytest.mark.parametrize("wanted", LAYOUTS, ids=str)
+def test_equals_one_process(wanted: Layout, runs: Runs) -> None:
+    """And ranks that hold the same held the same bits after every step (replica_interval)."""
+    found, expected = runs.found(wanted), runs.alone(wanted.settings())
+    gap = distance(found, expected)
+    assert gap.loss < 1e-5
+    assert gap.weights < 1e-4  # where a gradient is near eps, Adam blows rounding up
+    assert gap.steps_equal
+    assert gap.indices_equal
+    assert norm_gap(found[0], expected) < 1e-3
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_run_is_seen(fault: str, runs: Runs) -> None:
+    wanted = BROKEN[fault]
+    expected = runs.alone(wanted.settings())
+    config = runs.config(fault.replace(" ", "-"), **wanted.settings())
+    try:
+        found = train(wanted.world, [(config, None)], fault)[0]
+    except WorkerError as error:
+        assert "differs between rank" in str(error)
+        return
+    gap = distance(found, expected)
+    assert gap.loss > 1e-5 or norm_gap(found[0], expected) > 1e-2
+
+
+def test_checkpoints_move_between_layouts_and_backends(runs: Runs) -> None:
+    """Saved at TP 2 x DP 2, continued there bit for bit, and at TP 4, TP 1, on ZeRO-2 and torch."""
+    home = layout(2, 2, **SEQUENCE, **CLIPPED)
+    targets = {
+        "same": home,
+        "tp4": layout(4, 1, **CLIPPED),
+        "tp1": layout(1, 1, **CLIPPED),
+    }
+    zero = {"parallel__backend": "deepspeed", "parallel__zero_stage": 2}
+    others = {"zero2": (2, zero), "torch": (1, {"parallel__backend": "torch"})}
+    saved = runs.config("saved", **home.settings())
+    train(4, [(saved, STOP)])
+    for name in [*targets, *others]:
+        shutil.copytree(runs.folder / "saved", runs.folder / name)
+    configs = {n: runs.config(n, **x.settings()) for n, x in targets.items()}
+    undisturbed = runs.config("undisturbed", **home.settings())
+    whole, same, tp4 = train(4, [(c, None) for c in (undisturbed, configs["same"], configs["tp4"])])
+    results = {"same": same, "tp4": tp4, "tp1": train(1, [(configs["tp1"], None)])[0]}
+    for name, (world, changes) in others.items():
+        settings = SETTINGS | CLIPPED | {"train__micro_batch_size": BATCH // world} | changes
+        config = runs.config(name, **settings)
+        ranks = run_distributed(train_in_turn, world, [(config, None)], timeout_seconds=200)
+        results[name] = [rank[0] for rank in ranks]
+    for rank, again in zip(whole, same, strict=True):
+        assert again["tensors"].keys() == rank["tensors"].keys()
+        assert all((again["tensors"][k] == v).all() for k, v in rank["tensors"].items())
+    losses = {step: loss for step, loss in whole[0]["losses"].items() if step > STOP}
+    expected = {"losses": losses, "tensors": assemble(whole)}
+    for name, found in results.items():
+        gap = distance(found, expected)
+        assert gap.loss < 1e-5, name
+        assert gap.weights < 1e-4, name
+        assert gap.steps_equal, name
+        assert gap.indices_equal, name

@@ -93,8 +93,9 @@ class Guard:
         if phase == "data":
             self._work_started = time.perf_counter()
 
-    def worked(self) -> None:
+    def worked(self, step: int) -> None:
         """This rank comes to where it exchanges gradients with the others."""
+        self.mark(step, "backward")
         self._work_seconds = time.perf_counter() - self._work_started
 
     def begin_step(self) -> None:

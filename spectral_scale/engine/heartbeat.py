@@ -19,7 +19,9 @@ import psutil
 FOLDER = "heartbeats"
 DEAF_SECONDS = 10.0
 """A listener that comes so late was held up itself (a stalled file system, a stopped process)."""
-Phase = Literal["start", "data", "forward", "agree", "step", "evaluation", "save", "done"]
+Phase = Literal[
+    "start", "data", "forward", "backward", "agree", "step", "evaluation", "save", "done"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,7 +197,7 @@ class TrainingLoop:
                 with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
                     loss = token_loss_sum(run.forward, moved) / self.steps.tokens_per_step
                 if last:
-                    self.guard.worked()
+                    self.guard.worked(self.step)
                 run.backend.backward(loss)
             total += loss.detach()
         return total

@@ -175,7 +175,7 @@ class Watchdog:
             return None
         if self._heart.beat.rank != 0 and waited < self._allowed(phase) + 2 * self._timeout:
             return None  # rank 0 sees all ranks, and so which one the others wait for
-        return f"{_who(self._last())}: nothing has moved for {waited:.0f} s"
+        return f"nothing has moved for {waited:.0f} s: {self._where()}"
 
     def _allowed(self, phase: Phase) -> float:
         """Seconds that a phase may take."""
@@ -184,10 +184,19 @@ class Watchdog:
             return max(LONG_SECONDS, self._timeout, PATIENCE * (longest or 0.0))
         return max(self._timeout, PATIENCE * longest)
 
-    def _last(self) -> Beat:
-        """The rank that is furthest behind: the others wait for it."""
+    def _where(self) -> str:
+        """Who is furthest behind, and so keeps the others waiting, and where that is."""
         beats = [self._heart.beat, *(s.beat for s in self._listener.seen.values())]
-        return min((b for b in beats if b.phase != "done"), key=lambda b: b.marks)
+        beats = sorted((b for b in beats if b.phase != "done"), key=lambda b: b.marks)
+        last, others = beats[0], beats[1:]
+        text = f"{_who(last)} is in step {last.step} ({last.phase})"
+        if not others:
+            return text
+        same = sum(b.marks == last.marks for b in others)
+        if same:
+            return f"{text}, and so are {same} of {len(others)} others"
+        ahead = others[0]
+        return f"{text} while the others wait for it in step {ahead.step} ({ahead.phase})"
 
     def _finish(self, verdict: str) -> NoReturn:
         logger.error("ending the run: %s", verdict)

@@ -13,6 +13,7 @@ from spectral_scale.errors import SpectralScaleError
 
 COMMANDS = (
     "train",
+    "finetune",
     "plan",
     "prepare",
     "evaluate",

@@ -50,6 +50,11 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_arguments(parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `train` and `finetune` take."""
     add_run_config(parser)
     parser.add_argument("--print-config", action="store_true", help="print the settings and exit")
     parser.add_argument("--help-config", action="store_true", help="describe every key and exit")

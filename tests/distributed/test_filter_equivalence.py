@@ -9,7 +9,7 @@ from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import distance
 from spectral_scale.testing.tiny import tiny_config, train_in_turn
 
-STEPS, BATCH = 5, 24
+STEPS, BATCH = 4, 24
 SETTINGS: dict[str, Any] = {
     "model__num_layers": 3,
     "train__steps": STEPS,
@@ -19,7 +19,7 @@ SETTINGS: dict[str, Any] = {
     "optimizer__eps": 1e-5,  # above rounding, which Adam would blow up to full steps
     "optimizer__clip_grad_norm": 0.1,  # below most norms: the filter must come first
     "optimizer__spectral_lr": 1e-4,
-    "spectral__steps_per_iteration": 2,  # swaps after 2 and 4, the second with a re-SVD
+    "spectral__steps_per_iteration": 2,  # a swap after 2 and, with a re-SVD, after 4
     "filter__kind": "rational",
     "filter__strength": 2.0,
 }
@@ -66,7 +66,7 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, l
         (tiny_config(corpus, folder / name, train__micro_batch_size=12, **(SETTINGS | case)), None)
         for name, case in CASES.items()
     ]
-    (results,) = run_distributed(train_in_turn, 1, double + single, timeout_seconds=120)
+    (results,) = run_distributed(train_in_turn, 1, double + single, timeout_seconds=300)
     return {"fp64": results[: len(double)], "fp32": results[len(double) :]}
 
 
@@ -89,7 +89,7 @@ def test_equals_one_process(
     """Clipping and accumulation on, across swaps and renewed graphs. In double precision every
     tensor is the same; ZeRO trains fp32 masters."""
     runs = [run for host in hosts for run in configs(corpus, tmp_path, host, world)]
-    ranks = run_distributed(train_in_turn, world, runs, timeout_seconds=240)
+    ranks = run_distributed(train_in_turn, world, runs, timeout_seconds=600)
     for index, (config, _) in enumerate(runs):
         precision = config.train.precision
         reference = alone[precision][index % len(CASES)]
@@ -102,9 +102,14 @@ def test_equals_one_process(
 
 
 def assert_same_measures(found: list[Any], expected: list[Any], where: str) -> None:
-    """What was removed, energies, frequencies and drift at every step."""
+    """What was removed, frequencies and drift at every step. Energies add up, but equal frequencies
+    share theirs as rounding has it."""
     for (_, line), (_, reference) in zip(found, expected, strict=True):
         keys = [key for key in reference if key.startswith("filter/")]
         assert not keys or {"filter/drift", "filter/isolated_nodes"} <= set(keys)
         for key in keys:
-            assert line[key] == pytest.approx(reference[key], rel=2e-3, abs=1e-5), (where, key)
+            if key.startswith("filter/energy"):
+                assert sum(line[key]) == pytest.approx(sum(reference[key]), rel=1e-4), (where, key)
+            else:
+                close = pytest.approx(reference[key], rel=2e-3, abs=1e-5)
+                assert line[key] == close, (where, key)

@@ -19,12 +19,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from spectral_scale.backends.base import Accept, Replicated, StepStats
+from spectral_scale.backends.fsdp2_tensor_parallel import apply_tensor_parallel
 from spectral_scale.backends.torch import pick_device
 from spectral_scale.config.capability import shard_group_size, shards_residual
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.optim.build import create_state
 from spectral_scale.optim.groups import kinds
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
+from spectral_scale.parallel.collective import ProcessGroup
 from spectral_scale.parallel.facts import RankFacts
 from spectral_scale.parallel.fsdp2_store import FSDP2Store
 from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
@@ -42,20 +44,32 @@ class FSDP2Backend:
         device: `auto`, `cpu` or `cuda`.
         shard_group: ranks that share one copy of the model; fewer than all of them is HSDP.
         shard_frozen: cut frozen weights too; else every rank holds them whole.
+        tensor_parallel: neighbouring ranks that share each matrix and see the same data.
     """
 
     def __init__(
-        self, facts: RankFacts, device: str, *, shard_group: int, shard_frozen: bool
+        self,
+        facts: RankFacts,
+        device: str,
+        *,
+        shard_group: int,
+        shard_frozen: bool,
+        tensor_parallel: int = 1,
     ) -> None:
         self.device = pick_device(device, facts.local_rank)
         self.collective = join_group(facts.world_size, self.device)
         if facts.world_size == 1:
             join_alone(self.device)
-        self.data_rank, self.data_world_size = facts.rank, facts.world_size
+        self.data_rank = facts.rank // tensor_parallel
+        self.data_world_size = facts.world_size // tensor_parallel
+        self._mesh = _mesh(self.device, facts.world_size, shard_group, tensor_parallel)
+        self._tensor_parallel = tensor_parallel
         self.data_collective = self.collective
-        self._mesh = _mesh(self.device, facts.world_size, shard_group)
+        if tensor_parallel > 1:
+            # Gradients of losses on other data are all this group sums; TP ranks repeat each other.
+            self.data_collective = ProcessGroup(torch.device("cpu"), self._mesh.get_group("shard"))
         self._shard_frozen = shard_frozen
-        self._layouts = Layouts()
+        self._layouts = Layouts(self._mesh)
         self._model: nn.Module
         self._root: FSDPModule
         self._optimizer: torch.optim.Optimizer
@@ -64,10 +78,14 @@ class FSDP2Backend:
         """Cut every block, then what remains, in place."""
         # transformers' blocks return views, which nothing changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        mesh = self._mesh
+        if self._tensor_parallel > 1:
+            apply_tensor_parallel(model, mesh["tensor"])
+            mesh = mesh["shard"]
         frozen = {p for p in model.parameters() if not p.requires_grad}
         ignored = set() if self._shard_frozen else frozen
         for module in [*transformer_blocks(model), model]:
-            sharded = fully_shard(module, mesh=self._mesh, ignored_params=ignored)
+            sharded = fully_shard(module, mesh=mesh, ignored_params=ignored)
             # The loss is this rank's share of the step's, so gradients are summed, not averaged.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
@@ -82,7 +100,7 @@ class FSDP2Backend:
 
     def store(self) -> FSDP2Store:
         """Parameters by name, scattered from and gathered to their owners."""
-        return FSDP2Store(self._model, self._optimizer, self.collective)
+        return FSDP2Store(self._model, self._optimizer, self.collective, mesh=self._mesh)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients stay whole on each rank until the last micro-batch, then are summed and cut."""
@@ -185,6 +203,7 @@ def open_backend(config: RunConfig, facts: RankFacts) -> FSDP2Backend:
         config.train.device,
         shard_group=shard_group_size(config.parallel, facts.world_size),
         shard_frozen=shards_residual(config.parallel),
+        tensor_parallel=config.parallel.tensor_parallel,
     )
 
 
@@ -201,12 +220,17 @@ def _free_root_after_evaluation(root: nn.Module, *_: object) -> None:
         root.reshard()
 
 
-def _mesh(device: torch.device, world_size: int, shard_group: int) -> DeviceMesh:
-    """All ranks in a line, or in rows that hold one copy of the model each."""
-    if shard_group == world_size:
+def _mesh(
+    device: torch.device, world_size: int, shard_group: int, tensor_parallel: int
+) -> DeviceMesh:
+    """All ranks in a line, or in rows that hold one copy of the model, or one matrix, each."""
+    if tensor_parallel > 1:
+        shape, names = (world_size // tensor_parallel, tensor_parallel), ("shard", "tensor")
+    elif shard_group == world_size:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    rows = (world_size // shard_group, shard_group)
-    mesh = init_device_mesh(device.type, rows, mesh_dim_names=("copy", "shard"))
+    else:
+        shape, names = (world_size // shard_group, shard_group), ("copy", "shard")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     for group in mesh.get_all_groups():
         keep_until_exit(group)
     return mesh

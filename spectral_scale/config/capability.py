@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from spectral_scale.config.schema import ParallelConfig, RunConfig
 from spectral_scale.config.support import FEATURES, No, Support, Yes
 from spectral_scale.config.support_deepspeed import DEEPSPEED
-from spectral_scale.config.support_fsdp2 import FSDP2, HSDP
+from spectral_scale.config.support_fsdp2 import FSDP2, FSDP2_TP, HSDP
+from spectral_scale.config.support_megatron import MEGATRON
 from spectral_scale.config.support_torch import TORCH
 
 
@@ -17,6 +18,8 @@ def variant(parallel: ParallelConfig, *, world_size: int) -> str:
     if parallel.backend == "deepspeed":
         suffix = "+offload" if parallel.offload == "cpu" else ""
         return f"zero{zero_stage(parallel)}{suffix}"
+    if parallel.backend == "fsdp2" and parallel.tensor_parallel > 1:
+        return "fsdp2+tp"
     if parallel.backend == "fsdp2" and shard_group_size(parallel, world_size) < world_size:
         return "hsdp"
     return parallel.backend
@@ -25,6 +28,11 @@ def variant(parallel: ParallelConfig, *, world_size: int) -> str:
 def zero_stage(parallel: ParallelConfig) -> int:
     """DeepSpeed's stage, once that of `deepspeed_config` has been taken over."""
     return 2 if parallel.zero_stage == "auto" else parallel.zero_stage
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Ranks that see different data."""
+    return max(1, world_size // max(1, parallel.tensor_parallel))
 
 
 def shard_group_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -75,6 +83,9 @@ def key_problems(parallel: ParallelConfig, *, world_size: int) -> Iterator[str]:
         "offload": ("deepspeed", "none"),
         "deepspeed_config": ("deepspeed", None),
         "shard_group": ("fsdp2", "auto"),
+        "sequence_parallel": ("megatron", False),
+        "distributed_optimizer": ("megatron", True),
+        "factor_gradients": ("megatron", "bottleneck"),
     }
     for key, (owner, neutral) in owners.items():
         value = getattr(parallel, key)
@@ -83,6 +94,22 @@ def key_problems(parallel: ParallelConfig, *, world_size: int) -> Iterator[str]:
                 f"parallel.{key}={value} has no effect on parallel.backend={backend}; leave it "
                 f"out, or set parallel.backend={owner}"
             )
+    if parallel.tensor_parallel != 1 and backend not in ("fsdp2", "megatron"):
+        yield (
+            f"parallel.tensor_parallel={parallel.tensor_parallel} has no effect on "
+            f"parallel.backend={backend}; leave it out, or set parallel.backend=fsdp2 or megatron"
+        )
+    if parallel.sequence_parallel and parallel.tensor_parallel == 1:
+        yield (
+            "parallel.sequence_parallel=true shares the sequence among tensor-parallel ranks, and "
+            "there is one; leave it out, or raise parallel.tensor_parallel"
+        )
+    if parallel.tensor_parallel > 1 and parallel.shard_group != "auto":
+        yield (
+            f"parallel.shard_group={parallel.shard_group} with parallel.tensor_parallel="
+            f"{parallel.tensor_parallel}: copies of a tensor-parallel model were not tried; leave "
+            "shard_group out"
+        )
     group = shard_group_size(parallel, world_size)
     if backend == "fsdp2" and (group < 1 or world_size % group):
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
@@ -107,6 +134,8 @@ CAPABILITIES: dict[str, dict[str, Support]] = {
     "torch": TORCH,
     "fsdp2": FSDP2,
     "hsdp": HSDP,
+    "fsdp2+tp": FSDP2_TP,
+    "megatron": MEGATRON,
     **DEEPSPEED,
 }
 """Row (see `variant`) -> feature -> support; what a row does not name is refused."""

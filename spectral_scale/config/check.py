@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterator
 
-from spectral_scale.config.capability import refusals
+from spectral_scale.config.capability import data_parallel_size, refusals
 from spectral_scale.config.filter_rules import filter_problems
+from spectral_scale.config.megatron_keys import megatron_run_problems
 from spectral_scale.config.presets import Architecture, linear_shapes, resolve_architecture
 from spectral_scale.config.schema import RunConfig, SpectralConfig
+from spectral_scale.config.tensor_parallel import tensor_parallel_problems
 from spectral_scale.errors import ConfigError
 
 CONVERTING = ("sst", "lora", "relora", "frod")
@@ -15,11 +17,15 @@ CONVERTING = ("sst", "lora", "relora", "frod")
 
 def check_config(config: RunConfig, *, world_size: int) -> Architecture:
     """Raise one ConfigError that lists every broken rule; return the model's shapes if none is."""
-    problems = [*_check_ranges(config), *_check_batches(config, world_size)]
+    data_ranks = data_parallel_size(config.parallel, world_size)
+    problems = [*_check_ranges(config), *_check_batches(config, data_ranks)]
     problems += refusals(config, world_size=world_size)
     try:
         architecture = resolve_architecture(config.model)
         problems += check_spectral(config.spectral, architecture)
+        tensor_parallel = config.parallel.tensor_parallel
+        problems += tensor_parallel_problems(architecture, tensor_parallel, world_size=world_size)
+        problems += megatron_run_problems(config, architecture)
         problems += filter_problems(config, architecture)
     except ConfigError as error:
         problems.append(str(error))
@@ -30,7 +36,8 @@ def check_config(config: RunConfig, *, world_size: int) -> Architecture:
 
 def gradient_accumulation_steps(config: RunConfig, *, world_size: int) -> int:
     """Forward passes an optimizer step, a rank."""
-    return config.train.global_batch_size // (config.train.micro_batch_size * world_size)
+    ranks = data_parallel_size(config.parallel, world_size)
+    return config.train.global_batch_size // (config.train.micro_batch_size * ranks)
 
 
 def iterations_per_round(spectral: SpectralConfig, smaller_sides: list[int]) -> int:

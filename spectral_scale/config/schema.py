@@ -180,9 +180,10 @@ class DataConfig:
 class ParallelConfig:
     """Who holds what."""
 
-    backend: Literal["torch", "deepspeed", "fsdp2"] = "torch"
+    backend: Literal["torch", "deepspeed", "fsdp2", "megatron"] = "torch"
     """torch: one process, or DistributedDataParallel under a launcher; deepspeed: ZeRO; fsdp2:
-    torch's fully_shard, HSDP if `shard_group` is smaller than the number of ranks."""
+    torch's fully_shard, HSDP if `shard_group` is smaller than the number of ranks; megatron:
+    megatron-core's tensor-parallel layers."""
     zero_stage: Literal[0, 1, 2, 3] | Auto = "auto"
     """deepspeed: what is sharded over ranks; 1: optimizer state, 2: gradients too, 3: weights too;
     auto: that of `deepspeed_config`, else 2."""
@@ -191,6 +192,16 @@ class ParallelConfig:
     shard_group: int | Auto = "auto"
     """fsdp2: ranks that share one copy of the model, counted from rank 0; auto: all of them. A
     smaller number, best the GPUs of one machine, keeps as many copies as there are groups."""
+    tensor_parallel: int = 1
+    """fsdp2, megatron: neighbouring ranks that share each matrix of the blocks and see the same
+    data; ranks of other such groups see different data (and, in fsdp2, shard)."""
+    sequence_parallel: bool = False
+    """megatron: tensor-parallel ranks share the sequence, too, between the blocks' linears."""
+    distributed_optimizer: bool = True
+    """megatron: ranks that see different data share the optimizer's state."""
+    factor_gradients: Literal["bottleneck", "per_step"] = "bottleneck"
+    """megatron: when gradients of factors that tensor-parallel ranks hold whole are summed;
+    bottleneck: tokens x r elements in each backward pass; per_step: the factors once a step."""
     residual: Literal["auto", "replicated", "sharded"] = "auto"
     """Frozen weights of converted layers: whole on every rank, or sharded and gathered for each
     forward and backward pass; auto: sharded where trained weights are (fsdp2, ZeRO-3)."""

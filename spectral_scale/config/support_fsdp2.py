@@ -47,5 +47,30 @@ _BOTH: dict[str, Support] = {
     "migrate": Yes(_ELSEWHERE),
 }
 
+_TP_TESTS = f"{_FOLDER}test_tensor_parallel.py::"
+_TP_EQUAL = Yes(f"{_TP_TESTS}test_equals_one_process")
+_TP_STATE = Yes(f"{_TP_TESTS}test_state_moves_between_backends")
+
 FSDP2: dict[str, Support] = _BOTH
 HSDP: dict[str, Support] = dict(_BOTH)
+
+FSDP2_TP: dict[str, Support] = {
+    "method=full": _TP_EQUAL,
+    "method=sst": _TP_EQUAL,
+    "storage=residual": _TP_EQUAL,
+    "storage=factored": _TP_EQUAL,
+    "extra_sigma": _TP_EQUAL,
+    "moments=kept": _TP_EQUAL,
+    "precision=fp32": _TP_EQUAL,
+    "precision=bf16": Yes(f"{_TP_TESTS}test_bf16_and_dropout"),
+    "precision=fp64": _TP_EQUAL,
+    "residual=replicated": _TP_EQUAL,
+    "residual=sharded": _TP_EQUAL,
+    "accumulation": _TP_EQUAL,
+    "clipping": _TP_EQUAL,
+    "dropout": Yes(f"{_TP_TESTS}test_bf16_and_dropout"),
+    "activation_checkpointing": _TP_EQUAL,
+    "resume": _TP_STATE,
+    "reshard": _TP_STATE,
+    "migrate": _TP_STATE,
+}

@@ -5,6 +5,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -25,6 +26,7 @@ class FSDP2Store:
         model: after `fully_shard`.
         optimizer: a torch optimizer over its parameters; None: there are no moments to reset.
         collective: all ranks of the model; by default those of the default process group.
+        mesh: all ranks as a mesh, if parameters lie on a part of it only (tensor parallelism).
     """
 
     def __init__(
@@ -32,13 +34,14 @@ class FSDP2Store:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         collective: Collective | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._reshard()
         self._parameters = dict(model.named_parameters())
         self._optimizer = optimizer
         self.collective = collective or present_group()
-        self._layouts = Layouts()
+        self._layouts = Layouts(mesh)
 
     def collect(self, fqn: str, *, owner: int) -> Tensor | None:
         """The pieces, put together on the owner."""

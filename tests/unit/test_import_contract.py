@@ -60,7 +60,7 @@ ONLY_IN = {
         *("parallel/", "backends/", "checkpoint/", "engine/", "megatron/", "testing/"),
     ),
     "transformers": (
-        *("models/", "data/", "engine/", "bench/", "backends/", "cli/"),
+        *("models/", "data/", "engine/", "bench/", "backends/", "megatron/", "cli/"),
         *("checkpoint/export", "testing/"),
     ),
     "deepspeed": ("backends/deepspeed.py", "testing/deepspeed.py"),

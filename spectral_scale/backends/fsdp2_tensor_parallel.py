@@ -1,0 +1,126 @@
+"""Tensor parallelism of a transformers model, by the table of `parallel.tensor_parallel`.
+
+Parameters that the table cuts become DTensors on the tensor-parallel mesh, through torch's
+`parallelize_module`; what it leaves whole stays a plain tensor, equal on every rank because its
+gradient is. `fully_shard` then cuts all of them over the data-parallel ranks.
+"""
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from spectral_scale.errors import ConfigError, SpectralScaleError
+from spectral_scale.layers.base import FactoredLinear
+from spectral_scale.layers.sst_product import Bottleneck
+from spectral_scale.layers.sst_tensor_parallel import Sharing, share
+from spectral_scale.parallel.tensor_parallel import cut_dimension, kind_of
+from spectral_scale.parallel.tensor_parallel_regions import all_reduce, enter, leave
+
+logger = logging.getLogger(__name__)
+
+
+def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
+    """Cut a materialised OPT or LLaMA over a one-dimensional mesh, in place; the matrices cut.
+
+    Every rank must hold the same whole values. Raises ConfigError for a parameter without a rule
+    in the table and for a layer that has no tensor-parallel form, before anything is changed.
+    """
+    tied = _tied_names(model)
+    plan = dict(_plan(model))
+    _check_sizes(model, mesh.size())
+    parallelize_module(model, mesh, plan, src_data_rank=None)
+    for fqn, first in tied.items():
+        owner, _, leaf = fqn.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+    _take_local_heads(model, mesh.size())
+    cut = sum(isinstance(p, DTensor) for p in model.parameters())
+    if not cut:
+        raise SpectralScaleError("tensor parallelism cut no parameter of the model")
+    logger.info("tensor parallelism: %d parameters cut over %d ranks", cut, mesh.size())
+    return cut
+
+
+def _plan(model: nn.Module) -> Iterator[tuple[str, ParallelStyle]]:
+    """A style for each module with parameters of its own that the table does not leave whole."""
+    for name, module in model.named_modules():
+        own = [leaf for leaf, _ in module.named_parameters(recurse=False)]
+        cut = [cut_dimension(f"{name}.{leaf}") for leaf in own]  # each must have a rule
+        if all(dim is None for dim in cut):
+            continue
+        kind = kind_of(name)
+        if isinstance(module, FactoredLinear):
+            yield name, _SharedLayer(kind == "column", dict(zip(own, cut, strict=True)))
+        elif isinstance(module, nn.Embedding):
+            yield name, RowwiseParallel(input_layouts=Replicate())
+        elif kind == "vocabulary":
+            yield name, ColwiseParallel(output_layouts=Replicate())
+        else:
+            yield name, ColwiseParallel() if kind == "column" else RowwiseParallel()
+
+
+class _SharedLayer(ParallelStyle):
+    """Cuts an SST layer's parameters and lets it compute its part."""
+
+    def __init__(self, by_outputs: bool, cuts: dict[str, int | None]) -> None:
+        super().__init__()
+        self.by_outputs, self.cuts = by_outputs, cuts
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        group = device_mesh.get_group()
+        shared = Bottleneck(
+            "outputs" if self.by_outputs else "inputs", partial(all_reduce, group=group)
+        )
+        sharing = Sharing(shared, partial(enter, group=group), partial(leave, group=group), _local)
+        layer: Any = module
+        share(layer, sharing)
+        for leaf, dim in self.cuts.items():
+            if dim is not None:
+                whole = getattr(module, leaf)
+                placed = distribute_tensor(whole, device_mesh, [Shard(dim)], src_data_rank=None)
+                module.register_parameter(
+                    leaf, nn.Parameter(placed, requires_grad=whole.requires_grad)
+                )
+        return module
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Further name of a shared parameter -> its first one."""
+    first: dict[int, str] = {}
+    tied = {}
+    for fqn, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), fqn) != fqn:
+            tied[fqn] = first[id(parameter)]
+    return tied
+
+
+def _check_sizes(model: nn.Module, parts: int) -> None:
+    for fqn, parameter in model.named_parameters():
+        dim = cut_dimension(fqn)
+        if dim is not None and parameter.shape[dim] % parts:
+            raise ConfigError(
+                f"{fqn} of shape {tuple(parameter.shape)} cannot be cut into {parts} equal parts "
+                f"along dimension {dim}; change the model's sizes or parallel.tensor_parallel"
+            )
+
+
+def _take_local_heads(model: nn.Module, parts: int) -> None:
+    """OPT's attention counts its heads; LLaMA's takes as many as there are features."""
+    for module in model.modules():
+        heads = getattr(module, "num_heads", None)
+        if isinstance(heads, int) and hasattr(module, "q_proj"):
+            module.num_heads = heads // parts  # type: ignore[assignment]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectral_scale.backends.base import Backend
+from spectral_scale.backends.base import Backend, ModelMaker
 from spectral_scale.backends.torch import pick_device
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.config.check import check_config, converted_shapes
@@ -164,10 +164,14 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
     check_converted(model, config.spectral, architecture)
     table = parameter_table(model)
     dtype = MASTER_DTYPES[config.train.precision]
-    materialise(model, device=backend.device, dtype=dtype)
-    if config.model.compile:
-        compile_blocks(model)
-    initialise_dense(model, table, weights, frozen_only=reader is not None)
+    if isinstance(backend, ModelMaker):
+        frozen = frozen_dtype(config)
+        backend.make(model, table, weights, dtype=dtype, frozen_dtype=frozen, fresh=reader is None)
+    else:
+        materialise(model, device=backend.device, dtype=dtype)
+        if config.model.compile:
+            compile_blocks(model)
+        initialise_dense(model, table, weights, frozen_only=reader is not None)
     backend.shard(model)
     optimizer = method.optimizer(model, config, backend.collective)
     forward = backend.attach(optimizer)

@@ -6,17 +6,22 @@ The product path never imports this. `python -m spectral_scale.testing.megatron 
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.errors import HealthError
 from spectral_scale.testing.tiny import one_process_group, train_tiny
 
 CPU = torch.device("cpu")
+NO_FAULT: Mapping[int, str] = MappingProxyType({})
 
 
 class _NoStream:
@@ -82,17 +87,28 @@ def run_on_cpu() -> None:
 
 
 def train_in_turn_on_cpu(
-    runs: Sequence[tuple[RunConfig, int | None]], fault: str = "none"
+    runs: Sequence[tuple[RunConfig, int | None]], faults: Mapping[int, str] = NO_FAULT
 ) -> list[dict[str, Any]]:
-    """`tiny.train_in_turn` with runs on megatron-core among them, which share one process group.
+    """`tiny.train_in_turn` with runs on megatron-core among them.
 
     Args:
         runs: configurations, and after how many steps each stops (None: at its end).
-        fault: one of `FAULTS`, put into this process first.
+        faults: position of a run -> the one of `FAULTS` that it is trained with. If ranks then
+            find that they differ, its result is `{"error": text}`.
     """
+    results = []
     with megatron_in_one_group():
-        FAULTS[fault]()
-        return [train_tiny(config, stop_after) for config, stop_after in runs]
+        for position, (config, stop_after) in enumerate(runs):
+            if position not in faults:
+                results.append(train_tiny(config, stop_after))
+                continue
+            try:
+                with FAULTS[faults[position]]():
+                    results.append(train_tiny(config, stop_after))
+            except HealthError as error:  # a run closes its backend only if it succeeds
+                import_module("megatron.core.parallel_state").destroy_model_parallel()
+                results.append({"error": str(error)})
+    return results
 
 
 @contextlib.contextmanager
@@ -107,12 +123,12 @@ def megatron_in_one_group() -> Iterator[None]:
         yield
 
 
-def _skip_tensor_sum() -> None:
+def _skip_tensor_sum() -> AbstractContextManager[Any]:
     matrix: Any = import_module("spectral_scale.megatron.matrix")
-    matrix.SpectralMatrix._total = lambda self, tensor: tensor.clone()
+    return mock.patch.object(matrix.SpectralMatrix, "_total", lambda _, tensor: tensor.clone())
 
 
-def _sum_twice() -> None:
+def _sum_twice() -> AbstractContextManager[Any]:
     """What is complete already is marked for the sum of sequence parallelism."""
     matrix: Any = import_module("spectral_scale.megatron.matrix")
     bottleneck = matrix.SpectralMatrix._bottleneck
@@ -122,18 +138,21 @@ def _sum_twice() -> None:
             getattr(self, leaf).sequence_parallel = True
         return bottleneck(self, completion)
 
-    matrix.SpectralMatrix._bottleneck = marked
+    return mock.patch.object(matrix.SpectralMatrix, "_bottleneck", marked)
 
 
-def _count_norm_per_rank() -> None:
+def _count_norm_per_rank() -> AbstractContextManager[Any]:
     backend: Any = import_module("spectral_scale.backends.megatron")
     counted = backend.counted_squares
-    backend.counted_squares = lambda parameters, *, tensor_rank, device: counted(
-        parameters, tensor_rank=0, device=device
-    )
+
+    def on_every_rank(parameters: Any, *, tensor_rank: int, device: Any) -> torch.Tensor:
+        total: torch.Tensor = counted(parameters, tensor_rank=0, device=device)
+        return total
+
+    return mock.patch.object(backend, "counted_squares", on_every_rank)
 
 
-def _draw_for_each_part() -> None:
+def _draw_for_each_part() -> AbstractContextManager[Any]:
     """Initial matrices are drawn part by part, as many as there are tensor-parallel ranks."""
     from megatron.core import parallel_state
 
@@ -143,21 +162,21 @@ def _draw_for_each_part() -> None:
     def by_part(self: Any, fqn: str, shape: tuple[int, ...]) -> torch.Tensor:
         parts = parallel_state.get_tensor_model_parallel_world_size()
         if len(shape) < 2 or parts == 1:
-            return draw(self, fqn, shape)
+            whole: torch.Tensor = draw(self, fqn, shape)
+            return whole
         part = (shape[0] // parts, *shape[1:])
         return torch.cat([draw(self, fqn, part) for _ in range(parts)])
 
-    weights.KeyedWeights.get = by_part
+    return mock.patch.object(weights.KeyedWeights, "get", by_part)
 
 
-FAULTS: dict[str, Callable[[], None]] = {
-    "none": lambda: None,
+FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "skip the tensor-parallel sum": _skip_tensor_sum,
     "sum twice": _sum_twice,
     "count the norm on every rank": _count_norm_per_rank,
     "draw for each part": _draw_for_each_part,
 }
-"""What tests break to see themselves fail; for the life of the process."""
+"""What tests break to see themselves fail."""
 
 
 if __name__ == "__main__":

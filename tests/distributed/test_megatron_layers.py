@@ -204,7 +204,26 @@ def _compare(case: Case, group: Any) -> float:
     return float(max(errors))
 
 
-def _work(cases: list[dict[str, Any]]) -> list[float]:
+def _misplaced_shards(case: Case, group: Any) -> list[str]:
+    """Factors that megatron-core's own checkpoints would take for another part of the whole."""
+    layer = _layer(case, group)
+    whole = _whole_values(layer, 1)
+    alone = torch.distributed.group.WORLD
+    wrong = []
+    for key, shard in layer.sharded_state_dict("", (), {"dp_cp_group": alone}).items():
+        if "_extra_state" in key:
+            continue
+        box = tuple(
+            slice(a, a + n) for a, n in zip(shard.global_offset, shard.local_shape, strict=True)
+        )
+        expected = _part(shard.data, whole[key], group)
+        same_shape = tuple(shard.global_shape) == tuple(whole[key].shape)
+        if not same_shape or not torch.equal(whole[key][box], expected):
+            wrong.append(key)
+    return wrong
+
+
+def _work(cases: list[dict[str, Any]]) -> list[Any]:
     from spectral_scale.testing.megatron import run_on_cpu
 
     run_on_cpu()
@@ -214,7 +233,9 @@ def _work(cases: list[dict[str, Any]]) -> list[float]:
         members = [list(range(i, i + size)) for i in range(0, 4, size)]
         made = [torch.distributed.new_group(ranks) for ranks in members]
         groups[size] = made[torch.distributed.get_rank() // size]
-    errors = [_compare(case, groups[case.tp]) for case in (Case(**c) for c in cases)]
+    errors: list[Any] = [_compare(c, groups[c.tp]) for c in (Case(**case) for case in cases)]
+    shards = [Case(kind=kind, storage="factored") for kind in ("column", "row", "qkv")]
+    errors.append([_misplaced_shards(case, groups[2]) for case in shards])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return errors
@@ -229,11 +250,21 @@ FAULTY = [
 
 
 @pytest.fixture(scope="module")
-def errors() -> dict[Case, float]:
-    """Each case's largest error over all ranks; one group of processes for all of them."""
-    cases = [*_cases(), *FAULTY]
-    ranks = run_distributed(_work, 4, [asdict(case) for case in cases], timeout_seconds=150)
-    return dict(zip(cases, (max(e) for e in zip(*ranks, strict=True)), strict=True))
+def ranks() -> list[list[Any]]:
+    """Errors by case and misplaced shards, by rank; one group of processes for all of them."""
+    cases = [asdict(case) for case in [*_cases(), *FAULTY]]
+    return run_distributed(_work, 4, cases, timeout_seconds=150)
+
+
+@pytest.fixture(scope="module")
+def errors(ranks: list[list[Any]]) -> dict[Case, float]:
+    """Each case's largest error over all ranks."""
+    worst = [max(e) for e in zip(*(rank[:-1] for rank in ranks), strict=True)]
+    return dict(zip([*_cases(), *FAULTY], worst, strict=True))
+
+
+def test_megatrons_own_checkpoints_know_the_parts(ranks: list[list[Any]]) -> None:
+    assert [rank[-1] for rank in ranks] == [[[], [], []]] * 4
 
 
 @pytest.mark.parametrize("case", _cases(), ids=str)

@@ -1,14 +1,13 @@
 """Runs on megatron-core against one process: losses, triplets, norms, weights, checkpoints."""
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spectral_scale.testing.distributed import WorkerError, run_distributed
+from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import assemble, distance
 from spectral_scale.testing.megatron import train_in_turn_on_cpu
 from spectral_scale.testing.tiny import tiny_config, train_in_turn
@@ -86,13 +85,17 @@ def _alone_changes(changes: dict[str, Any]) -> dict[str, Any]:
     return kept | {"train__micro_batch_size": BATCH // 2, "health__replica_interval": 0}
 
 
+Case = tuple[Layout, str | None]
+"""A layout and what is broken in it."""
+
+
 class Runs:
     """Results of runs, those of a world size trained by the same processes."""
 
     def __init__(self, corpus: Path, folder: Path) -> None:
         self.corpus, self.folder = corpus, folder
         self._alone: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._found: dict[Layout, list[dict[str, Any]]] = {}
+        self._found: dict[Case, list[dict[str, Any]]] = {}
 
     def config(self, name: str, **changes: Any) -> Any:
         return tiny_config(self.corpus, self.folder / name, **changes)
@@ -108,25 +111,24 @@ class Runs:
             self._alone = dict(zip(sorted(wanted, key=str), results, strict=True))
         return self._alone[self._key(changes)]
 
-    def found(self, wanted: Layout) -> list[dict[str, Any]]:
-        if wanted not in self._found:
-            same = [x for x in LAYOUTS if x.world == wanted.world]
-            names = [f"world{wanted.world}-{i}" for i in range(len(same))]
-            configs = [self.config(n, **x.settings()) for n, x in zip(names, same, strict=True)]
-            results = train(wanted.world, [(config, None) for config in configs])
-            self._found |= dict(zip(same, results, strict=True))
-        return self._found[wanted]
+    def found(self, wanted: Layout, fault: str | None = None) -> list[dict[str, Any]]:
+        """Results by rank; runs of a world size, sound and broken, share its processes."""
+        if (wanted, fault) not in self._found:
+            world = wanted.world
+            cases: list[Case] = [(x, None) for x in LAYOUTS if x.world == world]
+            cases += [(x, f) for f, x in BROKEN.items() if x.world == world]
+            runs = [
+                (self.config(f"world{world}-{i}", **x.settings()), None)
+                for i, (x, _) in enumerate(cases)
+            ]
+            faults = {i: f for i, (_, f) in enumerate(cases) if f is not None}
+            ranks = run_distributed(train_in_turn_on_cpu, world, runs, faults, timeout_seconds=250)
+            for case, results in zip(cases, zip(*ranks, strict=True), strict=True):
+                self._found[case] = list(results)
+        return self._found[wanted, fault]
 
     def _key(self, changes: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(sorted(_alone_changes(changes).items()))
-
-
-def train(
-    world: int, runs: Sequence[tuple[Any, int | None]], fault: str = "none"
-) -> list[list[dict[str, Any]]]:
-    """For each run, the results by rank."""
-    ranks = run_distributed(train_in_turn_on_cpu, world, runs, fault, timeout_seconds=250)
-    return [list(results) for results in zip(*ranks, strict=True)]
 
 
 def norm_gap(found: dict[str, Any], expected: dict[str, Any]) -> float:
@@ -158,47 +160,68 @@ def test_equals_one_process(wanted: Layout, runs: Runs) -> None:
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_run_is_seen(fault: str, runs: Runs) -> None:
+    """By the comparison of replicas, or by the test above."""
     wanted = BROKEN[fault]
-    expected = runs.alone(wanted.settings())
-    config = runs.config(fault.replace(" ", "-"), **wanted.settings())
-    try:
-        found = train(wanted.world, [(config, None)], fault)[0]
-    except WorkerError as error:
-        assert "differs between rank" in str(error)
-        return
-    gap = distance(found, expected)
-    assert gap.loss > 1e-5 or norm_gap(found[0], expected) > 1e-2
+    found, expected = runs.found(wanted, fault), runs.alone(wanted.settings())
+    if "error" in found[0]:
+        assert "differs between rank" in found[0]["error"]
+    else:
+        assert distance(found, expected).loss > 1e-5 or norm_gap(found[0], expected) > 1e-2
+
+
+HOME = layout(2, 2, **SEQUENCE, **CLIPPED)
+ELSEWHERE = {
+    "tp4": layout(4, 1, **CLIPPED).settings(),
+    "tp1": layout(1, 1, **CLIPPED).settings(),
+    "torch": SETTINGS | CLIPPED | {"train__micro_batch_size": BATCH // 2},
+    "zero2": SETTINGS
+    | CLIPPED
+    | {
+        "parallel__backend": "deepspeed",
+        "parallel__zero_stage": 2,
+        "train__micro_batch_size": BATCH // 2,
+    },
+}
+
+
+def resume_at_home_and_at_tp4(
+    whole: Any, saved: Any, again: Any, tp4: Any, folder: Path
+) -> list[dict[str, Any]]:
+    """Undisturbed; stopped and continued; continued at another tensor-parallel size."""
+    import torch.distributed as dist
+
+    from spectral_scale.testing.megatron import megatron_in_one_group
+    from spectral_scale.testing.tiny import train_tiny
+
+    with megatron_in_one_group():
+        found = [train_tiny(whole)]
+        train_tiny(saved, STOP)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            for name in ("again", *ELSEWHERE):
+                shutil.copytree(folder / "saved", folder / name)
+        dist.barrier()
+        return [*found, train_tiny(again), train_tiny(tp4)]
 
 
 def test_checkpoints_move_between_layouts_and_backends(runs: Runs) -> None:
     """Saved at TP 2 x DP 2, continued there bit for bit, and at TP 4, TP 1, on ZeRO-2 and torch."""
-    home = layout(2, 2, **SEQUENCE, **CLIPPED)
-    targets = {
-        "same": home,
-        "tp4": layout(4, 1, **CLIPPED),
-        "tp1": layout(1, 1, **CLIPPED),
-    }
-    zero = {"parallel__backend": "deepspeed", "parallel__zero_stage": 2}
-    others = {"zero2": (2, zero), "torch": (1, {"parallel__backend": "torch"})}
-    saved = runs.config("saved", **home.settings())
-    train(4, [(saved, STOP)])
-    for name in [*targets, *others]:
-        shutil.copytree(runs.folder / "saved", runs.folder / name)
-    configs = {n: runs.config(n, **x.settings()) for n, x in targets.items()}
-    undisturbed = runs.config("undisturbed", **home.settings())
-    whole, same, tp4 = train(4, [(c, None) for c in (undisturbed, configs["same"], configs["tp4"])])
-    results = {"same": same, "tp4": tp4, "tp1": train(1, [(configs["tp1"], None)])[0]}
-    for name, (world, changes) in others.items():
-        settings = SETTINGS | CLIPPED | {"train__micro_batch_size": BATCH // world} | changes
-        config = runs.config(name, **settings)
-        ranks = run_distributed(train_in_turn, world, [(config, None)], timeout_seconds=200)
-        results[name] = [rank[0] for rank in ranks]
-    for rank, again in zip(whole, same, strict=True):
-        assert again["tensors"].keys() == rank["tensors"].keys()
-        assert all((again["tensors"][k] == v).all() for k, v in rank["tensors"].items())
+    configs = {name: runs.config(name, **changes) for name, changes in ELSEWHERE.items()}
+    at_home = [runs.config(n, **HOME.settings()) for n in ("whole", "saved", "again")]
+    ranks = run_distributed(
+        resume_at_home_and_at_tp4, 4, *at_home, configs["tp4"], runs.folder, timeout_seconds=200
+    )
+    whole, again, tp4 = (list(results) for results in zip(*ranks, strict=True))
+    alone = [(configs[name], None) for name in ("tp1", "torch")]
+    tp1, torch = run_distributed(train_in_turn_on_cpu, 1, alone, timeout_seconds=100)[0]
+    zero = run_distributed(train_in_turn, 2, [(configs["zero2"], None)], timeout_seconds=200)
+    for rank, resumed in zip(whole, again, strict=True):
+        assert resumed["tensors"].keys() == rank["tensors"].keys()
+        assert all((resumed["tensors"][k] == v).all() for k, v in rank["tensors"].items())
     losses = {step: loss for step, loss in whole[0]["losses"].items() if step > STOP}
     expected = {"losses": losses, "tensors": assemble(whole)}
-    for name, found in results.items():
+    elsewhere = {"tp4": tp4, "tp1": [tp1], "torch": [torch], "zero2": [rank[0] for rank in zero]}
+    for name, found in elsewhere.items():
         gap = distance(found, expected)
         assert gap.loss < 1e-5, name
         assert gap.weights < 1e-4, name

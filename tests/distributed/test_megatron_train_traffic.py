@@ -1,0 +1,155 @@
+"""What a step on megatron-core sends over which group, counted, against formulas."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectral_scale.testing.distributed import run_distributed
+from spectral_scale.testing.tiny import tiny_config
+from spectral_scale.testing.traffic import TrafficCounter
+
+WIDTH, RANK, LAYERS, SEQUENCE, MICRO = 64, 4, 2, 32, 2
+TOKENS, FP32 = SEQUENCE * MICRO, 4
+MATRICES = 6 * LAYERS  # q, k, v, out, fc1, fc2
+LINEARS = 4 * LAYERS  # qkv, out, fc1, fc2
+SETTINGS: dict[str, Any] = {
+    "model__hidden_size": WIDTH,
+    "model__num_layers": LAYERS,
+    "model__sequence_length": SEQUENCE,
+    "spectral__spectral_rank": RANK,
+    "train__micro_batch_size": MICRO,
+    "train__global_batch_size": 2 * MICRO,
+    "parallel__backend": "megatron",
+    "parallel__tensor_parallel": 2,
+}
+
+
+class TrafficByGroup(TrafficCounter):
+    """Payload bytes by the group's name and the operation."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.by_group: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.payload_bytes.copy()
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for operation, count in (self.payload_bytes - before).items():
+            boxed = next(a for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
+            group = torch.distributed.ProcessGroup.unbox(boxed)
+            self.by_group[self.names.get(group.group_name, "world"), operation] += count
+        return result
+
+
+def _is_group(value: Any) -> bool:
+    return "ProcessGroup" in str(value._type())
+
+
+def traffic(configs: list[Any]) -> list[dict[str, Any]]:
+    """Of each run, bytes by group and operation of the parts of one step."""
+    from megatron.core import parallel_state
+
+    from spectral_scale.engine.build import build_run
+    from spectral_scale.engine.evaluate import token_loss_sum
+    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.testing.megatron import megatron_in_one_group
+
+    found = []
+    with megatron_in_one_group():
+        for config in configs:
+            run = build_run(config, detect_rank_facts())
+            names = {
+                parallel_state.get_tensor_model_parallel_group().group_name: "tensor",
+                parallel_state.get_data_parallel_group().group_name: "data",
+                parallel_state.get_data_parallel_group(
+                    with_context_parallel=True
+                ).group_name: "data",
+            }
+            batch = next(iter(run.loader.steps(0, 1))).micro_batches[0]
+            parts: dict[str, Any] = {"trained": run.model.parameters()}
+            parts["trained"] = sum(p.numel() for p in parts["trained"] if p.requires_grad)
+            with TrafficByGroup(names) as counter:
+                loss = token_loss_sum(run.forward, batch)
+            parts["forward"] = dict(counter.by_group)
+            with TrafficByGroup(names) as counter:
+                run.backend.backward(loss)
+            parts["backward"] = dict(counter.by_group)
+            with TrafficByGroup(names) as counter:
+                run.backend.step(clip_grad_norm=1.0)
+            parts["step"] = dict(counter.by_group)
+            with TrafficByGroup(names) as counter:
+                run.controller.after_step()
+            parts["after"] = dict(counter.by_group)
+            found.append(parts)
+            run.backend.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def counted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("traffic")
+    changes: dict[str, dict[str, Any]] = {
+        "bottleneck": {},
+        "per_step": {"parallel__factor_gradients": "per_step"},
+        "sequence": {"parallel__sequence_parallel": True},
+        "wide": {"spectral__spectral_rank": 2 * RANK},
+    }
+    configs = [tiny_config(corpus, folder / n, **(SETTINGS | c)) for n, c in changes.items()]
+    results = run_distributed(traffic, 4, configs, timeout_seconds=120)[0]
+    return dict(zip(changes, results, strict=True))
+
+
+ACTIVATION = FP32 * TOKENS * WIDTH
+BOTTLENECK = FP32 * TOKENS * RANK
+LOSS = 3 * FP32 * TOKENS  # largest logit, logit of the label, sum of exponentials
+
+
+def test_tensor_parallel_traffic(counted: dict[str, dict[str, Any]]) -> None:
+    """Activations as in dense layers; tokens x r for each matrix on top, in backward only."""
+    found = counted["bottleneck"]
+    # Forward: embedding, and the outputs of the row-parallel half of the linears.
+    assert found["forward"] == {("tensor", "allreduce"): (1 + LINEARS // 2) * ACTIVATION + LOSS}
+    # Backward: inputs of the column-parallel half and of the output layer.
+    own = (1 + LINEARS // 2) * ACTIVATION
+    assert found["backward"] == {("tensor", "allreduce"): own + MATRICES * BOTTLENECK}
+    # A linear's own traffic is one activation; a matrix adds r / n of that.
+    assert BOTTLENECK / ACTIVATION == RANK / WIDTH
+    wide = counted["wide"]["backward"]["tensor", "allreduce"]
+    assert wide - found["backward"]["tensor", "allreduce"] == MATRICES * BOTTLENECK
+
+
+def test_per_step_sends_factors_once(counted: dict[str, dict[str, Any]]) -> None:
+    found, other = counted["per_step"], counted["bottleneck"]
+    own = (1 + LINEARS // 2) * ACTIVATION
+    assert found["backward"] == {("tensor", "allreduce"): own}
+    factors = FP32 * (MATRICES * WIDTH * RANK + MATRICES * RANK)  # v or u of n rows, and sigma
+    step = found["step"]["tensor", "allreduce"] - other["step"].get(("tensor", "allreduce"), 0)
+    assert step == factors
+
+
+def test_sequence_parallel_traffic(counted: dict[str, dict[str, Any]]) -> None:
+    """Gathers and scatters in the place of sums; the bottleneck stays as it is."""
+    forward, backward = counted["sequence"]["forward"], counted["sequence"]["backward"]
+    gathers = LINEARS // 2 * ACTIVATION
+    assert forward["tensor", "reduce_scatter_base"] == gathers
+    assert forward["tensor", "allgather_base"] == gathers + ACTIVATION  # the output layer's input
+    assert backward["tensor", "allreduce"] == MATRICES * BOTTLENECK
+    assert backward["tensor", "reduce_scatter_base"] == gathers + ACTIVATION
+
+
+def test_data_parallel_traffic(counted: dict[str, dict[str, Any]]) -> None:
+    """Each trained element of this rank once as a gradient and once as a weight, if not frozen."""
+    found = counted["bottleneck"]
+    trained = FP32 * found["trained"]
+    data = {operation: n for (group, operation), n in found["step"].items() if group == "data"}
+    assert set(data) == {"reduce_scatter_base", "allgather_base"}
+    assert data["reduce_scatter_base"] == pytest.approx(trained, rel=0.02)  # padded buckets
+    assert data["allgather_base"] == pytest.approx(trained, rel=0.02)
+    norms = found["step"]["world", "allreduce"]
+    assert norms == 8 * 4  # dense, without decay, directions, values: float64
+    # Column norms of the factors that are cut, one of each matrix.
+    assert found["after"] == {("tensor", "allreduce"): FP32 * MATRICES * RANK}

@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def _measure(folder: Path, backends: list[str]) -> Iterator[tuple[list[str], Distance]]:
-    corpus = _corpus(folder)
+    corpus = small_corpus(folder)
     alone: dict[tuple[float, str], dict[str, Any]] = {}
     for name in backends:
         for world, accumulation, clip, storage in CASES:
@@ -98,7 +98,7 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _corpus(folder: Path) -> Path:
+def small_corpus(folder: Path) -> Path:
     """A few sources of the standard library, prepared."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     texts = []

@@ -13,6 +13,7 @@ from spectral_scale.errors import ConfigError
 from spectral_scale.metrics import report_sections as charts
 from spectral_scale.metrics import report_tables as tables
 from spectral_scale.metrics.report_figures import run_color
+from spectral_scale.metrics.report_filter import filter_section
 from spectral_scale.metrics.report_headline import headline
 from spectral_scale.metrics.report_html import Section, dot, page, text
 from spectral_scale.metrics.report_run import RunRecord, load_runs
@@ -32,6 +33,7 @@ _SECTIONS: list[tuple[Builder, str | None]] = [
     (charts.memory_section, "Memory: nothing under memory/."),
     (charts.spectral_section, "Spectral health: no effective rank or orthogonality error."),
     (charts.spectrum_section, "Singular spectra: nothing under spectral/spectrum/."),
+    (filter_section, None),
     (tables.configuration_section, "Configuration: no config.yaml could be read."),
 ]
 

@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "train__global_batch_size": BATCH,
     # Above rounding, which Adam would blow up to full steps.
     "optimizer__eps": 1e-5,
-    # So low that sigma stays above zero: two zeros leave the basis of a re-SVD to rounding.
+    # So low that sigma stays above zero, as in runs of useful length.
     "optimizer__spectral_lr": 1e-4,
 }
 FSDP2 = {"parallel__backend": "fsdp2"}

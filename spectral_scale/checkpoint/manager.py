@@ -5,7 +5,7 @@ is good is agreed, so that no rank loads what another rank could not.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,12 @@ class CheckpointManager:
         self._verified: set[int] = set()
         self._cleaned = False
 
-    def latest_good(self) -> CheckpointReader | None:
+    def latest_good(
+        self, wanted: Callable[[int], bool] = lambda step: True
+    ) -> CheckpointReader | None:
         """Open the newest checkpoint whose every byte is as written; None if there is none at all.
+
+        Only those of steps that are `wanted` are looked at.
 
         A bad one is named with its fault in a WARNING and left as it is, and the one before it is
         tried. Raises CheckpointError if there are checkpoints but none is good: starting again
@@ -66,6 +70,8 @@ class CheckpointManager:
         """
         faults = []
         for name in self._names():
+            if not wanted(_step_in(name)):
+                continue
             reader, fault = self._open(self.root / name)
             if fault is None and reader is not None:
                 self._verified.add(reader.step)
@@ -167,3 +173,8 @@ class CheckpointManager:
 
     def _milestone(self, step: int) -> bool:
         return self.keep_every is not None and step % self.keep_every == 0
+
+
+def _step_in(name: str) -> int:
+    """Of a checkpoint's folder, or of one that was moved aside."""
+    return step_of(name.removeprefix(".replaced_")) or 0

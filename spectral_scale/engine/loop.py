@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from spectral_scale.backends.base import StepStats
+from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.data.loader import Batch, StepBatch
 from spectral_scale.engine.build import Run
 from spectral_scale.engine.evaluate import Evaluation, evaluate, token_loss_sum
@@ -174,9 +175,9 @@ class TrainingLoop:
             self._evaluate(values)
             values |= memory(run)
         self._compare_replicas()
-        self._save_in_turn(values)
         if values:
-            self.log.write(self.step, values)
+            self.log.write(self.step, values)  # before the save, which may be the last thing done
+        self._save_in_turn()
         if self.progress is not None:
             self.progress.advance(self.step, values)
 
@@ -245,7 +246,7 @@ class TrainingLoop:
         self._collect()
         self.guard.mark(self.step, "save")
         bad = f"{monitor.streak} steps in a row up to step {self.step} could not be applied"
-        reader = run.checkpoints.latest_good() if monitor.may_go_back else None
+        reader = self._checkpoint_before_the_streak() if monitor.may_go_back else None
         if reader is None:
             samples = data_of(run.loader, batch.step)["samples"]
             why = "there is no checkpoint to go back to"
@@ -271,6 +272,14 @@ class TrainingLoop:
         self.skipped_steps = reader.state.get("skipped_steps", 0)
         monitor.went_back(reader.state.get("health"))
         self.log.go_back(self.step)
+
+    def _checkpoint_before_the_streak(self) -> CheckpointReader | None:
+        """The newest one saved in turn, so that where a run goes back to does not depend on when
+        it was stopped; else the newest at all."""
+        healthy = self.step - self.guard.monitor.streak
+        interval, checkpoints = self.run.config.checkpoint.interval, self.run.checkpoints
+        in_turn = checkpoints.latest_good(lambda s: s <= healthy and s % interval == 0)
+        return in_turn or checkpoints.latest_good(lambda s: s <= healthy)
 
     def _set_learning_rates(self) -> None:
         """As the number of applied steps so far has it."""
@@ -310,13 +319,13 @@ class TrainingLoop:
         values["validation/seconds"] = time.perf_counter() - started
         return result
 
-    def _save_in_turn(self, values: dict[str, Any]) -> None:
+    def _save_in_turn(self) -> None:
         """Save if it is time or somebody asked, but nothing amid steps that were left out."""
         if self.guard.agreed.written:
             self._collect()
         due = self.step % self.run.config.checkpoint.interval == 0
         if (due and not self.guard.monitor.streak) or self.guard.agreed.save:
-            values["checkpoint/save_seconds"] = self._save()
+            self.log.write(self.step, {"checkpoint/save_seconds": self._save()})
         if self.guard.agreed.save and self._leads:
             self.guard.switches.saved()
 

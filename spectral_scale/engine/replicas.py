@@ -24,7 +24,7 @@ _MASK = (1 << 64) - 1
 
 
 def tensor_hash(tensor: Tensor) -> int:
-    """A 63-bit hash of a tensor's bits, the same on every device. Any single flipped bit shows.
+    """A 64-bit hash of a tensor's bits, the same on every device. Any single flipped bit shows.
 
     The sum of element i's bits times an odd number of i, modulo 2**64: integers, so in any order.
     """
@@ -35,7 +35,7 @@ def tensor_hash(tensor: Tensor) -> int:
         part = words[start : start + _BLOCK].to(torch.int64)
         index = torch.arange(start, start + part.numel(), dtype=torch.int64, device=part.device)
         total += (part * (index * _MULTIPLIER | 1)).sum()
-    return (int(total) * 2 + 1) * _GOLDEN & _MASK
+    return int(total) * _GOLDEN & _MASK
 
 
 def check_replicas(tensors: Iterable[Replicated], collective: Collective) -> int:

@@ -167,12 +167,12 @@ class Watchdog:
             silent = now - seen.heard_at
             if seen.beat.phase != "done" and silent > self._timeout:
                 return (
-                    f"{_who(seen.beat)} has given no sign of life for {silent:.0f} s; it was in "
-                    f"step {seen.beat.step} ({seen.beat.phase})"
+                    f"{_who(seen.beat)} has given no sign of life for {silent:.0f} s; it was "
+                    f"last heard of in step {seen.beat.step} ({seen.beat.phase})"
                 )
         waited, phase = now - self._moved_at, self._heart.beat.phase
-        if phase == "done" or waited < self._allowed(phase):
-            return None
+        if phase == "done" or waited < self._allowed(phase) + 2 * self._interval:
+            return None  # silence, which says more, would have been noticed before
         if self._heart.beat.rank != 0 and waited < self._allowed(phase) + 2 * self._timeout:
             return None  # rank 0 sees all ranks, and so which one the others wait for
         return f"nothing has moved for {waited:.0f} s: {self._where()}"
@@ -204,10 +204,11 @@ class Watchdog:
             self._stacks.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {verdict}\n")
             self._stacks.flush()
             faulthandler.dump_traceback(self._stacks, all_threads=True)
-        self._end_hanging()
-        for _ in range(TELL_BEATS if self._heart.beat.rank == 0 else 1):
+        for _ in range(TELL_BEATS):
             self._heart.write(verdict)
             time.sleep(self._interval)
+            self._listener.listen()
+        self._end_hanging()
         self._end(verdict)
 
     def _end_hanging(self) -> None:
@@ -216,7 +217,8 @@ class Watchdog:
         silent = [
             process
             for seen in self._listener.seen.values()
-            if now - seen.heard_at > self._timeout and (process := process_of(seen.beat))
+            if now - seen.heard_at > (TELL_BEATS - 1) * self._interval
+            and (process := process_of(seen.beat))
         ]
         for process in silent:
             with contextlib.suppress(OSError):

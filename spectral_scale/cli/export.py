@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectral_scale.cli.arguments import add_device, add_format, count_or_all, require_one_process
 from spectral_scale.config.schema import DataConfig
+from spectral_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from spectral_scale.engine.export import ExportResult
@@ -74,6 +75,11 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="weights only; needs no data, compares on random token ids",
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a FRoD run: write what it trained as an adapter, without the base weights",
+    )
     add_device(parser)
     add_format(parser)
 
@@ -84,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     from spectral_scale.engine.export import ExportRequest, export_run
 
     require_one_process("export")
+    if arguments.adapter:
+        return _export_adapter(arguments)
     request = ExportRequest(
         target=arguments.target,
         output=arguments.output,
@@ -100,6 +108,21 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(asdict(result), default=str))
     else:
         _print(request.dtype, request.keep, result)
+    return 0
+
+
+def _export_adapter(arguments: argparse.Namespace) -> int:
+    from spectral_scale.engine.finetune import export_adapter
+
+    if arguments.output is None:
+        raise ConfigError("--adapter needs --output FOLDER")
+    result = export_adapter(arguments.target, arguments.output, device=arguments.device)
+    if arguments.format == "json":
+        print(json.dumps(asdict(result), default=str))
+        return 0
+    print(f"step {result.step}: an adapter of {result.coefficients:,} trained coefficients")
+    print(f"  base with adapter - trained: at most {_shown(result.difference)}")
+    print(f"written: {result.output}")
     return 0
 
 

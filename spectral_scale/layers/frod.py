@@ -157,6 +157,5 @@ def frod_layers(model: nn.Module) -> dict[str, FRoDLinear]:
 
 def category_of(fqn: str) -> str:
     """Layers of one role in different blocks share a category: the last two parts of the name, as
-    FRoD's published code has it (`self_attn.q_proj`), one if the other is a number (`fc1`)."""
-    parts = fqn.split(".")[-2:]
-    return parts[-1] if parts[0].isdigit() else ".".join(parts)
+    FRoD's published code has it (`self_attn.q_proj`), without numbers (`fc1`)."""
+    return ".".join(part for part in fqn.split(".")[-2:] if not part.isdigit()) or "linear"

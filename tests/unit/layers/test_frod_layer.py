@@ -260,6 +260,8 @@ def _controller(model: nn.Module) -> FRoDController:
         ("model.decoder.layers.3.fc1", "fc1"),
         ("model.layers.11.self_attn.q_proj", "self_attn.q_proj"),
         ("fc1", "fc1"),
+        ("layers.0", "layers"),
+        ("3", "linear"),
     ],
 )
 def test_categories(fqn: str, category: str) -> None:

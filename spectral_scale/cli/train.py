@@ -203,8 +203,11 @@ def _introduce(built: "Run") -> None:
     )
     if built.controller is not None:
         _say(built.controller.describe())
+    if built.gradient_filter is not None:
+        _say(built.gradient_filter.describe())
     if unused := keys_without_effect(config):
-        _say(f"without effect for spectral.method={config.spectral.method}: {', '.join(unused)}")
+        chosen = f"spectral.method={config.spectral.method} and filter.kind={config.filter.kind}"
+        _say(f"without effect for {chosen}: {', '.join(unused)}")
     if built.start_step:
         _say(f"resuming at step {built.start_step} of {config.train.steps}")
 

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
-from spectral_scale.config.schema import RunConfig, SpectralConfig
+from spectral_scale.config.schema import FilterConfig, RunConfig, SpectralConfig
 
 _CONVERTED = frozenset({"spectral.targets", "spectral.train_dense"})
 _LORA_KEYS = _CONVERTED | {"spectral.spectral_rank", "spectral.lora_alpha", "optimizer.spectral_lr"}
@@ -39,12 +39,15 @@ METHOD_KEYS: dict[str, frozenset[str]] = {
 
 
 def keys_without_effect(config: RunConfig) -> list[str]:
-    """Keys that differ from their defaults although `spectral.method` does not use them.
+    """Keys that differ from their defaults although `spectral.method`, or a filter that is off,
+    does not use them.
 
     They are no error, so that one file can serve several methods; a run names them at its start.
     """
     used = METHOD_KEYS[config.spectral.method]
     known = sorted(set().union(*METHOD_KEYS.values()))
+    if not config.filter.enabled:
+        known += [f"filter.{field.name}" for field in fields(FilterConfig)]
     default = RunConfig()
     return [key for key in known if key not in used and _get(config, key) != _get(default, key)]
 

@@ -6,6 +6,7 @@ import pytest
 
 from spectral_scale.config.check import check_config
 from spectral_scale.config.load import load_config
+from spectral_scale.config.method_keys import keys_without_effect
 from spectral_scale.config.schema import FilterConfig, RunConfig
 from spectral_scale.engine.identity import run_identity
 from spectral_scale.errors import ConfigError
@@ -95,3 +96,10 @@ def test_a_filter_is_part_of_what_a_resumed_run_must_share() -> None:
     assert {k for k in facts if k.startswith("filter.")} == {
         f"filter.{name}" for name in FilterConfig.__dataclass_fields__
     }
+
+
+def test_keys_of_a_filter_that_is_off_are_named() -> None:
+    assert keys_without_effect(config(**FULL, filter__kind="none", filter__strength=2.0)) == [
+        "filter.strength"
+    ]
+    assert keys_without_effect(config(**FULL, filter__strength=2.0)) == []

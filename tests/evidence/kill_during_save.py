@@ -79,6 +79,7 @@ def rank_main(
             LOCAL_RANK=str(rank),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            SPECTRAL_SCALE_MEETING_SECONDS="300",
         )
     if kill is not None:
         original, saves = CheckpointManager.save, 0

@@ -182,7 +182,12 @@ def observe(launcher: str, event: str, folder: Path) -> Observation:
     if event == "configuration error":
         words.append("--train.micro_batch_size=3")
     log = folder / f"{run_dir.name}.log"
-    environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {
+        MARK: mark,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "SPECTRAL_SCALE_MEETING_SECONDS": "300",
+    }
     with log.open("wb") as stream:
         process = subprocess.Popen(
             words, stdout=stream, stderr=stream, env=environment, start_new_session=True

@@ -138,6 +138,7 @@ def start(arguments: list[str], log: Path, *, little_space: bool = False) -> Ran
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "SPECTRAL_SCALE_MEETING_SECONDS": "300",
         }
         if little_space:
             environment["SOAK_FILE_BYTES"] = str(LITTLE_SPACE)

@@ -130,6 +130,7 @@ def _rank(
             LOCAL_RANK=str(rank),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            SPECTRAL_SCALE_MEETING_SECONDS="300",
         )
     if before is not None:
         before(rank)

@@ -1,0 +1,32 @@
+"""Turn pip's installation report into a file for `pip install --require-hashes`.
+
+    pip install --dry-run --ignore-installed --report report.json --constraint constraints.txt \\
+        --extra-index-url https://download.pytorch.org/whl/cpu .
+    python launch/lock.py report.json > requirements-linux-x86_64-py311-cpu.lock
+
+A lock is for one platform, Python and build of torch: those that the report was made with.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def lock(report: dict) -> str:
+    """The lock's text: every package but this one, pinned with its hashes."""
+    facts = report["environment"]
+    lines = [
+        f"# Python {facts['python_full_version']}, {facts['sys_platform']}, "
+        f"{facts['platform_machine']}; made by launch/lock.py.",
+        "--extra-index-url https://download.pytorch.org/whl/cpu",
+    ]
+    for item in sorted(report["install"], key=lambda i: i["metadata"]["name"].lower()):
+        hashes = item["download_info"].get("archive_info", {}).get("hashes", {})
+        if "sha256" in hashes:
+            name, version = item["metadata"]["name"], item["metadata"]["version"]
+            lines.append(f"{name}=={version} --hash=sha256:{hashes['sha256']}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(lock(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

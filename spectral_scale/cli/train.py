@@ -205,9 +205,12 @@ def _introduce(built: "Run") -> None:
         _say(built.controller.describe())
     if built.gradient_filter is not None:
         _say(built.gradient_filter.describe())
-    if unused := keys_without_effect(config):
-        chosen = f"spectral.method={config.spectral.method} and filter.kind={config.filter.kind}"
-        _say(f"without effect for {chosen}: {', '.join(unused)}")
+    unused = keys_without_effect(config)
+    for choice, in_filter in (("spectral.method", False), ("filter.kind", True)):
+        keys = [key for key in unused if key.startswith("filter.") == in_filter]
+        if keys:
+            value = config.filter.kind if in_filter else config.spectral.method
+            _say(f"without effect for {choice}={value}: {', '.join(keys)}")
     if built.start_step:
         _say(f"resuming at step {built.start_step} of {config.train.steps}")
 

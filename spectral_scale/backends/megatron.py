@@ -27,7 +27,12 @@ from spectral_scale.backends.megatron_state import MegatronState
 from spectral_scale.backends.torch import pick_device
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.megatron.gradients import counted_squares, sum_partial_gradients
-from spectral_scale.megatron.model import GPTForward, build_spectral_gpt, take_place
+from spectral_scale.megatron.model import (
+    GPTForward,
+    build_spectral_gpt,
+    recompute_layers,
+    take_place,
+)
 from spectral_scale.megatron.optimizer import Masters, wrap_adamw
 from spectral_scale.megatron.store import MegatronStore
 from spectral_scale.models.weights import InitialWeights
@@ -65,7 +70,7 @@ class MegatronBackend:
         self.data_rank, self.data_world_size = self._data.rank(), self._data.size()
         self.data_collective: Collective = self.collective
         if self._tensor.size() > 1:
-            self.data_collective = ProcessGroup(self.device, self._data)
+            self.data_collective = ProcessGroup(torch.device("cpu"), self._data)
         self._model: nn.Module
         self._wrapped: DistributedDataParallel
         self._optimizer: torch.optim.Optimizer
@@ -94,6 +99,8 @@ class MegatronBackend:
             frozen_dtype=frozen_dtype,
             device=self.device,
         )
+        if self.config.model.activation_checkpointing:
+            recompute_layers(gpt)
         take_place(model, gpt, table)
         self._gpt, self._table = gpt, table
         if fresh:

@@ -82,7 +82,7 @@ class MegatronState:
                     # A step count is no part of the tensor: every rank has the same.
                     yield f"optimizer/{fqn}/{key}", value, piece if value.ndim else 0
 
-    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for fqn, parameter in self._parameters.items():
             if parameter.requires_grad:
                 yield fqn, parameter

@@ -17,13 +17,13 @@ MEGATRON: dict[str, Support] = {
     ),
     "storage=residual": _EQUAL,
     "storage=factored": _EQUAL,
-    "extra_sigma": _UNTRIED,
+    "extra_sigma": _EQUAL,
     "moments=kept": No(
         "moments cannot follow their triplets through Megatron's shards; leave "
         "spectral.boundary_moments out"
     ),
     "precision=fp32": _EQUAL,
-    "precision=bf16": _UNTRIED,
+    "precision=bf16": Yes(f"{_TRAIN}test_bf16_products_train_as_on_one_process"),
     "precision=fp64": No("Megatron's optimizers and losses are fp32; set parallel.backend=torch"),
     "residual=replicated": _EQUAL,
     "residual=sharded": No(
@@ -32,7 +32,7 @@ MEGATRON: dict[str, Support] = {
     "accumulation": _EQUAL,
     "clipping": _EQUAL,
     "dropout": _UNTRIED,
-    "activation_checkpointing": _UNTRIED,
+    "activation_checkpointing": _EQUAL,
     "compile": No("compiled blocks were not tried with megatron-core; set model.compile=false"),
     "resume": _RESUME,
     "reshard": _RESUME,

@@ -88,7 +88,7 @@ class SpectralColumnParallelLinear(ColumnParallelLinear):
         """[s, b, in] (its part of s under sequence parallelism) -> output and bias, as the base."""
         if weight is not None:
             raise SpectralError("a spectral layer takes no weight from outside")
-        x = _autocast(input_)
+        x = autocast(input_)
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
         else:
@@ -173,7 +173,7 @@ class SpectralRowParallelLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, this rank's part of in, or in] -> output and bias, as the base."""
-        x = _autocast(input_)
+        x = autocast(input_)
         if not self.input_is_parallel:
             x = scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
         y = self.matrix(x, add_bias=False)
@@ -237,7 +237,8 @@ def _device(config: Any) -> torch.device:
     return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
+    """x in autocast's precision where autocast is on."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 

@@ -5,6 +5,7 @@ Megatron ones, so that tables, optimizer groups, checkpoints and draws speak of 
 tensors as on every other backend. Its own forward is never called.
 """
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +13,19 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
 from spectral_scale.layers.convert import spectral_layers
-from spectral_scale.megatron.layers import SpectralColumnParallelLinear, SpectralRowParallelLinear
+from spectral_scale.megatron.layers import (
+    SpectralColumnParallelLinear,
+    SpectralRowParallelLinear,
+    autocast,
+)
 from spectral_scale.megatron.matrix import Completion
 from spectral_scale.megatron.spec import spectral_gpt_block_spec
 from spectral_scale.models.megatron_config import megatron_architecture, megatron_settings
@@ -89,7 +96,21 @@ def build_spectral_gpt(
         completion=completion,
         frozen_dtype=frozen_dtype,
     )
-    return build_gpt_model(settings, spec).to(device)
+    gpt: Any = build_gpt_model(settings, spec).to(device)
+    gpt.output_layer.register_forward_pre_hook(_cast_as_autocast)
+    made: nn.Module = gpt
+    return made
+
+
+def recompute_layers(gpt: nn.Module) -> int:
+    """Let each layer keep its input alone and compute the rest again in backward; how many do.
+
+    By torch's checkpointing: that of megatron-core forgets autocast when it recomputes.
+    """
+    layers = [m for m in gpt.modules() if isinstance(m, TransformerLayer)]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return len(layers)
 
 
 def take_place(model: PreTrainedModel, gpt: nn.Module, table: ParameterTable) -> int:
@@ -121,6 +142,12 @@ def take_place(model: PreTrainedModel, gpt: nn.Module, table: ParameterTable) ->
     _mark_cuts(model)
     _check(model, gpt, table, parts=group.size(), index=group.rank())
     return len(table)
+
+
+def _cast_as_autocast(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """megatron-core's dense linear scatters an input's gradient in the input's own precision, and
+    fails under autocast if that is another one than the product's."""
+    return (autocast(inputs[0]), *inputs[1:])
 
 
 def _matrix(module: Any, target: str) -> nn.Module:

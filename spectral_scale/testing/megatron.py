@@ -8,6 +8,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -54,6 +55,10 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _for_cpu(decorate: Any, *arguments: Any, device_type: str, **options: Any) -> Any:
+    return decorate(*arguments, device_type="cpu", **options)
+
+
 def run_on_cpu() -> None:
     """Make megatron-core run on the CPU in this process, for good. Nothing where CUDA is there.
 
@@ -78,7 +83,15 @@ def run_on_cpu() -> None:
     for owner in owners:
         owner.cuda = lambda self, *_, **__: self
 
+    # Before the import: functions of autocast are decorated for "cuda" when modules are loaded.
+    amp: Any = torch.amp
+    for name in ("custom_fwd", "custom_bwd"):
+        setattr(amp, name, partial(_for_cpu, getattr(amp, name)))
+    from megatron.core.fusions import fused_softmax
     from megatron.core.tensor_parallel import random
+
+    # Recomputed inside `backward`, where the mode is off.
+    fused_softmax.get_default_causal_mask = lambda n: torch.ones(n, n).triu(1).bool()
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

@@ -27,6 +27,8 @@ FACTORED = {"spectral__storage": "factored"}
 CLIPPED = {"optimizer__clip_grad_norm": 0.1}  # below every kind's norm but that of sigma
 LLAMA = {"model__name": "llama-60m", "model__num_heads": 4, "model__ffn_size": 96}
 SEQUENCE = {"parallel__sequence_parallel": True}
+RECOMPUTED = {"model__activation_checkpointing": True}
+EXTRA = {"spectral__extra_sigma": 5}
 PER_STEP = {"parallel__factor_gradients": "per_step"}
 PLAIN_ADAM = {"parallel__distributed_optimizer": False}
 
@@ -63,15 +65,16 @@ LAYOUTS = [
     layout(1, 2, 2, **CLIPPED),
     layout(1, 2, **FACTORED, **PLAIN_ADAM),
     layout(2, 1),
-    layout(2, 1, **SEQUENCE, **FACTORED),
+    layout(2, 1, **SEQUENCE, **FACTORED, **RECOMPUTED),
     layout(2, 1, **FACTORED, **PER_STEP, **CLIPPED),
-    layout(4, 1, 2, **SEQUENCE, **CLIPPED),
+    layout(4, 1, 2, **SEQUENCE, **CLIPPED, **EXTRA),
     layout(4, 1, **FACTORED),
     layout(2, 2, **FACTORED, **CLIPPED),
     layout(2, 2, **SEQUENCE, **PLAIN_ADAM),
-    layout(2, 2, 2, **SEQUENCE, **PER_STEP, **LLAMA),
+    layout(2, 2, 2, **SEQUENCE, **PER_STEP, **RECOMPUTED, **LLAMA),
     layout(4, 1, **SEQUENCE, **FACTORED, **LLAMA),
 ]
+HALF = layout(2, 1, **SEQUENCE, **RECOMPUTED, train__precision="bf16")
 BROKEN = {
     "skip the tensor-parallel sum": layout(2, 1),
     "sum twice": layout(2, 1, **SEQUENCE, **CLIPPED),
@@ -102,7 +105,7 @@ class Runs:
 
     def alone(self, changes: dict[str, Any]) -> dict[str, Any]:
         if not self._alone:
-            wanted = {self._key(x.settings()) for x in [*LAYOUTS, *BROKEN.values()]}
+            wanted = {self._key(x.settings()) for x in [*LAYOUTS, HALF, *BROKEN.values()]}
             runs = [
                 (self.config(f"alone{i}", **dict(key)), None)
                 for i, key in enumerate(sorted(wanted, key=str))
@@ -115,7 +118,7 @@ class Runs:
         """Results by rank; runs of a world size, sound and broken, share its processes."""
         if (wanted, fault) not in self._found:
             world = wanted.world
-            cases: list[Case] = [(x, None) for x in LAYOUTS if x.world == world]
+            cases: list[Case] = [(x, None) for x in [*LAYOUTS, HALF] if x.world == world]
             cases += [(x, f) for f, x in BROKEN.items() if x.world == world]
             runs = [
                 (self.config(f"world{world}-{i}", **x.settings()), None)
@@ -156,6 +159,15 @@ def test_equals_one_process(wanted: Layout, runs: Runs) -> None:
     assert gap.steps_equal
     assert gap.indices_equal
     assert norm_gap(found[0], expected) < 1e-3
+
+
+def test_bf16_products_train_as_on_one_process(runs: Runs) -> None:
+    """Products, frozen weights and what ranks send are rounded; trained weights are not."""
+    found, expected = runs.found(HALF), runs.alone(HALF.settings())
+    gaps = [abs(found[0]["losses"][s] - loss) for s, loss in expected["losses"].items()]
+    assert max(gaps) < 1e-3
+    kinds = {str(v.dtype) for k, v in found[0]["tensors"].items() if k.endswith((".u", "exp_avg"))}
+    assert kinds == {"float32"}
 
 
 @pytest.mark.parametrize("fault", BROKEN)

@@ -146,9 +146,10 @@ def test_data_parallel_traffic(counted: dict[str, dict[str, Any]]) -> None:
     found = counted["bottleneck"]
     trained = FP32 * found["trained"]
     data = {operation: n for (group, operation), n in found["step"].items() if group == "data"}
-    assert set(data) == {"reduce_scatter_base", "allgather_base"}
-    assert data["reduce_scatter_base"] == pytest.approx(trained, rel=0.02)  # padded buckets
-    assert data["allgather_base"] == pytest.approx(trained, rel=0.02)
+    scattered, gathered = "reduce_scatter_tensor_coalesced", "allgather_into_tensor_coalesced"
+    assert set(data) == {scattered, gathered}
+    assert data[scattered] == pytest.approx(trained, rel=0.02)  # padded buckets
+    assert data[gathered] == pytest.approx(trained, rel=0.02)
     norms = found["step"]["world", "allreduce"]
     assert norms == 8 * 4  # dense, without decay, directions, values: float64
     # Column norms of the factors that are cut, one of each matrix.

@@ -11,12 +11,17 @@ request_stop() {
     echo "$(date '+%F %T') $1: asking the ranks to save and stop"
 }
 
-# prepare ARGUMENTS OF TRAIN...: sets run_dir, master_addr, master_port and started.
+# prepare ARGUMENTS OF TRAIN...: sets run_dir, master_addr, master_port, ranks_per_node,
+# started.
 prepare() {
     trap 'request_stop "SIGUSR1 (the time limit is near)"' USR1
     trap 'request_stop SIGTERM' TERM
     cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
     started=$(date +%s)
+    # Ranks of a node, for launchers that start them: one a GPU asked for ("a100:8" or "8").
+    ranks_per_node=${SLURM_GPUS_PER_NODE:-0}
+    ranks_per_node=${ranks_per_node##*:}
+    if ((ranks_per_node == 0)); then ranks_per_node=1; fi
     # Older SLURM does not say when the job ends; the ranks save in time if they know.
     if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
         SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --job "$SLURM_JOB_ID" --format %e)" +%s) ||

@@ -30,6 +30,10 @@ class ResumeMismatchError(ConfigError):
     """A run folder whose checkpoints belong to a different model, method or data."""
 
 
+class LaunchError(SpectralScaleError):
+    """Ranks that cannot meet: a port that is taken, an address that leads nowhere, a rank missing."""
+
+
 class NoProgressError(SpectralScaleError):
     """Several starts in a row saved nothing new; a scheduler must not start another."""
 

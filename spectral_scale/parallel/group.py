@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
+from spectral_scale.parallel.meeting import meet
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -15,11 +16,14 @@ def join_group(world_size: int, device: torch.device) -> Collective:
     """Meet the other ranks through the launcher's environment; one process needs no group.
 
     GPU tensors go through NCCL. Flags and JSON live on the CPU and go through gloo, so that asking
-    all ranks a question between steps does not wait for the GPU.
+    all ranks a question between steps does not wait for the GPU. Raises LaunchError.
     """
     if world_size == 1:
         return SingleProcess()
-    dist.init_process_group(_host(device), timeout=COLLECTIVE_TIMEOUT)
+    store, rank = meet(world_size)
+    dist.init_process_group(
+        _host(device), store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
     keep_until_exit(dist.group.WORLD)
     return ProcessGroup(torch.device("cpu"))
 

@@ -46,7 +46,7 @@ ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=20
+KillWait=60
 MinJobAge=600
 SlurmctldTimeout=30
 SlurmdTimeout=60
@@ -165,9 +165,7 @@ def _write(folder: Path) -> None:
     key = folder / "munge" / "key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
-    nodes = [
-        NODE.format(name=name, host=host, port=FIRST_PORT + i) for i, name in enumerate(NODES)
-    ]
+    nodes = [NODE.format(name=name, host=host, port=FIRST_PORT + i) for i, name in enumerate(NODES)]
     (folder / "slurm.conf").write_text(
         CONFIGURATION.format(
             host=host, folder=folder, controller=FIRST_PORT - 1, nodes="\n".join(nodes)

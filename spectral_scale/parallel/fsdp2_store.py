@@ -14,7 +14,7 @@ from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into
 from spectral_scale.parallel.rectangles import Rectangle
 from spectral_scale.parallel.shards import Layout, Layouts, gather, local, scatter, sum_over_shards
-from spectral_scale.parallel.store import MOMENTS, zero_moments
+from spectral_scale.parallel.store import rearrange, rearrange_moments, zero_moments
 
 
 class FSDP2Store:
@@ -80,16 +80,10 @@ class FSDP2Store:
     @torch.no_grad()
     def move_moments(self, fqn: str, source: Tensor) -> int:
         """Rearrange exp_avg and exp_avg_sq along the last axis, gathering them if it is cut."""
-        new = source < 0
-        if bool(new.all()):
-            return self.reset_moments([fqn])  # the step count too
-        state = self._optimizer.state[self._parameters[fqn]] if self._optimizer else {}
-        zeroed = 0
-        for name in MOMENTS:
-            if name in state:
-                self._rearrange(state[name], source.clamp_min(0), new)
-                zeroed += int(new.sum()) * (state[name].numel() // source.numel())
-        return zeroed
+        if self._optimizer is None:
+            return 0
+        parameter = self._parameters[fqn]
+        return rearrange_moments(self._optimizer, parameter, source, self._rearrange, local)
 
     @torch.no_grad()
     def retract_columns(self, fqns: Iterable[str]) -> None:
@@ -123,7 +117,7 @@ class FSDP2Store:
         layout = self._layouts.of(moment) if isinstance(moment, DTensor) else None
         mine, shape = local(moment), tuple(moment.shape)
         if layout is None or layout.dim != len(shape) - 1:
-            mine.copy_(mine.index_select(-1, source).masked_fill_(new, 0.0))
+            rearrange(mine, source, new)
             return
         whole = cast(DTensor, moment).full_tensor().index_select(-1, source).masked_fill_(new, 0.0)
         box = layout.rectangle(shape)

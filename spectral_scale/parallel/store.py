@@ -87,17 +87,9 @@ class TorchStore:
     @torch.no_grad()
     def move_moments(self, fqn: str, source: Tensor) -> int:
         """Rearrange exp_avg and exp_avg_sq of a parameter that has them, along the last axis."""
-        new = source < 0
-        if bool(new.all()):
-            return self.reset_moments([fqn])  # the step count too
-        state = self._optimizer.state[self._parameters[fqn]] if self._optimizer else {}
-        zeroed = 0
-        for name in MOMENTS:
-            if name in state:
-                moved = state[name].index_select(-1, source.clamp_min(0))
-                state[name].copy_(moved.masked_fill_(new, 0.0))
-                zeroed += int(new.sum()) * (moved.numel() // source.numel())
-        return zeroed
+        if self._optimizer is None:
+            return 0
+        return rearrange_moments(self._optimizer, self._parameters[fqn], source, rearrange)
 
     @torch.no_grad()
     def retract_columns(self, fqns: Iterable[str]) -> None:
@@ -133,3 +125,36 @@ def zero_moments(
         if "step" in state:
             state["step"].zero_()
     return zeroed
+
+
+def rearrange_moments(
+    optimizer: torch.optim.Optimizer,
+    parameter: Tensor,
+    source: Tensor,
+    move: Callable[[Tensor, Tensor, Tensor], None],
+    held: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> int:
+    """Let a parameter's moments follow `source`, in place; the logical entries zeroed.
+
+    Args:
+        optimizer: has the moments, or has not taken a step.
+        parameter: its key.
+        source: column j takes the moments of column `source[j]`, or zeros where that is -1; if all
+            are, the step count goes to zero, too.
+        move: (moment, source clamped to 0, where it was -1) -> None, in place.
+        held: the part of a moment that this rank holds.
+    """
+    new = source < 0
+    if bool(new.all()):
+        return zero_moments(optimizer, [parameter], held)
+    state = optimizer.state[parameter]
+    zeroed = 0
+    for name in (name for name in MOMENTS if name in state):
+        move(state[name], source.clamp_min(0), new)
+        zeroed += int(new.sum()) * (state[name].numel() // source.numel())
+    return zeroed
+
+
+def rearrange(moment: Tensor, source: Tensor, new: Tensor) -> None:
+    """Column j becomes column `source[j]`, or zero where `new`, in place."""
+    moment.copy_(moment.index_select(-1, source).masked_fill_(new, 0.0))

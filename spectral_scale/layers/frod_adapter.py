@@ -5,7 +5,7 @@ that is checked against their spectra before it is used.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +87,22 @@ def load_adapter(model: nn.Module, folder: Path) -> dict[str, FRoDLinear]:
     convert_frod(model, SpectralConfig(method="frod"), targets=list(shapes))
     layers = frod_layers(model)
     for name in shapes:
-        _fill(layers[name], bases[category_of(name)], lambda leaf, n=name: tensors[f"{n}.{leaf}"])
+        _fill(layers[name], name, bases[category_of(name)], tensors)
     return {name: layers[name] for name in shapes}
 
 
-def _fill(layer: FRoDLinear, basis: SharedBasis, read: Callable[[str], Tensor]) -> None:
-    device, dtype = layer.base.device, basis.v.dtype
+def _fill(layer: FRoDLinear, name: str, basis: SharedBasis, tensors: Mapping[str, Tensor]) -> None:
+    device = layer.base.device
+    mixing, value_delta, inverse_lengths = (
+        tensors[f"{name}.{leaf}"].to(device)
+        for leaf in ("mixing", "value_delta", "inverse_lengths")
+    )
     if layer.initial_weight is not None:
         layer.base.data = layer.initial_weight
     layer.initial_weight = None
-    layer.mixing = nn.Parameter(read("mixing").to(device))
-    layer.value_delta = nn.Parameter(read("value_delta").to(device))
-    layer.num_mixing = layer.mixing.numel()
-    layer.basis, layer.inverse_lengths = basis, read("inverse_lengths").to(device, dtype)
-    layer.ready = True
+    layer.mixing, layer.value_delta = nn.Parameter(mixing), nn.Parameter(value_delta)
+    layer.num_mixing = mixing.numel()
+    layer.basis, layer.inverse_lengths, layer.ready = basis, inverse_lengths, True
 
 
 def _bases(

@@ -15,6 +15,7 @@ COMMANDS = (
     "train",
     "finetune",
     "plan",
+    "doctor",
     "prepare",
     "evaluate",
     "report",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from spectral_scale.config.capability import variant
 from spectral_scale.config.check import check_config, gradient_accumulation_steps
+from spectral_scale.config.presets import resolve_architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.activations import ASSUMPTIONS, activation_bytes
 from spectral_scale.plan.inventory import Inventory, take_inventory
@@ -129,6 +130,12 @@ def verdict(peak_bytes: float, gpu_memory_bytes: float) -> Verdict:
     """How a peak stands to a device's memory."""
     share = peak_bytes / gpu_memory_bytes
     return "fits" if share <= FITS else "tight" if share <= TIGHT else "no"
+
+
+def disk_bytes(config: RunConfig) -> int:
+    """Bytes of one checkpoint of a run; see `checkpoint_bytes`. Raises ConfigError."""
+    config, _ = _with_vocabulary(config)
+    return checkpoint_bytes(config, take_inventory(config, resolve_architecture(config.model)))
 
 
 def checkpoint_bytes(config: RunConfig, inventory: Inventory) -> int:

@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "plan": frozenset(
         {"errors", "config", "data", "parallel", "layers", "models", "spectral", "engine"}
     ),
-    "cli": BELOW_ENGINE | {"cluster", "engine", "bench", "plan"},
+    "cli": BELOW_ENGINE | {"cluster", "engine", "bench", "plan", "doctor"},
+    "doctor": frozenset({"errors", "config", "parallel", "cluster"}),
     "testing": BELOW_ENGINE | {"engine", "cli", "megatron"},
     "__init__": BELOW_BACKENDS,
     "__main__": frozenset({"cli"}),
@@ -55,9 +56,10 @@ ONLY_IN = {
     "torch": (
         *("ops/", "parallel/", "layers/", "models/", "data/", "spectral/", "optim/", "backends/"),
         *("baselines/", "checkpoint/", "metrics/", "engine/", "bench/", "megatron/", "testing/"),
+        "doctor/",
     ),
     "torch.distributed": (
-        *("parallel/", "backends/", "checkpoint/", "engine/", "megatron/", "testing/"),
+        *("parallel/", "backends/", "checkpoint/", "engine/", "megatron/", "doctor/", "testing/"),
     ),
     "transformers": (
         *("models/", "data/", "engine/", "bench/", "backends/", "megatron/", "cli/"),

@@ -1,0 +1,92 @@
+"""`spectral-scale doctor`: examine the machines of a job before a run depends on them."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectral_scale.cli.arguments import (
+    add_format,
+    add_launcher,
+    add_run_config,
+    launcher_flags,
+    load_run_config,
+)
+from spectral_scale.cluster.adopt import adopt_launcher
+from spectral_scale.config.deepspeed_json import with_deepspeed_json
+
+if TYPE_CHECKING:
+    from spectral_scale.doctor.examine import Subject
+    from spectral_scale.doctor.findings import Finding
+
+DESCRIPTION = """Look at versions, devices, compilers, interfaces, the run folder's file system, clocks and
+the speed of all-reduce and matrix products, on all ranks of a job. Start it as the run is started:
+  spectral-scale doctor --config run.yaml
+  srun spectral-scale doctor --config run.yaml
+Exit code 1 if something would make a run fail; each finding comes with its remedy."""
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "doctor",
+        help="examine the machines of a job",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_run_config(parser)
+    add_launcher(parser)
+    add_format(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0, or 1 if a run would fail here, on every rank alike. Raises ConfigError, LaunchError."""
+    placement = adopt_launcher(launcher_flags(arguments))
+    from spectral_scale.doctor.examine import examine
+    from spectral_scale.doctor.findings import Finding, exit_code
+
+    findings = examine(_subject(arguments), placement.facts)
+    findings.insert(0, Finding(name="ranks", verdict="ok", text=placement.note))
+    if placement.warning is not None:
+        findings.insert(1, Finding(name="ranks", verdict="warning", text=placement.warning))
+    code = exit_code(findings)
+    if placement.facts.rank == 0:
+        if arguments.format == "json":
+            print(json.dumps({"findings": [f.to_json() for f in findings], "exit_code": code}))
+        else:
+            print(as_text(findings), flush=True)
+    return code
+
+
+def _subject(arguments: argparse.Namespace) -> "Subject":
+    """The run that the arguments mean, if they mean one, and the size of its checkpoints."""
+    from spectral_scale.doctor.examine import Subject
+
+    if not (arguments.config or arguments.overrides or arguments.deepspeed_config):
+        return Subject(run_dir=Path(os.getcwd()))
+    from spectral_scale.plan.build import disk_bytes
+
+    config = with_deepspeed_json(load_run_config(arguments).config)
+    return Subject(
+        run_dir=Path(config.train.run_dir),
+        backend=config.parallel.backend,
+        device=config.train.device,
+        checkpoint_bytes=disk_bytes(config),
+        kept=config.checkpoint.keep_last,
+    )
+
+
+SIGNS = {"ok": "ok     ", "warning": "WARNING", "fault": "FAULT  "}
+
+
+def as_text(findings: "list[Finding]") -> str:
+    """A line a finding, and one for its remedy."""
+    lines = []
+    for finding in findings:
+        where = "" if finding.verdict == "ok" else f" (rank {finding.rank}, {finding.host})"
+        lines.append(f"{SIGNS[finding.verdict]} {finding.name}: {finding.text}{where}")
+        if finding.remedy:
+            lines.append(f"        -> {finding.remedy}")
+    return "\n".join(lines)

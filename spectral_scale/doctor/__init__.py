@@ -1,0 +1,1 @@
+"""Examines the machines of a job before a run depends on them."""

@@ -1,0 +1,72 @@
+"""The whole examination of a job, gathered on rank 0."""
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from spectral_scale.doctor.findings import Finding
+from spectral_scale.doctor.group import examine_group
+from spectral_scale.doctor.machine import examine_machine, versions
+from spectral_scale.doctor.storage import examine_storage
+from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.group import join_group, leave_group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The run that is to be started; the defaults are those of no run in particular."""
+
+    run_dir: Path
+    """Where it is to be written."""
+    backend: str | None = None
+    """parallel.backend."""
+    device: str = "auto"
+    """train.device."""
+    checkpoint_bytes: int = 0
+    """Of one checkpoint."""
+    kept: int = 1
+    """Checkpoints kept."""
+
+
+def examine(subject: Subject, facts: RankFacts) -> list[Finding]:
+    """Findings of all ranks, the same list on each. Collective. Raises LaunchError."""
+    mine = list(examine_machine(facts, subject.backend))
+    device = _device(subject, facts)
+    collective = join_group(facts.world_size, device)
+    mine += examine_storage(
+        subject.run_dir,
+        collective,
+        checkpoint_bytes=subject.checkpoint_bytes,
+        kept=subject.kept,
+    )
+    mine += examine_group(collective, device, versions())
+    every = collective.gather_json([_signed(f, facts.rank).to_json() for f in mine])
+    found: list[list[dict[str, object]]] = collective.broadcast_json(every)
+    leave_group()
+    return list(_condensed([Finding(**f) for of_rank in found for f in of_rank]))  # type: ignore[arg-type]
+
+
+def _device(subject: Subject, facts: RankFacts) -> torch.device:
+    """The rank's GPU if it has one; what is wrong with it is a finding, not an error."""
+    able = torch.cuda.is_available() and facts.local_rank < torch.cuda.device_count()
+    return torch.device("cuda", facts.local_rank) if able and subject.device != "cpu" else (
+        torch.device("cpu")
+    )  # fmt: skip
+
+
+def _signed(finding: Finding, rank: int) -> Finding:
+    return replace(finding, rank=rank, host=socket.gethostname())
+
+
+def _condensed(findings: list[Finding]) -> Iterator[Finding]:
+    """What is well is said once, by the first rank that says it; faults by every rank."""
+    said: set[str] = set()
+    for finding in findings:
+        if finding.verdict == "ok" and finding.name in said:
+            continue
+        if finding.verdict == "ok":
+            said.add(finding.name)
+        yield finding

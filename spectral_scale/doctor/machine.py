@@ -1,0 +1,150 @@
+"""One machine by itself: versions, devices, compilers, limits, interfaces."""
+
+import os
+import platform
+import resource
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from spectral_scale.cluster.interface import VARIABLES, addresses
+from spectral_scale.doctor.findings import Finding, fault, ok, warning
+from spectral_scale.parallel.facts import RankFacts
+
+PACKAGES = ("spectral-scale", "torch", "transformers", "safetensors", "numpy")
+OPTIONAL = {"deepspeed": "deepspeed", "megatron": "megatron-core"}
+"""parallel.backend -> the distribution it needs."""
+OPEN_FILES = 4096
+
+
+def versions() -> dict[str, str]:
+    """Distribution -> installed version, `absent` where there is none."""
+    found = {"python": platform.python_version()}
+    for name in (*PACKAGES, *OPTIONAL.values(), "mpi4py"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def examine_machine(facts: RankFacts, backend: str | None) -> Iterator[Finding]:
+    """Everything about this host that needs no other one.
+
+    Args:
+        facts: where this process stands.
+        backend: parallel.backend of the run; None if no run is meant.
+    """
+    yield from _packages(backend)
+    yield from _devices(facts)
+    yield from _compilers(backend)
+    yield _open_files()
+    yield from _interfaces(facts)
+
+
+def _packages(backend: str | None) -> Iterator[Finding]:
+    found = versions()
+    yield ok("versions", ", ".join(f"{name} {number}" for name, number in found.items()))
+    package = OPTIONAL.get(backend or "")
+    if package is not None and found[package] == "absent":
+        yield fault(
+            "backend",
+            f"parallel.backend={backend} needs {package}, which is not installed",
+            f"pip install 'spectral-scale[{backend}]'",
+        )
+
+
+def _devices(facts: RankFacts) -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi"):
+            yield warning(
+                "devices",
+                f"nvidia-smi is here, but torch {torch.__version__} sees no GPU",
+                "install the CUDA build of torch, or a driver as new as its CUDA "
+                f"({torch.version.cuda or 'none: a CPU build'})",
+            )
+        else:
+            yield ok("devices", f"no GPU, {os.cpu_count()} processors, {torch.get_num_threads()} "
+                                "threads a rank")  # fmt: skip
+        return
+    count = torch.cuda.device_count()
+    if facts.local_rank >= count:
+        yield fault(
+            "devices",
+            f"local rank {facts.local_rank} has no GPU: {count} are visible here",
+            "start as many ranks a node as it has GPUs (--ntasks-per-node, --nproc-per-node)",
+        )
+        return
+    properties = torch.cuda.get_device_properties(facts.local_rank)
+    yield ok(
+        "devices",
+        f"GPU {facts.local_rank} of {count}: {properties.name}, "
+        f"{properties.total_memory / 1e9:.0f} GB",
+    )
+
+
+def _compilers(backend: str | None) -> Iterator[Finding]:
+    """DeepSpeed builds some operators when they are first used; this project's path needs none."""
+    needed = ["ninja", os.environ.get("CXX", "c++")]
+    if torch.cuda.is_available():
+        needed.append(os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc"))
+    missing = [name for name in needed if shutil.which(name) is None]
+    if not missing:
+        yield ok("compilers", f"{', '.join(map(os.path.basename, needed))} are here")
+    elif backend == "deepspeed":
+        yield warning(
+            "compilers",
+            f"not found: {', '.join(missing)}; DeepSpeed cannot build its own operators",
+            "load the compiler and CUDA modules in slurm/env.sh and set CUDA_HOME; only "
+            "operators that a DeepSpeed JSON asks for by name need them",
+        )
+    else:
+        yield ok(
+            "compilers", f"{', '.join(missing)} not found; only DeepSpeed's operators need them"
+        )
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
+        return warning(
+            "open files", f"limit {soft}", f"ulimit -n {min(hard, 65536)} before the start"
+        )
+    return ok("open files", f"limit {soft}")
+
+
+def _interfaces(facts: RankFacts) -> Iterator[Finding]:
+    names = {v: os.environ.get(v, "").lstrip("=^").split(",")[0] for v in VARIABLES}
+    own = addresses()
+    text = ", ".join(f"{v}={name or 'unset'}" for v, name in names.items())
+    if facts.world_size == 1:
+        yield ok("interfaces", f"one process; {', '.join(sorted(own))} are up")
+        return
+    gone = [name for name in names.values() if name and not _matches(name, own)]
+    several = facts.local_world_size not in (None, facts.world_size)
+    loopback = [n for n in names.values() if any(a.startswith("127.") for a in own.get(n, ()))]
+    if gone:
+        yield fault(
+            "interfaces",
+            f"{text}: {', '.join(gone)} is not up here ({', '.join(sorted(own))} are)",
+            "set them to the interface between the nodes in slurm/env.sh, or unset them",
+        )
+    elif several and loopback and not _meets_on_loopback():
+        yield fault(
+            "interfaces",
+            f"{text}: no other host reaches {loopback[0]}",
+            "set --network-interface, or both variables in slurm/env.sh",
+        )
+    else:
+        yield ok("interfaces", text)
+
+
+def _matches(name: str, own: dict[str, list[str]]) -> bool:
+    """NCCL and gloo's variables may give a prefix."""
+    return any(interface.startswith(name) for interface in own)
+
+
+def _meets_on_loopback() -> bool:
+    return os.environ.get("MASTER_ADDR", "").startswith("127.")

@@ -1,0 +1,132 @@
+"""What doctor finds on healthy machines, and on machines that are not."""
+
+import json
+import os
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectral_scale.cli.doctor import as_text
+from spectral_scale.cli.main import main
+from spectral_scale.doctor import group, machine, storage
+from spectral_scale.doctor.findings import Finding, exit_code
+from spectral_scale.parallel.collective import SingleProcess
+from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.testing.distributed import run_distributed
+from spectral_scale.testing.tiny import tiny_words
+
+
+def by_name(findings: Any) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def test_a_healthy_machine(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", *tiny_words(corpus, tmp_path / "run"), "--format", "json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    names = {f["name"] for f in result["findings"]}
+    assert {"ranks", "versions", "devices", "compilers", "run folder", "space", "products"} <= names
+    assert not any(f["verdict"] == "fault" for f in result["findings"])
+    assert list(tmp_path.iterdir()) == []  # the probe is gone, no run folder was made
+    assert main(["doctor", "--train.run_dir", str(tmp_path)]) == 0
+    assert "ok      run folder" in capsys.readouterr().out
+
+
+def sick_rank(run_dir: str) -> dict[str, Any]:
+    """Two ranks of different software, clocks and sums; each rank's exit code and rank 0's text."""
+    from spectral_scale.doctor.examine import Subject, examine
+    from spectral_scale.parallel.facts import detect_rank_facts
+
+    facts = detect_rank_facts()
+    if facts.rank == 1:
+        real, now = machine.version, time.time
+        machine.version = lambda name: "9.9" if name == "numpy" else real(name)  # type: ignore[assignment]
+        group.time.time = lambda: now() - 100  # type: ignore[attr-defined]
+        reduce = group.dist.all_reduce
+
+        def wrong(data: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            result = reduce(data, *arguments, **options)
+            if data.numel() > 1000:
+                data[7] += 1
+            return result
+
+        group.dist.all_reduce = wrong
+    storage.SEEN_WITHIN_SECONDS = 0.5
+    place = Path(run_dir) / ("shared" if facts.rank == 0 else "local")
+    place.mkdir()
+    findings = examine(Subject(run_dir=place, device="cpu"), facts)
+    return {"code": exit_code(findings), "text": as_text(findings)}
+
+
+def test_a_job_that_would_fail(tmp_path: Path) -> None:
+    """Every rank ends with the same code, so that the launcher's is right."""
+    first, second = run_distributed(sick_rank, 2, str(tmp_path), timeout_seconds=120)
+    assert first["code"] == second["code"] == 1
+    text = first["text"]
+    assert "FAULT   versions: numpy is" in text and "9.9 on rank 1" in text
+    assert "WARNING clocks" in text and "rank 1 is behind" in text
+    assert "FAULT   all-reduce" in text and "wrong sums on ranks [1]" in text
+    assert "FAULT   shared file system" in text and "(rank 1, " in text
+    assert text.count("        -> ") >= 4
+
+
+def healthy_rank(run_dir: str) -> list[str]:
+    from spectral_scale.doctor.examine import Subject, examine
+    from spectral_scale.parallel.facts import detect_rank_facts
+
+    found = examine(Subject(run_dir=Path(run_dir), device="cpu"), detect_rank_facts())
+    return [f"{finding.name}: {finding.verdict}" for finding in found]
+
+
+def test_a_healthy_job(tmp_path: Path) -> None:
+    first, second = run_distributed(healthy_rank, 2, str(tmp_path), timeout_seconds=120)
+    assert first == second
+    assert {"all-reduce: ok", "shared file system: ok", "clocks: ok"} <= set(first)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    alone = SingleProcess()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", refuse)
+        found = by_name(storage.examine_storage(tmp_path, alone, checkpoint_bytes=0, kept=1))
+    assert found["run folder"].verdict == "fault" and "No space left" in found["run folder"].text
+    assert list(tmp_path.iterdir()) == []
+    found = by_name(
+        storage.examine_storage(tmp_path / "a", alone, checkpoint_bytes=1 << 60, kept=2)
+    )
+    assert found["space"].verdict == "fault" and "keep_last" in found["space"].remedy
+    assert stat.S_ISDIR(storage.existing_parent(tmp_path / "a" / "b").stat().st_mode)
+
+
+def test_machines_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = RankFacts(rank=0, world_size=4, local_rank=2, local_world_size=2)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine, "versions", lambda: {"deepspeed": "absent"})
+    monkeypatch.setattr(machine, "addresses", lambda: {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"]})
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    found = by_name(machine.examine_machine(facts, "deepspeed"))
+    assert found["backend"].remedy == "pip install 'spectral-scale[deepspeed]'"
+    assert found["compilers"].verdict == "warning" and "ninja" in found["compilers"].text
+    assert found["interfaces"].verdict == "fault" and "ib0 is not up" in found["interfaces"].text
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    found = by_name(machine.examine_machine(facts, None))
+    assert found["compilers"].verdict == "ok"
+    assert "no other host reaches lo" in found["interfaces"].text
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (1024, 2048))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = by_name(machine.examine_machine(facts, None))
+    assert (
+        found["devices"].verdict == "fault" and "local rank 2 has no GPU" in found["devices"].text
+    )
+    assert found["open files"].remedy == "ulimit -n 2048 before the start"

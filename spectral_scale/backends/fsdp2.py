@@ -30,7 +30,8 @@ from spectral_scale.parallel.collective import ProcessGroup
 from spectral_scale.parallel.facts import RankFacts
 from spectral_scale.parallel.fsdp2_store import FSDP2Store
 from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
-from spectral_scale.parallel.shards import Layout, Layouts, local, sum_over_shards
+from spectral_scale.parallel.layouts import Layout, Layouts
+from spectral_scale.parallel.shards import local, sum_over_shards
 
 CLIP_EPSILON = 1e-6
 """Added to a norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""

@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.group import present_group
+from spectral_scale.parallel.layouts import Layout, Layouts
 from spectral_scale.parallel.packing import broadcast_into
 from spectral_scale.parallel.rectangles import Rectangle
-from spectral_scale.parallel.shards import Layout, Layouts, gather, local, scatter, sum_over_shards
+from spectral_scale.parallel.shards import gather, local, scatter, sum_over_shards
 from spectral_scale.parallel.store import rearrange, rearrange_moments, zero_moments
 
 

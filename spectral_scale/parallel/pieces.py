@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
+from spectral_scale.parallel.layouts import Layout, Layouts
 from spectral_scale.parallel.ranges import rectangles_of_range
 from spectral_scale.parallel.rectangles import Shape
-from spectral_scale.parallel.shards import Layout, Layouts, local
+from spectral_scale.parallel.shards import local
 
 Range = tuple[int, int]
 """First element and number of elements, in the flattened tensor."""

@@ -19,7 +19,7 @@ ROW_PARALLEL = ("out_proj", "o_proj", "fc2", "down_proj")
 """Linears whose inputs are cut; their outputs are summed over ranks."""
 VOCABULARY_PARALLEL = ("embed_tokens", "lm_head")
 """Matrices of which a rank holds the rows of some tokens."""
-WHOLE = ("embed_positions", "norm", "layer_norm", "layernorm")
+WHOLE = ("embed_positions", "norm", "layer_norm", "layernorm", "project_in", "project_out")
 """Ends of the names of modules that every rank holds whole."""
 
 _CUTS: dict[Kind, dict[str, int | None]] = {

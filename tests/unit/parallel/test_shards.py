@@ -13,12 +13,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.collective import SingleProcess
 from spectral_scale.parallel.group import join_alone
+from spectral_scale.parallel.layouts import Cut, Layout, Layouts, piece
 from spectral_scale.parallel.rectangles import tiling_fault
-from spectral_scale.parallel.shards import Cut, Layout, Layouts, piece
 from spectral_scale.parallel.store import TorchStore
 
 
@@ -52,6 +53,28 @@ def test_pieces_tile_the_tensor(rows: int, columns: int, parts: int, dim: int) -
     boxes = [layout(dim, parts, i).rectangle((rows, columns)) for i in range(parts)]
     assert tiling_fault([b for b in boxes if b.numel], (rows, columns)) is None
     assert boxes[0].shape == layout(dim, parts, parts - 1).padded_shape((rows, columns))
+
+
+@given(st.integers(1, 5), st.integers(1, 20), st.integers(1, 4), st.integers(1, 5), st.booleans())
+def test_pieces_of_equal_parts_tile_the_tensor(
+    rows: int, columns: int, tensor: int, data: int, other: bool
+) -> None:
+    """Cut by tensor parallelism first, each part then as `fully_shard` cuts it: torch's pieces."""
+    shape = (rows * tensor, columns)
+    ranks = tuple(range(data * tensor))
+    dim = 1 if other else 0
+    cuts = (Cut(0, tensor, 1), Cut(dim, data, tensor))
+    placements = (Shard(1) if other else _StridedShard(0, split_factor=tensor), Shard(0))
+    whole = Layout(cuts, ranks, None, (0,), None, dict.fromkeys(ranks, 0), 0)
+    boxes = [whole.rectangle(shape, i) for i in ranks]
+    assert tiling_fault([b for b in boxes if b.numel], shape) is None
+    for rank, box in enumerate(boxes):
+        at = divmod(rank, tensor)
+        local, offset = _compute_local_shape_and_global_offset(
+            shape, (data, tensor), lambda axis, at=at: at[axis], placements
+        )
+        assert tuple(local) == box.shape
+        assert not box.numel or tuple(offset) == box.offset
 
 
 def test_a_tensor_that_is_not_cut_is_one_piece() -> None:

@@ -51,11 +51,11 @@ def _store(rank: int, timeout: timedelta) -> Any:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     listens = rank == 0 and not agent
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not re-exported by name
         address, port, is_master=listens, timeout=timeout, wait_for_workers=False, multi_tenant=True
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"spectral_scale/{attempt}", store)
+    return dist.PrefixStore(f"spectral_scale/{attempt}", store)  # type: ignore[attr-defined]
 
 
 def _missing(store: Any, world_size: int) -> list[int]:

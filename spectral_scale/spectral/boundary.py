@@ -16,11 +16,11 @@ from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
 from spectral_scale.layers.sst import SpectralLinear
 from spectral_scale.parallel.collective import Collective
-from spectral_scale.parallel.store import MomentMover, ParameterStore
+from spectral_scale.parallel.store import ParameterStore
 from spectral_scale.spectral.bank import SpectralBank
 from spectral_scale.spectral.checks import check_counts, prove_installed
 from spectral_scale.spectral.drawing import draw_triplets
-from spectral_scale.spectral.moments import Held, held, settle_moments
+from spectral_scale.spectral.moments import Change, Held, held, settle_all_moments
 from spectral_scale.spectral.parcels import (
     Parcel,
     delivered_bytes,
@@ -83,7 +83,7 @@ class Boundary:
         """Draw, build and install the triplets of `iteration`."""
         report = report or BoundaryReport(iteration=iteration)
         work = OwnerWork()
-        changes: dict[str, tuple[Held, Held, int]] = {}
+        changes: dict[str, Change] = {}
         for name in self._mine:
             if work.problem is not None:
                 break
@@ -96,7 +96,16 @@ class Boundary:
         report.layers = len(self.layers)
         report.active_triplets = sum(x.trained_shapes()["u"][1] for x in self.layers.values())
         with self.clock.phase("reset"):
-            self._settle_moments(changes, report)
+            zeroed, kept = settle_all_moments(
+                self.store,
+                self.collective,
+                self.config,
+                owners=self.owners,
+                shapes={name: layer.trained_shapes() for name, layer in self.layers.items()},
+                changes=changes,
+                device=self._device,
+            )
+            report.moments_reset, report.moments_kept = zeroed, kept
             self._sum_counts(report)
 
     def deliver(self, *, trained: bool) -> None:
@@ -181,33 +190,6 @@ class Boundary:
         self.store.install(values, owner=parcel.owner)
         for name in parcel.names:
             self.layers[name].ready = True
-
-    def _settle_moments(
-        self, changes: Mapping[str, tuple[Held, Held, int]], report: BoundaryReport
-    ) -> None:
-        """Zero the optimizer's moments of what trained before, or keep those that may stay."""
-        if self.config.boundary_moments == "reset":
-            fqns = [f"{n}.{leaf}" for n, x in self.layers.items() for leaf in x.trained_shapes()]
-            report.moments_reset = self.store.reset_moments(fqns)
-            return
-        if not isinstance(self.store, MomentMover):
-            raise SpectralError(
-                f"spectral.boundary_moments={self.config.boundary_moments} needs a store that can "
-                f"move moments; {type(self.store).__name__} cannot: set it to reset"
-            )
-        for name, owner in self.owners.items():
-            zeroed, kept = settle_moments(
-                self.store,
-                self.collective,
-                self.config,
-                name,
-                owner=owner,
-                shapes=self.layers[name].trained_shapes(),
-                change=changes.get(name),
-                device=self._device,
-            )
-            report.moments_reset += zeroed
-            report.moments_kept += kept
 
     def _sum_counts(self, report: BoundaryReport) -> None:
         mine = [report.swapped_triplets, report.redecomposed, report.kept_factors]

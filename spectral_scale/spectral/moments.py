@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from spectral_scale.config.schema import SpectralConfig
+from spectral_scale.errors import SpectralError
 from spectral_scale.parallel.collective import Collective
-from spectral_scale.parallel.store import MomentMover
+from spectral_scale.parallel.store import MomentMover, ParameterStore
 from spectral_scale.spectral.bank import Triplets
 
 
@@ -25,6 +26,10 @@ class Held:
     """Indices (r,) behind u's and v's columns; empty if no moment may be kept."""
     sigma: Tensor
     """Indices behind the singular values."""
+
+
+Change = tuple[Held, Held, int]
+"""What was held before a swap and is held after it, of how many triplets."""
 
 
 def held(entry: Triplets, *, all_sigma: bool) -> Held:
@@ -41,6 +46,52 @@ def positions(before: Tensor, after: Tensor, size: int) -> Tensor:
     return place[after]
 
 
+def settle_all_moments(
+    store: ParameterStore,
+    collective: Collective,
+    config: SpectralConfig,
+    *,
+    owners: Mapping[str, int],
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    changes: Mapping[str, Change],
+    device: torch.device,
+) -> tuple[int, int]:
+    """Zero the moments of what trained before, or keep those that `config` lets stay. Collective.
+
+    Returns how many were zeroed and how many kept. Raises SpectralError if the store cannot move
+    moments and has to.
+
+    Args:
+        owners: layer -> rank.
+        shapes: of each layer's trained parameters.
+        changes: by layer, of those that this rank owns.
+        device: of the parameters.
+    """
+    if config.boundary_moments == "reset":
+        return store.reset_moments(
+            [f"{n}.{leaf}" for n, leaves in shapes.items() for leaf in leaves]
+        ), 0
+    if not isinstance(store, MomentMover):
+        raise SpectralError(
+            f"spectral.boundary_moments={config.boundary_moments} needs a store that can move "
+            f"moments; {type(store).__name__} cannot: set it to reset"
+        )
+    zeroed = kept = 0
+    for name, owner in owners.items():
+        counts = settle_moments(
+            store,
+            collective,
+            config,
+            name,
+            owner=owner,
+            shapes=shapes[name],
+            change=changes.get(name),
+            device=device,
+        )
+        zeroed, kept = zeroed + counts[0], kept + counts[1]
+    return zeroed, kept
+
+
 def settle_moments(
     store: MomentMover,
     collective: Collective,
@@ -49,7 +100,7 @@ def settle_moments(
     *,
     owner: int,
     shapes: Mapping[str, tuple[int, ...]],
-    change: tuple[Held, Held, int] | None,
+    change: Change | None,
     device: torch.device,
 ) -> tuple[int, int]:
     """Keep what `config.boundary_moments` keeps of one layer's moments and zero the rest.

@@ -27,7 +27,7 @@ class WorkerError(AssertionError):
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 40.0
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 120.0
 ) -> list[Any]:
     """Call `function(*arguments)` in `world_size` fresh processes; their results by rank.
 

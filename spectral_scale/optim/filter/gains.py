@@ -63,7 +63,8 @@ class GainFilter:
         """|g|^2 of each block over all ranks, float64; whole blocks count once."""
         first = self._pieces.group.index == 0
         own = [
-            part.double().square().sum().to(self._pieces.device) * (cut or first)
+            torch.linalg.vector_norm(part).double().square().to(self._pieces.device)
+            * (cut or first)
             for part, cut in zip(parts, self._spread, strict=True)
         ]
         return self._pieces.group.sum(torch.stack(own))

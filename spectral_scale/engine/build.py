@@ -21,7 +21,13 @@ from spectral_scale.data.packing import count_samples
 from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
 from spectral_scale.engine.filter_run import open_filter
-from spectral_scale.engine.hosts import autocast_dtype, open_backend, require_host, with_host_file
+from spectral_scale.engine.hosts import (
+    autocast_dtype,
+    open_backend,
+    require_host,
+    require_host_model,
+    with_host_file,
+)
 from spectral_scale.engine.identity import base_identity, check_identity, run_identity
 from spectral_scale.engine.methods import (
     METHODS,
@@ -120,6 +126,7 @@ def check_inputs(config: RunConfig, facts: RankFacts) -> Inputs:
     train, validation = open_data(config)
     config = with_vocabulary(config, train)
     architecture = check_config(config, world_size=facts.world_size)
+    require_host_model(config, architecture)
     check_vocabulary(architecture.vocab_size, train)
     count_examples(train, config.model.sequence_length, config.data.examples)
     if validation is not None:

@@ -7,8 +7,11 @@ import torch
 
 from spectral_scale.backends.base import Backend
 from spectral_scale.config.deepspeed_json import resolve_deepspeed, with_deepspeed_json
+from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
+from spectral_scale.models.build import transformers_config
+from spectral_scale.models.megatron_config import megatron_settings
 from spectral_scale.parallel.facts import RankFacts
 
 MODULES = {
@@ -41,6 +44,13 @@ def require_host(config: RunConfig, *, world_size: int) -> None:
         _require_package(backend, *package)
     if backend == "deepspeed":
         resolve_deepspeed(config, world_size=world_size)
+
+
+def require_host_model(config: RunConfig, architecture: Architecture) -> None:
+    """Raise ConfigError if the backend has no place for an option of the model."""
+    if config.parallel.backend == "megatron":
+        found = transformers_config(architecture, config.model, eos_token_id=None)
+        megatron_settings(found, tensor_parallel=config.parallel.tensor_parallel)
 
 
 def _require_package(backend: str, package: str, versions: str | None) -> None:

@@ -29,9 +29,8 @@ def build_model(
     embedding row of an ordinary token of another tokenizer.
     """
     opt = architecture.family == "opt"
-    make_config: Callable[..., PreTrainedConfig] = _opt_config if opt else _llama_config
     model_class: Callable[..., PreTrainedModel] = OPTForCausalLM if opt else LlamaForCausalLM
-    hf_config = make_config(architecture, config, eos_token_id)
+    hf_config = transformers_config(architecture, config, eos_token_id=eos_token_id)
     hf_config.use_cache = False
     hf_config._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -40,6 +39,15 @@ def build_model(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def transformers_config(
+    architecture: Architecture, config: ModelConfig, *, eos_token_id: int | None
+) -> PreTrainedConfig:
+    """The transformers configuration of a preset or a folder, with the run's dropout."""
+    opt = architecture.family == "opt"
+    make_config: Callable[..., PreTrainedConfig] = _opt_config if opt else _llama_config
+    return make_config(architecture, config, eos_token_id)
 
 
 def materialise(model: PreTrainedModel, *, device: torch.device, dtype: Dtype) -> None:

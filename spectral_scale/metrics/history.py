@@ -11,6 +11,8 @@ from spectral_scale.metrics.sinks import METRICS_FILE, from_plain
 logger = logging.getLogger(__name__)
 
 Line = dict[str, Any]
+OPENINGS = ("start", "resume", "rollback")
+"""Events that a process's lines begin with, or begin anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +25,11 @@ class MetricsHistory:
     """Numbers, from 1, of lines that are not whole JSON objects with a step (a killed write)."""
 
     def attempts(self) -> list[list[Line]]:
-        """The lines of each process's life; a `start` or `resume` line opens a new one."""
+        """The lines of each process's life, or of the part of one before or after a return to an
+        earlier step; a `start`, `resume` or `rollback` line opens a new one."""
         attempts: list[list[Line]] = []
         for line in self.lines:
-            if not attempts or line.get("event") in ("start", "resume"):
+            if not attempts or line.get("event") in OPENINGS:
                 attempts.append([])
             attempts[-1].append(line)
         return attempts
@@ -34,29 +37,40 @@ class MetricsHistory:
     def current(self) -> list[Line]:
         """One line a step, ascending, of the attempts that the run ended up made of.
 
-        A `start` supersedes everything before it, a `resume` at step k the earlier lines of
-        steps beyond k. The lines of one step that remain are merged, later values winning.
+        A `start` supersedes everything before it, a `resume` or `rollback` at step k the earlier
+        lines of steps beyond k. The lines of one step that remain are merged, later values winning.
         """
-        kept = [line for line, superseded in self._marked() if not superseded]
+        kept = [line for line, fate in self._marked() if fate is None]
         merged: dict[int, Line] = {}
         for line in kept:
             merged[line["step"]] = merged.get(line["step"], {}) | line
         return [merged[step] for step in sorted(merged)]
 
     def superseded(self) -> list[Line]:
-        """Lines of work that was lost to a kill and done again, in the order of the file."""
-        return [line for line, superseded in self._marked() if superseded]
+        """Lines of work that was lost to a kill and done again, in the order of the file.
+
+        What a return to an earlier step undid is not among them: other data took its place.
+        """
+        return [line for line, fate in self._marked() if fate == "lost"]
 
     def resume_steps(self) -> list[int]:
         """The step of each `resume`, in order."""
         return [line["step"] for line in self.lines if line.get("event") == "resume"]
 
-    def _marked(self) -> list[tuple[Line, bool]]:
-        """Each line with whether a later attempt superseded it."""
-        marked: list[tuple[Line, bool]] = []
-        kept_up_to = float("inf")
+    def rollback_steps(self) -> list[int]:
+        """The step that each `rollback` returned to, in order."""
+        return [line["step"] for line in self.lines if line.get("event") == "rollback"]
+
+    def _marked(self) -> list[tuple[Line, str | None]]:
+        """Each line with what superseded it: `lost` to a kill, `undone` by a rollback, or None."""
+        marked: list[tuple[Line, str | None]] = []
+        kept_up_to = done_up_to = float("inf")
         for attempt in reversed(self.attempts()):
-            marked.extend((line, line["step"] > kept_up_to) for line in reversed(attempt))
+            for line in reversed(attempt):
+                undone, lost = line["step"] > done_up_to, line["step"] > kept_up_to
+                marked.append((line, "undone" if undone else "lost" if lost else None))
+            if attempt[0].get("event") == "rollback":
+                done_up_to = min(done_up_to, attempt[0]["step"])
             kept_up_to = min(kept_up_to, _keeps_up_to(attempt[0]))
         return marked[::-1]
 
@@ -99,7 +113,7 @@ def _keeps_up_to(opening: Line) -> float:
     """The last step of earlier attempts that an attempt with this first line keeps."""
     if opening.get("event") == "start":
         return -1
-    return opening["step"] if opening.get("event") == "resume" else float("inf")
+    return opening["step"] if opening.get("event") in OPENINGS else float("inf")
 
 
 def _decode(raw: bytes) -> Line | None:

@@ -53,6 +53,9 @@ def headline(run: RunRecord) -> dict[str, Any]:
         "moments_reset": _whole(_total(run.series("spectral/moments_reset"))),
         "attempts": len(run.history.attempts()),
         "resumed_at_steps": run.history.resume_steps(),
+        "went_back_to_steps": run.history.rollback_steps(),
+        "steps_left_out": sum("health/skipped" in line for line in run.lines),
+        **_slowest_rank(run),
         "recomputed": asdict(recomputed(run)),
     }
 
@@ -129,6 +132,19 @@ def _identity(run: RunRecord) -> dict[str, Any]:
         "world_size": run.fact("world_size"),
         "device": run.fact("device"),
     }
+
+
+def _slowest_rank(run: RunRecord) -> dict[str, Any]:
+    """The rank that was slowest most often, and by how much: median of its time over the median
+    rank's."""
+    ranks = run.series("ranks/slowest").values
+    if not len(ranks):
+        return {"slowest_rank": None, "slowest_rank_ratio": None}
+    rank = int(np.bincount(ranks.astype(np.int64)).argmax())
+    own = run.series("ranks/slowest_seconds").values[ranks == rank]
+    median = run.series("ranks/median_seconds").values[ranks == rank]
+    ratio = float(np.median(own / np.maximum(median, 1e-9)))
+    return {"slowest_rank": rank, "slowest_rank_ratio": ratio}
 
 
 def _perplexity(run: RunRecord) -> dict[str, Any]:

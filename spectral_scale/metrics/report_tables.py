@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from spectral_scale.metrics.history import Line
+from spectral_scale.metrics.history import OPENINGS, Line
 from spectral_scale.metrics.report_figures import run_color
 from spectral_scale.metrics.report_headline import (
     LossComparison,
@@ -210,6 +210,19 @@ def _non_finite(numbers: Headline) -> str:
     return f'<span class="bad">{count(found)} logged steps</span>' if found else UNKNOWN
 
 
+def _left_out(numbers: Headline) -> str:
+    found, back = numbers["steps_left_out"], numbers["went_back_to_steps"]
+    if not found and not back:
+        return UNKNOWN
+    returns = f"; went back {len(back)} ×, to step {', '.join(map(count, back))}" if back else ""
+    return f"{count(found)}{returns} (incidents.jsonl)"
+
+
+def _slowest(numbers: Headline) -> str:
+    rank, ratio = numbers["slowest_rank"], numbers["slowest_rank_ratio"]
+    return UNKNOWN if rank is None else f"rank {rank}, {ratio:.2f} × the median rank's time"
+
+
 def _swapped(numbers: Headline) -> str:
     vectors, swaps = numbers["swapped_vectors"], numbers["swaps"]
     return UNKNOWN if vectors is None else f"{count(vectors)} at {count(swaps)} swaps"
@@ -235,6 +248,8 @@ _ROWS: dict[str, Callable[[Headline], str]] = {
     "Validation perplexity, best": _best,
     "Training loss, last": lambda n: number(n["train_loss_last"], 5),
     "Loss not finite": _non_finite,
+    "Steps left out": _left_out,
+    "Slowest rank": _slowest,
     "Wall time": lambda n: duration(n["wall_seconds"]),
     "Tokens a second, median": lambda n: number(n["tokens_per_second"], 4),
     "MFU, median": lambda n: UNKNOWN if n["mfu"] is None else f"{n['mfu']:.1%}",
@@ -250,7 +265,7 @@ _ROWS: dict[str, Callable[[Headline], str]] = {
 def _attempt_row(order: int, lines: list[Line], end: str) -> list[str]:
     times = [line["time"] for line in lines if isinstance(line.get("time"), (int, float))]
     opening = lines[0].get("event")
-    began = "scratch" if opening != "resume" else f"step {count(lines[0]['step'])}"
+    began = f"step {count(lines[0]['step'])}" if opening in OPENINGS[1:] else "scratch"
     ended = {"done": "done", "stop": "stopped"}.get(str(lines[-1].get("event")), end)
     return [
         str(order),

@@ -57,10 +57,11 @@ class MetricsLog:
         self.failures = 0
         self._warned: set[str] = set()
         self._run_dir, self._tensorboard = run_dir, tensorboard
-        self._open(resume_step)
+        self._open(resume_step, "start" if resume_step is None else "resume")
 
-    def _open(self, resume_step: int | None) -> None:
-        self._sinks: list[_Sink] = [_LinesSink(self._run_dir / METRICS_FILE, resume_step)]
+    def _open(self, resume_step: int | None, event: str) -> None:
+        lines = _LinesSink(self._run_dir / METRICS_FILE, resume_step or 0, event)
+        self._sinks: list[_Sink] = [lines]
         if self._tensorboard:
             self._sinks.append(_TensorboardSink(self._run_dir / TENSORBOARD_FOLDER, resume_step))
 
@@ -78,7 +79,7 @@ class MetricsLog:
     def go_back(self, step: int) -> None:
         """The run returned to an earlier step: what follows supersedes lines of later steps."""
         self.close()
-        self._open(step)
+        self._open(step, "rollback")
 
     def close(self) -> None:
         """Flush and close every sink; never raises. Closing twice is allowed."""
@@ -151,14 +152,11 @@ class _Sink(Protocol):
 class _LinesSink:
     """Appends whole lines with one unbuffered write each; tries again after a failure."""
 
-    def __init__(self, path: Path, resume_step: int | None) -> None:
+    def __init__(self, path: Path, step: int, event: str) -> None:
         self.name = path.name
         self._path = path
         self._fd: int | None = None
-        self._opening: dict[str, Any] | None = {
-            "step": resume_step or 0,
-            "event": "start" if resume_step is None else "resume",
-        }
+        self._opening: dict[str, Any] | None = {"step": step, "event": event}
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         now = round(time.time(), 3)

@@ -59,7 +59,12 @@ def words(run_dir: Path, *, background: bool) -> list[str]:
 
 
 def rank_main(
-    arguments: list[str], rank: int, world_size: int, port: int, kill: tuple[int, float] | None
+    arguments: list[str],
+    rank: int,
+    world_size: int,
+    port: int,
+    kill: tuple[int, float] | None,
+    output: Path,
 ) -> None:
     """One rank; `kill` is the save to die in, and after how long."""
     import torch
@@ -69,8 +74,9 @@ def rank_main(
     from spectral_scale.cli.main import main
 
     torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     train._write_report = lambda run_dir: None
     if world_size > 1:
         os.environ.update(
@@ -104,7 +110,11 @@ def die_after(seconds: float) -> None:
 
 
 def start(
-    arguments: list[str], world_size: int, kill: tuple[int, float] | None, victims: list[int]
+    arguments: list[str],
+    world_size: int,
+    kill: tuple[int, float] | None,
+    victims: list[int],
+    output: Path,
 ) -> list[int | None]:
     """Run all ranks to their ends; their exit codes."""
     with socket.socket() as probe:
@@ -113,7 +123,7 @@ def start(
     ranks = [
         CONTEXT.Process(
             target=rank_main,
-            args=(arguments, rank, world_size, port, kill if rank in victims else None),
+            args=(arguments, rank, world_size, port, kill if rank in victims else None, output),
         )
         for rank in range(world_size)
     ]
@@ -144,10 +154,13 @@ def disturb(seed: int, run_dir: Path, longest: float) -> dict[str, Any]:
     arguments = words(run_dir, background=seed % 2 == 1)
     kill = choice.randint(1, STEPS - 1), choice.uniform(0, longest)
     victims = [0] if world_size == 1 else choice.choice([[0], [1], [0, 1]])
-    killed = start(arguments, world_size, kill, victims)
+    output = run_dir.with_suffix(".log")
+    killed = start(arguments, world_size, kill, victims, output)
+    if -signal.SIGKILL not in killed:
+        sys.exit(f"seed {seed} ended with {killed} before it was killed:\n{output.read_text()}")
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     half = any(name.startswith(".") for name in names)
-    resumed = start(arguments, world_size, None, [])
+    resumed = start(arguments, world_size, None, [], output)
     return {
         "seed": seed,
         "world_size": world_size,
@@ -170,9 +183,10 @@ def main() -> int:
         folder = Path(name)
         for world_size in (1, 2):
             alone = folder / f"alone{world_size}"
-            codes = start(words(alone, background=False), world_size, None, [])
+            output = alone.with_suffix(".log")
+            codes = start(words(alone, background=False), world_size, None, [], output)
             if codes != [0] * world_size:
-                sys.exit(f"the undisturbed run ended with {codes}")
+                sys.exit(f"the undisturbed run ended with {codes}:\n{output.read_text()}")
             expected[world_size] = content(alone)
         seconds = [
             line["checkpoint/save_seconds"]
@@ -187,7 +201,7 @@ def main() -> int:
             )
             results.append(result)
             if not result["equal"]:
-                print(json.dumps(result), flush=True)
+                print(json.dumps(result), run_dir.with_suffix(".log").read_text(), flush=True)
     summary = {
         "seeds": len(results),
         "killed": sum(r["killed"] for r in results),

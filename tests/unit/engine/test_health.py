@@ -217,6 +217,18 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "zero0": {"parallel__backend": "deepspeed", "parallel__zero_stage": 0},
     "zero2": {"parallel__backend": "deepspeed", "parallel__zero_stage": 2},
     "zero3": {"parallel__backend": "deepspeed", "parallel__zero_stage": 3},
+    "zero2+offload": {
+        "parallel__backend": "deepspeed",
+        "parallel__zero_stage": 2,
+        "parallel__offload": "cpu",
+    },
+    "zero3+offload": {
+        "parallel__backend": "deepspeed",
+        "parallel__zero_stage": 3,
+        "parallel__offload": "cpu",
+    },
+    "hsdp": {"parallel__backend": "fsdp2", "parallel__shard_group": 1},
+    "fsdp2+tp": {"parallel__backend": "fsdp2", "parallel__tensor_parallel": 2},
 }
 
 

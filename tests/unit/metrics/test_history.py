@@ -100,3 +100,27 @@ def test_current_is_the_work_that_was_not_lost(resumes):
     seen = {line["step"]: line["attempt"] for line in history.current() if "attempt" in line}
     assert seen == truth
     assert len(history.superseded()) + len(history.current()) <= len(lines)
+
+
+def test_what_a_rollback_undid_is_neither_kept_nor_lost(tmp_path):
+    """Steps 3 and 4 are undone at 2 and taken on other data; 5 is lost to a kill and done again."""
+    log = MetricsLog(tmp_path, tensorboard=False)
+    for step in (1, 2, 3, 4):
+        log.write(step, {"train/loss": float(step)})
+    log.go_back(2)
+    for step in (3, 4, 5):
+        log.write(step, {"train/loss": 10.0 * step})
+    log.close()
+    again = MetricsLog(tmp_path, tensorboard=False, resume_step=4)
+    again.write(5, {"train/loss": 50.0})
+    again.close()
+    history = load_history(tmp_path)
+    losses = {x["step"]: x["train/loss"] for x in history.current() if "train/loss" in x}
+    assert losses == {1: 1.0, 2: 2.0, 3: 30.0, 4: 40.0, 5: 50.0}
+    assert [(x["step"], x["train/loss"]) for x in history.superseded()] == [(5, 50.0)]
+    assert (history.rollback_steps(), history.resume_steps()) == ([2], [4])
+    assert [attempt[0]["event"] for attempt in history.attempts()] == [
+        "start",
+        "rollback",
+        "resume",
+    ]

@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from spectral_scale.checkpoint.layout import list_checkpoints
@@ -110,7 +110,6 @@ class Ranks:
     """The processes of one start."""
 
     processes: list[subprocess.Popen[bytes]]
-    started: float = field(default_factory=time.monotonic)
 
     def running(self) -> bool:
         """Whether any rank is left."""
@@ -182,6 +181,14 @@ def disturb(kind: str, ranks: Ranks, run_dir: Path, choice: random.Random) -> No
             process.kill()
 
 
+def wait_for_training(ranks: Ranks, run_dir: Path) -> None:
+    """Until this start has logged something: faults while modules load teach nothing."""
+    metrics = run_dir / "metrics.jsonl"
+    before = metrics.stat().st_size if metrics.exists() else 0
+    while ranks.running() and (metrics.stat().st_size if metrics.exists() else 0) == before:
+        time.sleep(0.05)
+
+
 def run_disturbed(run_dir: Path, steps: int, mean: float, choice: random.Random, log: Path) -> dict:
     """Until it is complete; counts faults, starts and seconds."""
     counts = dict.fromkeys(FAULTS, 0)
@@ -191,8 +198,9 @@ def run_disturbed(run_dir: Path, steps: int, mean: float, choice: random.Random,
         ranks = start(arguments, log, little_space=little_space)
         starts += 1
         little_space = False
-        pause = choice.expovariate(1 / mean)
-        while ranks.running() and time.monotonic() - ranks.started < pause:
+        wait_for_training(ranks, run_dir)
+        pause = time.monotonic() + choice.expovariate(1 / mean)
+        while ranks.running() and time.monotonic() < pause:
             time.sleep(0.05)
         if ranks.running():
             kind = choice.choice(FAULTS)

@@ -130,7 +130,10 @@ class Watchdog:
                 if seen.beat.verdict is not None:
                     return seen.beat.verdict
                 if seen.beat.phase != "done" and known_dead(seen.beat):
-                    return f"{_who(seen.beat)} died in step {seen.beat.step} ({seen.beat.phase})"
+                    return (
+                        f"{_who(seen.beat)} died; it was last heard of in step {seen.beat.step} "
+                        f"({seen.beat.phase})"
+                    )
             time.sleep(0.2)
         return None
 

@@ -61,7 +61,7 @@ def test_a_killed_rank_is_named_at_once(corpus: Path, tmp_path: Path) -> None:
         ranks.signal(1, signal.SIGKILL)
         assert ranks.exit_codes() == [75, -signal.SIGKILL]
         error = ranks.output(0)
-    assert f"rank 1 on {HOST} (process {pid}) died in step" in error
+    assert f"rank 1 on {HOST} (process {pid}) died" in error
     status = read_status(tmp_path)
     assert (status["state"], status["exit_code"], status["requeue"]) == ("failed", 75, True)
     assert status["step"] >= 5 and "rank 1" in status["reason"]

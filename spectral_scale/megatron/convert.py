@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError
 from spectral_scale.layers.convert import spectral_layers
+from spectral_scale.megatron.fused import Fused
 from spectral_scale.megatron.layers import (
-    Fused,
     SpectralColumnParallelLinear,
     SpectralParallelLinear,
     SpectralRowParallelLinear,
@@ -107,8 +107,8 @@ def _replaced(
             tp_group=dense.tp_group,
             **common,
         )
-        weights = layer.split_fused(dense.weight)
-        biases = {} if dense.bias is None else layer.split_fused(dense.bias)
+        weights = layer.layout.split(dense.weight)
+        biases = {} if dense.bias is None else layer.layout.split(dense.bias)
     elif type(dense) is RowParallelLinear and child in ROWS:
         layer = bound(SpectralRowParallelLinear, settings)(
             dense.input_size,

@@ -23,11 +23,9 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.megatron.fused import Fused, FusedLayout
 from spectral_scale.megatron.matrix import MatrixSettings, SpectralMatrix
 from spectral_scale.parallel.tensor_parallel import factor_cut
-
-Fused = Literal["none", "qkv", "gated"]
-"""none: one matrix; qkv: query, key and value, interleaved by query group; gated: gate and up."""
 
 
 class SpectralColumnParallelLinear(ColumnParallelLinear):
@@ -53,7 +51,6 @@ class SpectralColumnParallelLinear(ColumnParallelLinear):
         _refuse(type(self).__name__, options)
         if options.pop("stride", 1) not in (1, 2 if self.fused == "gated" else 1):
             raise ConfigError("stride is given by what the weight fuses; leave it out")
-        options.pop("skip_weight_param_allocation", None)
         super().__init__(
             input_size,
             output_size,
@@ -65,8 +62,9 @@ class SpectralColumnParallelLinear(ColumnParallelLinear):
         )
         settings = _required(self.settings)
         self.init_method = init_method
-        self.matrix_names = tuple(_sizes(self.fused, config, output_size))
-        for name, rows in _sizes(self.fused, config, output_size).items():
+        self.layout = FusedLayout(self.fused, config, output_size, self.tp_group.size())
+        self.matrix_names = tuple(self.layout.sizes())
+        for name, rows in self.layout.sizes().items():
             matrix = SpectralMatrix(
                 input_size,
                 rows,
@@ -94,32 +92,13 @@ class SpectralColumnParallelLinear(ColumnParallelLinear):
         else:
             x = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
         matrices = [self.get_submodule(name) for name in self.matrix_names]
-        output = self._fuse([m(x, add_bias=not self.skip_bias_add) for m in matrices])
+        output = self.layout.fuse([m(x, add_bias=not self.skip_bias_add) for m in matrices])
         gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
         if gather:
             output = gather_from_tensor_model_parallel_region(output, group=self.tp_group)
         if not self.skip_bias_add or matrices[0].bias is None:
             return output, None
-        return output, self._fuse([_tensor(m.bias) for m in matrices])
-
-    def _fuse(self, parts: list[Tensor]) -> Tensor:
-        """Outputs or biases of the matrices, this rank's, along the last dimension."""
-        if self.fused != "qkv":
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        groups = _groups(self.config) // self.tp_group.size()
-        by_group = [p.unflatten(-1, (groups, -1)) for p in parts]
-        return torch.cat(by_group, dim=-1).flatten(-2)
-
-    def split_fused(self, tensor: Tensor) -> dict[str, Tensor]:
-        """This rank's rows of a fused weight or bias (dimension 0) by matrix, copied."""
-        names = self.matrix_names
-        if self.fused != "qkv":
-            return dict(zip(names, tensor.chunk(len(names)), strict=True))
-        groups = _groups(self.config) // self.tp_group.size()
-        per_group = self.config.num_attention_heads // _groups(self.config)
-        head = tensor.shape[0] // (groups * (per_group + 2))
-        parts = tensor.unflatten(0, (groups, -1)).split([per_group * head, head, head], dim=1)
-        return {n: p.flatten(0, 1) for n, p in zip(names, parts, strict=True)}
+        return output, self.layout.fuse([_tensor(m.bias) for m in matrices])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
@@ -135,7 +114,7 @@ class SpectralRowParallelLinear(RowParallelLinear):
     """
 
     settings: ClassVar[MatrixSettings | None] = None
-    matrix_names = ("matrix",)
+    matrix_names: tuple[str, ...] = ("matrix",)
 
     def __init__(
         self,
@@ -201,28 +180,13 @@ def bound(base: type, settings: MatrixSettings, fused: Fused = "none") -> type:
     return type(base.__name__, (base,), {"settings": settings, "fused": fused})
 
 
-def _sizes(fused: Fused, config: Any, output_size: int) -> dict[str, int]:
-    """Rows of each logical matrix of a fused weight, by the name of its child."""
-    if fused == "none":
-        return {"matrix": output_size}
-    if fused == "gated":
-        return {"gate_proj": output_size // 2, "up_proj": output_size // 2}
-    head = config.kv_channels
-    queries, keys = config.num_attention_heads * head, _groups(config) * head
-    if queries + 2 * keys != output_size:
-        raise ConfigError(
-            f"{output_size} outputs are not {config.num_attention_heads} queries and "
-            f"2 x {_groups(config)} keys and values of {head}; an output gate is not supported"
-        )
-    return {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-
-
-def _groups(config: Any) -> int:
-    return int(config.num_query_groups or config.num_attention_heads)
-
-
 def _refuse(what: str, options: Mapping[str, Any]) -> None:
-    for option in ("is_expert", "keep_master_weight_for_test", "disable_grad_reduce"):
+    for option in (
+        "is_expert",
+        "keep_master_weight_for_test",
+        "disable_grad_reduce",
+        "skip_weight_param_allocation",
+    ):
         if options.get(option):
             raise ConfigError(f"{what} does not support {option}=True; use the dense layer there")
 

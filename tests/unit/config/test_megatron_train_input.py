@@ -13,6 +13,7 @@ from spectral_scale.config.load import load_config
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.engine import hosts
 from spectral_scale.errors import ConfigError
+from spectral_scale.parallel.facts import RankFacts
 
 CASES: list[tuple[dict[str, Any], str]] = [
     ({"parallel__tensor_parallel": 3}, "does not divide the 12 attention heads|must divide the 4"),
@@ -111,3 +112,11 @@ def test_a_missing_package_and_an_untested_version(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(spectral_scale.megatron, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'spectral-scale\[megatron\]'"):
         _ = spectral_scale.megatron.convert_gpt
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_refused_before_ranks_meet() -> None:
+    config = load_config([], ["--parallel.backend=megatron"]).config
+    with pytest.raises(ConfigError, match=r"needs a GPU.*parallel\.backend=fsdp2"):
+        hosts.open_backend(config, RankFacts())
+    assert not torch.distributed.is_initialized()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from spectral_scale.cli.main import main
 from spectral_scale.metrics.history import read_metrics
 from spectral_scale.testing.tiny import tiny_words
 
+pytestmark = pytest.mark.timeout(600)  # SLURM looks at time limits twice a minute
 ROOT = Path(__file__).parents[2]
 STEPS = 12  # swaps after 4, 8 and 12
 SMALL = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10")
@@ -211,3 +213,26 @@ def test_a_failing_job_is_not_requeued(jobs: Jobs) -> None:
     job = jobs.wait(jobs.submit("pretrain.sbatch", data__train=str(jobs.folder / "nowhere")))
     assert (job.state, job.exit_code, job.restarts) == ("FAILED", 78, 0), jobs.said()
     assert "nowhere" in jobs.said() and not jobs.run_dir.exists()
+
+
+def test_deepspeed_s_own_slurm_launcher(
+    jobs: Jobs, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It calls srun, and sets no rank variables."""
+    hosts = jobs.folder / "hostfile"
+    hosts.write_text("n1 slots=1\nn2 slots=1\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    where = ["--hostfile", str(hosts), "--launcher", "slurm", "--no_ssh_check", "--force_multi"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "deepspeed.launcher.runner", *where),
+            *("--master_addr", "127.0.0.1", str(ROOT / "launch" / "pretrain.py")),
+            *tiny_words(jobs.corpus, jobs.run_dir, train__steps=STEPS),
+        ],
+        env=jobs.cluster.environment(), cwd=jobs.folder,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(jobs.run_dir) == undisturbed
+    log = (jobs.run_dir / "logs" / "rank_00001.log").read_text()
+    assert "from a SLURM step" in log

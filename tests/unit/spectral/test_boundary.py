@@ -13,6 +13,7 @@ from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.layers.convert import spectral_layers
 from spectral_scale.spectral.bank import SpectralBank
 from spectral_scale.spectral.drawing import draw_triplets
+from spectral_scale.spectral.phases import PHASES
 
 LR = 1e-2
 SHAPES = [(24, 32), (32, 16)]
@@ -258,8 +259,10 @@ def test_draws_depend_on_the_seed_alone() -> None:
     assert active(1) != active(2)
 
 
-def test_poisoned_factor_names_its_matrix() -> None:
-    trainer = Trainer(iterations_per_round=1)
+@pytest.mark.parametrize("rounds", [1, 2], ids=["re-SVD", "swap"])
+def test_poisoned_factor_names_its_matrix(rounds: int) -> None:
+    """Before it reaches the bank, so that a swap without decomposition finds it, too."""
+    trainer = Trainer(iterations_per_round=rounds)
     trainer.run(4)
     trainer.step()
     with torch.no_grad():
@@ -322,3 +325,37 @@ def test_a_store_that_writes_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(trainer.controller.store, "install", lambda *_, **__: None)
     with pytest.raises(SpectralError, match=r"installed \d+ of 8 triplets"):
         trainer.controller.after_step()
+
+
+def test_phases_are_timed_and_announced() -> None:
+    """In the protocol's order, and each within the boundary's seconds."""
+    trainer = Trainer(iterations_per_round=1)
+    entered: list[tuple[str, int]] = []
+    trainer.controller.boundary.clock.listeners.append(lambda *phase: entered.append(phase))
+    trainer.run(4)
+    assert not entered
+    trainer.step()
+    report = trainer.controller.after_step()
+    assert report is not None
+    assert {iteration for _, iteration in entered} == {1}
+    first = list(dict.fromkeys(name for name, _ in entered))
+    assert sorted(first, key=PHASES.index) == sorted(PHASES, key=PHASES.index)
+    assert [p for p in first if p != "agree"] == [p for p in PHASES if p != "agree"]
+    assert set(report.phase_seconds) == set(PHASES)
+    assert 0 < sum(report.phase_seconds.values()) <= report.seconds
+    assert report.metrics()["spectral/boundary_seconds/decompose"] > 0
+
+
+def test_a_failed_collective_says_where_it_broke_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object, **__: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    trainer = Trainer()
+    trainer.run(4)
+    trainer.step()
+    monkeypatch.setattr(trainer.controller.store, "install", lost)
+    with pytest.raises(RuntimeError, match="closed by peer") as caught:
+        trainer.controller.after_step()
+    assert caught.value.__notes__ == [
+        "rank 0 broke off in phase 'deliver' of the boundary before iteration 1"
+    ]

@@ -193,6 +193,20 @@ def test_a_failing_suite_fails_the_command(checkout, script, code):
     assert checkout.run(script, RUN_EXIT=str(code)).returncode == code
 
 
+def test_schedulers_are_installed_only_for_ci_and_root(checkout):
+    """And a failure of that skips their tests, it does not fail the suite."""
+    checkout.run("launch/selftest")
+    checkout.stub("apt-get", '#!/usr/bin/env bash\necho "apt-get $1" >> "$CALLS"; exit 1\n')
+    checkout.calls()
+    assert checkout.run(".ci/run").returncode == 0
+    assert checkout.calls() == ["pytest"]
+    done = checkout.run(".ci/run", CI="true")
+    assert done.returncode == 0
+    tried = ["apt-get install", "apt-get update"] if os.geteuid() == 0 else []
+    assert checkout.calls() == [*tried, "pytest"]
+    assert ("could not be installed; their tests skip" in done.stderr) is bool(tried)
+
+
 def test_the_exit_code_of_training_is_passed_on(checkout):
     assert checkout.run("launch/quickstart", RUN_EXIT="75").returncode == 75
 

@@ -26,7 +26,6 @@ from spectral_scale.backends.base import Accept, Replicated, StepStats
 from spectral_scale.backends.megatron_state import MegatronState
 from spectral_scale.backends.torch import pick_device
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.errors import ConfigError
 from spectral_scale.megatron.gradients import counted_squares, sum_partial_gradients
 from spectral_scale.megatron.model import (
     GPTForward,
@@ -57,7 +56,6 @@ class MegatronBackend:
     def __init__(self, config: RunConfig, facts: RankFacts) -> None:
         self.config = config
         self.device = pick_device(config.train.device, facts.local_rank)
-        _require_gpu(self.device)
         self.collective = join_group(facts.world_size, self.device)
         if facts.world_size == 1:
             join_alone(self.device)
@@ -66,7 +64,8 @@ class MegatronBackend:
         )
         self._tensor = parallel_state.get_tensor_model_parallel_group()
         self._data = parallel_state.get_data_parallel_group()
-        for group in (self._tensor, self._data):
+        reducing = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for group in (self._tensor, self._data, reducing):
             keep_until_exit(group)
         model_parallel_cuda_manual_seed(config.train.seed)
         self.data_rank, self.data_world_size = self._data.rank(), self._data.size()
@@ -209,19 +208,6 @@ class MegatronBackend:
                 )
                 frame = Rectangle((0,) * len(shape), shape)
                 parameter.copy_(weights.get(fqn, shape)[box.slices_in(frame)])
-
-
-def _require_gpu(device: torch.device) -> None:
-    """Raise ConfigError where megatron-core, which works on the current GPU, has none."""
-    try:
-        torch.cuda.current_device()
-    except (AssertionError, RuntimeError):
-        raise ConfigError(
-            "parallel.backend=megatron needs a GPU, and torch sees none; set "
-            "parallel.backend=fsdp2, or torch"
-        ) from None
-    if device.type == "cpu" and torch.cuda.is_available():
-        raise ConfigError("parallel.backend=megatron runs on GPUs only; set train.device=auto")
 
 
 def _gradients(groups: list[dict[str, Any]]) -> list[Tensor]:

@@ -36,12 +36,14 @@ def with_host_file(config: RunConfig) -> RunConfig:
 
 
 def require_host(config: RunConfig, *, world_size: int) -> None:
-    """Raise ConfigError if the backend's package is missing, with the install command, or if its
-    own configuration file contradicts the run."""
+    """Raise ConfigError if the backend's package or its GPU is missing, or if its own
+    configuration file contradicts the run."""
     backend = config.parallel.backend
     package = PACKAGES.get(backend)
     if package is not None:
         _require_package(backend, *package)
+    if backend == "megatron":
+        _require_gpu(config.train.device)
     if backend == "deepspeed":
         resolve_deepspeed(config, world_size=world_size)
 
@@ -67,6 +69,19 @@ def _require_package(backend: str, package: str, versions: str | None) -> None:
             f"parallel.backend={backend} was tested with {package} {versions}, and {found} is "
             f"installed; {remedy}"
         )
+
+
+def _require_gpu(wanted: str) -> None:
+    """megatron-core works on the current GPU, whatever device its modules are on."""
+    try:
+        torch.cuda.current_device()
+    except (AssertionError, RuntimeError):
+        raise ConfigError(
+            "parallel.backend=megatron needs a GPU, and torch sees none; set "
+            "parallel.backend=fsdp2, or torch"
+        ) from None
+    if wanted == "cpu" and torch.cuda.is_available():
+        raise ConfigError("parallel.backend=megatron runs on GPUs only; set train.device=auto")
 
 
 def autocast_dtype(config: RunConfig) -> torch.dtype | None:

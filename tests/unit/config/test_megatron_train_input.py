@@ -13,7 +13,6 @@ from spectral_scale.config.load import load_config
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.engine import hosts
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.facts import RankFacts
 
 CASES: list[tuple[dict[str, Any], str]] = [
     ({"parallel__tensor_parallel": 3}, "does not divide the 12 attention heads|must divide the 4"),
@@ -98,6 +97,7 @@ def test_unsupported_options_of_a_model_are_named(options: dict[str, Any], named
 
 def test_a_missing_package_and_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config([], ["--parallel.backend=megatron"]).config
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     hosts.require_host(config, world_size=1)
 
     def missing(name: str) -> str:
@@ -115,8 +115,7 @@ def test_a_missing_package_and_an_untested_version(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_machine_without_a_gpu_is_refused_before_ranks_meet() -> None:
+def test_a_machine_without_a_gpu_is_refused() -> None:
     config = load_config([], ["--parallel.backend=megatron"]).config
     with pytest.raises(ConfigError, match=r"needs a GPU.*parallel\.backend=fsdp2"):
-        hosts.open_backend(config, RankFacts())
-    assert not torch.distributed.is_initialized()
+        hosts.require_host(config, world_size=1)

@@ -36,6 +36,17 @@ class StepStats:
     the run: the host lowers the loss scale and goes on, and `accept` was not asked."""
 
 
+@runtime_checkable
+class OptimizerHost(Protocol):
+    """A backend that may step an optimizer of its own."""
+
+    def own_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """What to attach in place of `optimizer`, over the same groups; or `optimizer`.
+
+        Collective. Raises ConfigError if the configuration demands one that cannot be had.
+        """
+
+
 class Backend(Protocol):
     """Set up, shard, attach, backward, step, state in and out, close, in that order.
 

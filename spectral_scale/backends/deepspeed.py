@@ -5,7 +5,6 @@ so that a run means the same here as on any other backend.
 """
 
 import json
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -15,13 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.backends import zero_scale, zero_state
+from spectral_scale.backends import zero_adam, zero_scale, zero_state
 from spectral_scale.backends.base import Accept, Replicated, StepStats
 from spectral_scale.backends.torch import pick_device
+from spectral_scale.backends.zero_adam import offloaded_adam
 from spectral_scale.backends.zero_norms import clip_by_kind, gradients_by_kind, norms_by_kind
+from spectral_scale.backends.zero_profile import (
+    count_products_in_place,
+    log_level,
+    print_traffic,
+)
 from spectral_scale.backends.zero_steps import without_update
 from spectral_scale.backends.zero_store import ZeroStore
-from spectral_scale.config.deepspeed_json import resolve_deepspeed
+from spectral_scale.config.deepspeed_json import read_deepspeed_json, resolve_deepspeed
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError, SpectralScaleError
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
@@ -47,7 +52,7 @@ class DeepSpeedBackend:
         self.data_collective = self.collective
         self._config = config
         self.deepspeed_config = resolve_deepspeed(config, world_size=facts.world_size)
-        self._deepspeed = _import_deepspeed(self.device, facts)
+        self._deepspeed = _import_deepspeed(self.device, facts, log_level(self.deepspeed_config))
         _require_precision(self._deepspeed, config.train.precision, self.device)
         self._last = True
         self._model: nn.Module
@@ -59,6 +64,16 @@ class DeepSpeedBackend:
         """DeepSpeed shards when it gets the optimizer."""
         self._model = model
 
+    def own_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """DeepSpeed's Adam for state on the CPU, where it is wanted and can be built."""
+        if self._config.parallel.offload == "none" or not isinstance(optimizer, torch.optim.AdamW):
+            return optimizer
+        path = self._config.parallel.deepspeed_config
+        wanted = read_deepspeed_json(path).get(zero_adam.KEY, "auto")
+        found = offloaded_adam(self._deepspeed, optimizer, self.collective, wanted=wanted)
+        self.deepspeed_config[zero_adam.KEY] = zero_adam.is_cpu_adam(found)
+        return found
+
     def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Initialize the engine; it computes in the run's precision and keeps fp32 masters."""
         trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
@@ -69,6 +84,8 @@ class DeepSpeedBackend:
         self._engine, *_ = self._deepspeed.initialize(
             model=self._model, optimizer=optimizer, config=self.deepspeed_config
         )
+        if self._measures("flops_profiler"):
+            count_products_in_place(self._model)
         self._store = ZeroStore(self._engine, self.collective)
         if self._config.train.precision == "fp16":
             self._scaler = self._engine.optimizer.loss_scaler
@@ -159,7 +176,12 @@ class DeepSpeedBackend:
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the process group; collective unless this rank has failed."""
+        if not failed and self._measures("comms_logger"):
+            print_traffic(self._deepspeed)
         leave_group(failed=failed)
+
+    def _measures(self, section: str) -> bool:
+        return bool(self.deepspeed_config.get(section, {}).get("enabled"))
 
 
 def open_backend(config: RunConfig, facts: RankFacts) -> DeepSpeedBackend:
@@ -179,14 +201,14 @@ def _require_precision(deepspeed: Any, precision: str, device: torch.device) -> 
         )
 
 
-def _import_deepspeed(device: torch.device, facts: RankFacts) -> Any:
-    """DeepSpeed, told which device to use, and to be quiet."""
+def _import_deepspeed(device: torch.device, facts: RankFacts, level: int) -> Any:
+    """DeepSpeed, told which device to use, and how loud to be."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(facts.local_rank))
     import deepspeed
     from deepspeed.utils import logger as chatter
 
-    chatter.setLevel(logging.WARNING)
+    chatter.setLevel(level)
     if device.type == "cpu":
         # Its shared-memory collectives are compiled at every machine's first start, and sum in an
         # order of their own; gloo is there already.

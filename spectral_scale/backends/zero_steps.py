@@ -7,26 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectral_scale.backends.zero_adam import forget_powers, is_cpu_adam
 from spectral_scale.backends.zero_layout import Layout
 from spectral_scale.errors import ConfigError
 
 
 def create_state(inner: torch.optim.Optimizer, layout: Layout) -> None:
-    """Give torch's AdamW its exp_avg, exp_avg_sq and step.
+    """Give torch's AdamW or DeepSpeedCPUAdam its exp_avg, exp_avg_sq and step.
 
     State before the first step makes checkpoints symmetric across ranks and lets the first
     boundary reset what it expects to reset. Flat tensors that have state are left alone.
     Raises ConfigError for another optimizer.
     """
-    if not isinstance(inner, torch.optim.AdamW):
+    if not isinstance(inner, torch.optim.AdamW) and not is_cpu_adam(inner):
         raise ConfigError(
-            f"the engine steps {type(inner).__name__}; only torch.optim.AdamW has been shown to "
-            "work: give one to deepspeed.initialize, and no optimizer in its configuration"
+            f"the engine steps {type(inner).__name__}; torch.optim.AdamW and, with offload, "
+            "DeepSpeedCPUAdam have been shown to work: give one to deepspeed.initialize, and no "
+            "optimizer in its configuration"
         )
+    if is_cpu_adam(inner):
+        inner.register_step_pre_hook(forget_powers)
+    step_dtype = torch.int64 if is_cpu_adam(inner) else torch.float32
     for flat in layout.flats():
         if inner.state.get(flat.tensor):
             continue
-        step = torch.zeros((), dtype=torch.float32, device=flat.tensor.device)
+        step = torch.zeros((), dtype=step_dtype, device=flat.tensor.device)
         inner.state[flat.tensor] = {
             "step": step,
             "exp_avg": torch.zeros_like(flat.tensor, requires_grad=False),

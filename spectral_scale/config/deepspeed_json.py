@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 STAGE = "zero_optimization.stage"
 OFFLOAD = "zero_optimization.offload_optimizer.device"
 OFFLOAD_WEIGHTS = "zero_optimization.offload_param.device"
+CPU_ADAM = "zero_force_ds_cpu_optimizer"
+"""Whether DeepSpeedCPUAdam steps offloaded state; "auto": where it can be built."""
 SMALLEST_BUCKET = 2**20
 DYNAMIC_LOSS_SCALE = {
     "fp16.loss_scale": 0,
@@ -68,6 +70,11 @@ def resolve_deepspeed(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     given = read_deepspeed_json(path)
     shared = _shared(config, world_size)
     problems = [*_contradictions(given, shared), *_refusals(given)]
+    if given.get("flops_profiler.enabled") is True and zero_stage(config.parallel) == 3:
+        problems.append(
+            "flops_profiler.enabled=true is refused in stage 3: it runs on rank 0 alone, whose "
+            "gathers of weights then no longer match those of other ranks; profile in stage 2"
+        )
     if problems:
         raise ConfigError(f"{path} does not fit the run:\n  - " + "\n  - ".join(problems))
     _warn_unknown(given, shared, path)
@@ -180,6 +187,8 @@ def _refusals(given: Mapping[str, Any]) -> Iterator[str]:
             inside = key == refused or key.startswith(f"{refused}.")
             if inside and value not in (*harmless, "auto") and not _switched_off(key, value):
                 yield f"{key}={json.dumps(value)} is refused: {reason}"
+    if given.get(CPU_ADAM, "auto") not in (True, False, "auto"):
+        yield f'{CPU_ADAM}={json.dumps(given[CPU_ADAM])} must be true, false or "auto"'
     for key in (OFFLOAD, OFFLOAD_WEIGHTS):
         if given.get(key) == "nvme":
             yield f"{key}=nvme is refused: no test has shown it; use cpu"

@@ -14,6 +14,7 @@ PASSED_ON = frozenset(
         "steps_per_print",
         "wall_clock_breakdown",
         "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
         *(
             f"fp16.{key}"
             for key in (
@@ -43,8 +44,16 @@ PASSED_ON = frozenset(
 PASSED_ON_SECTIONS = ("flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor")
 """Handed on whole: they measure, and change no number."""
 
+_MICS = (
+    "no test has shown it; to shard within a machine use HSDP: parallel.backend=fsdp2 with "
+    "parallel.shard_group=<GPUs of a machine>"
+)
 _OWN_LOOP = "the run has its own; remove it"
-_HPZ = "no test has shown boundaries that reach its second copy of the weights; remove it"
+_HPZ = (
+    "DeepSpeed renews its second copy of the weights for trained ones alone, so that after a swap "
+    "frozen ones would be those of the last iteration; to shard within a machine use HSDP: "
+    "parallel.backend=fsdp2 with parallel.shard_group=<GPUs of a machine>"
+)
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "zero_optimization.round_robin_gradients": (
         (False,),
@@ -52,7 +61,9 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
         "would land in other parameters; set it to false",
     ),
     "zero_optimization.zero_hpz_partition_size": ((0, 1), _HPZ),
-    "zero_optimization.mics_shard_size": ((0, -1), _HPZ),
+    "zero_optimization.mics_shard_size": ((0, -1), _MICS),
+    "zero_optimization.mics_hierarchical_params_gather": ((False,), _MICS),
+    "zero_optimization.zeropp_loco_param": ((None,), "gradients would be rounded"),
     "zero_optimization.zero_quantized_weights": ((False,), "gathered weights would be rounded"),
     "zero_optimization.zero_quantized_nontrainable_weights": (
         (False,),
@@ -76,10 +87,6 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "fp16.auto_cast": ((False,), "inputs are token numbers"),
     "torch_autocast.enabled": ((False,), "precision is train.precision; remove it"),
     "amp.enabled": ((False,), "precision is train.precision; remove it"),
-    "zero_force_ds_cpu_optimizer": (
-        (False,),
-        "offloaded state is stepped by torch's AdamW; no test has shown DeepSpeedCPUAdam",
-    ),
     "prescale_gradients": ((False,), "it changes how gradients are averaged"),
     "gradient_predivide_factor": ((1, 1.0), "it changes how gradients are averaged"),
     "gradient_allreduce_op": (("mean",), "the loss is scaled for a mean"),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectral_scale.backends.base import Backend, ModelMaker
+from spectral_scale.backends.base import Backend, ModelMaker, OptimizerHost
 from spectral_scale.backends.torch import pick_device
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.config.check import check_config, converted_shapes
@@ -181,6 +181,8 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         initialise_dense(model, table, weights, frozen_only=reader is not None)
     backend.shard(model)
     optimizer = method.optimizer(model, config, backend.collective)
+    if isinstance(backend, OptimizerHost):
+        optimizer = backend.own_optimizer(optimizer)
     forward = backend.attach(optimizer)
     controller = method.controller(
         ControllerParts(

@@ -32,6 +32,8 @@ TINY = {
     "metrics.log_interval": 1,
     "metrics.tensorboard": False,
 }
+TORCH_ADAM = Path(__file__).with_name("torch_adam.json")
+"""Of runs that ask for offload without a file: DeepSpeed's own Adam is compiled for minutes."""
 
 
 def tiny_words(corpus: Path, run_dir: Path, **changes: Any) -> list[str]:
@@ -42,6 +44,8 @@ def tiny_words(corpus: Path, run_dir: Path, **changes: Any) -> list[str]:
         "train.run_dir": str(run_dir),
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
+    if values.get("parallel.offload") == "cpu":
+        values.setdefault("parallel.deepspeed_config", str(TORCH_ADAM))
     return [f"--{key}={value}" for key, value in values.items()]
 
 

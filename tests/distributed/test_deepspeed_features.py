@@ -1,9 +1,14 @@
 """What users of DeepSpeed switch on, in real runs: dropout, recomputation, profilers, CPU Adam."""
 
+import io
+import json
+import re
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import one_process_group, tiny_config, train_tiny
@@ -109,3 +114,44 @@ def test_masks_of_its_own_in_recomputation_would_show(corpus: Path, tmp_path: Pa
     (expected,) = run_distributed(train_tiny, 1, plain)
     (found,) = run_distributed(train_with_other_masks, 1, broken)
     assert gap(found["losses"], expected["losses"]) > 1e-5
+
+
+# -- DeepSpeed's own measurements ----------------------------------------------------------------
+
+
+def train_and_listen(runs: list[Any]) -> tuple[list[dict[str, Any]], str]:
+    """The results, and what DeepSpeed printed meanwhile."""
+    with redirect_stdout(io.StringIO()) as printed:
+        results = []
+        with one_process_group():
+            results = [train_tiny(config, stop_after) for config, stop_after in runs]
+    return results, printed.getvalue()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_measurements_are_printed_and_change_no_number(
+    stage: int, corpus: Path, tmp_path: Path
+) -> None:
+    profiler = {"enabled": True, "profile_step": 2, "output_file": str(tmp_path / "f")}
+    settings: dict[str, Any] = {
+        "comms_logger": {"enabled": True, "prof_all": True},
+        "wall_clock_breakdown": True,
+    }
+    if stage == 2:  # refused in stage 3
+        settings["flops_profiler"] = profiler
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    changes = {"train__steps": 5, "train__micro_batch_size": 6}
+    plain = zero_config(corpus, tmp_path / "a", stage, **changes)
+    changes |= {"parallel__deepspeed_config": str(tmp_path / "ds.json")}
+    measured = zero_config(corpus, tmp_path / "b", stage, **changes)
+    (results, printed), _ = run_distributed(
+        train_and_listen, 2, [(plain, None), (measured, None)], timeout_seconds=200
+    )
+    assert results[0]["losses"] == results[1]["losses"]
+    assert_same(results[1]["tensors"], results[0]["tensors"])
+    assert "Comm. Op" in printed and "reduce" in printed
+    assert re.search(r"time \(ms\).*bwd", printed)
+    if stage == 2:
+        profile = (tmp_path / "f").read_text()
+        assert "DeepSpeed Flops Profiler" in profile
+        assert "SpectralLinear" in profile

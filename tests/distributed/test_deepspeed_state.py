@@ -8,7 +8,7 @@ import pytest
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import assemble
-from spectral_scale.testing.tiny import tiny_config, train_tiny
+from spectral_scale.testing.tiny import tiny_config, train_in_turn, train_tiny
 
 STEPS = 10  # swaps after 4 and 8, the second with a re-SVD
 INSIDE = 6  # between two swaps
@@ -73,6 +73,31 @@ def test_state_is_bit_identical_after_load(
     written = complete(*written_by)
     for world, stage in loaded_by:
         assert_same(complete(world, stage), written)
+
+
+def test_through_fsdp2_and_back(corpus: Path, tmp_path: Path) -> None:
+    """Every backend loads what another has saved inside an iteration, bit for bit, takes a step,
+    and saves for the next."""
+    folder, runs, hosts = tmp_path / "run", [], (2, "fsdp2", 3, None, "fsdp2", 2)
+
+    def config(host: int | str | None, steps: int) -> Any:
+        sharded = {"parallel__backend": "fsdp2"} if host == "fsdp2" else {}
+        stage = host if isinstance(host, int) else None
+        return config_of(corpus, folder, 2, stage, train__steps=steps, **sharded)
+
+    for step, host in enumerate(hosts, start=5):
+        runs += [] if step == 5 else [config(host, step - 1)]  # loads, and takes no step
+        runs += [config(host, step)]
+    straight = config_of(corpus, tmp_path / "straight", 2, None)
+    everything = [(run, None) for run in (*runs, straight)]
+    ranks = run_distributed(train_in_turn, 2, everything, timeout_seconds=250)
+    states = [assemble([rank[i] for rank in ranks]) for i in range(len(runs))]
+    for saved, loaded in zip(states[0:-1:2], states[1::2], strict=True):
+        assert_same(loaded, saved)
+    *parts, expected = (run["losses"] for run in ranks[0])
+    losses = {step: loss for part in parts for step, loss in part.items()}
+    assert losses.keys() == expected.keys()
+    assert max(abs(losses[s] - expected[s]) for s in expected) < 1e-5
 
 
 def test_reshard_and_migrate(corpus: Path, tmp_path: Path) -> None:

@@ -65,10 +65,39 @@ def test_the_deepspeed_launcher(corpus: Path, tmp_path: Path) -> None:
     assert len(losses(tmp_path / "a" / "run")) == 4
 
 
+def test_torchrun(corpus: Path, tmp_path: Path) -> None:
+    """Without a JSON: the stage from the run's own keys; dropout and recomputation on."""
+    changes = {"model__dropout": 0.1, "model__activation_checkpointing": True}
+    config = run_yaml(corpus, tmp_path / "a", **changes)
+    where = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    flags = ["--parallel.backend", "deepspeed", "--parallel.zero_stage", "3"]
+    done = start(sys.executable, *where, "launch/pretrain.py", "--config", str(config), *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "a" / "run" / "ds_config.json").read_text())
+    assert found["zero_optimization"]["stage"] == 3
+    assert len(losses(tmp_path / "a" / "run")) == 4
+
+
+def test_fp16_is_refused_by_name_where_there_is_none(corpus: Path, tmp_path: Path) -> None:
+    """DeepSpeed asks the processor; tests elsewhere tell it that torch can do it on any."""
+    ask = "from deepspeed.accelerator import get_accelerator as a; print(a().is_fp16_supported())"
+    if "True" in start(sys.executable, "-c", ask).stdout:
+        pytest.skip("this processor has fp16 instructions")
+    config = run_yaml(corpus, tmp_path / "a", train__precision="fp16", parallel__zero_stage=2,
+                      parallel__backend="deepspeed")  # fmt: skip
+    done = start(sys.executable, "launch/pretrain.py", "--config", str(config))
+    assert done.returncode == 78, done.stdout + done.stderr
+    assert "train.precision=fp16: DeepSpeed does not support it on this cpu" in done.stderr
+
+
 def test_one_process_with_a_file_behind_the_flag(corpus: Path, tmp_path: Path) -> None:
     """`--deepspeed FILE`, as transformers' Trainer has it, and every spelling of the rank."""
     config = run_yaml(corpus, tmp_path / "a")
-    flags = ["--deepspeed", "ds_configs/zero2_offload.json", "--local_rank=0", "--local-rank", "0"]
+    settings = json.loads((ROOT / "ds_configs" / "zero2_offload.json").read_text())
+    settings["zero_force_ds_cpu_optimizer"] = False  # else it is compiled first, for minutes
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    file = str(tmp_path / "ds.json")
+    flags = ["--deepspeed", file, "--local_rank=0", "--local-rank", "0"]
     done = start(sys.executable, "launch/pretrain.py", "--config", str(config), *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "a" / "run" / "ds_config.json").read_text())

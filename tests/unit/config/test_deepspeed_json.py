@@ -98,10 +98,18 @@ def test_a_stage_given_twice_must_agree(tmp_path: Path) -> None:
 REFUSED: list[tuple[Any, str]] = [
     ({"zero_optimization": {"round_robin_gradients": True}}, "swapped triplets would land"),
     ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_hpz_partition_size=8 is refused"),
+    ({"zero_optimization": {"mics_shard_size": 8}}, "HSDP: parallel.backend=fsdp2 with"),
+    ({"zero_optimization": {"zero_quantized_weights": True}}, "gathered weights would be rounded"),
+    (
+        {"zero_optimization": {"zero_quantized_nontrainable_weights": True}},
+        "frozen weights would be rounded",
+    ),
+    ({"zero_optimization": {"zero_quantized_gradients": True}}, "gradients would be rounded"),
+    ({"zero_optimization": {"zeropp_loco_param": {"err_beta": 0.8}}}, "gradients would be rounded"),
     ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "use cpu"),
     ({"checkpoint": {"load_universal": True}}, "universal checkpoint loses frozen weights"),
     ({"scheduler": {"type": "WarmupLR"}}, "optimizer.schedule"),
-    ({"zero_force_ds_cpu_optimizer": True}, "no test has shown DeepSpeedCPUAdam"),
+    ({"zero_force_ds_cpu_optimizer": "yes"}, '="yes" must be true, false or "auto"'),
     ({"torch_autocast": {"enabled": True}}, "precision is train.precision"),
 ]
 
@@ -111,6 +119,13 @@ def test_what_breaks_the_method_is_refused(value: Any, message: str, tmp_path: P
     with pytest.raises(ConfigError) as error:
         resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
     assert message in str(error.value)
+
+
+def test_the_flops_profiler_is_refused_in_stage_3_alone(tmp_path: Path) -> None:
+    path = written(tmp_path, {"flops_profiler": {"enabled": True}})
+    with pytest.raises(ConfigError, match=r"flops_profiler.enabled=true is refused in stage 3"):
+        resolve_deepspeed(run_with(path, parallel__zero_stage=3), world_size=1)
+    assert resolve_deepspeed(run_with(path), world_size=1)["flops_profiler"] == {"enabled": True}
 
 
 def test_all_problems_are_listed_together(tmp_path: Path) -> None:

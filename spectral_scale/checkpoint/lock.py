@@ -17,6 +17,8 @@ from spectral_scale.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = "lock.json"
+_GLANCE_SECONDS = 0.3
+"""How long somebody may hold the lock who only looks whether it is free."""
 _ORPHAN_SECONDS = 10.0
 """How long children of a dead holder (data loader workers) may take to notice and leave."""
 
@@ -90,7 +92,7 @@ class RunLock:
         holder = read_holder(self.run_dir)
         gone = holder is not None and _is_gone(holder)
         try:
-            self._file_lock.acquire(timeout=_ORPHAN_SECONDS if gone else 0)
+            self._file_lock.acquire(timeout=_ORPHAN_SECONDS if gone else _GLANCE_SECONDS)
         except Timeout:
             raise ConfigError(_in_use(self.run_dir, holder, gone=gone)) from None
         if holder is not None:

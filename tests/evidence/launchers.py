@@ -274,7 +274,7 @@ def render(found: list[Observation]) -> str:
         outcome = each.outcome()
         if outcome != events(each.launcher)[each.event]:
             outcome = f"**{outcome}** (documented: {events(each.launcher)[each.event]})"
-        state = each.state + (f": {each.reason}" if each.state == "stopped" else "")
+        state = each.reason if each.state == "stopped" else each.state
         lines.append(
             [each.launcher, each.event, outcome, state, str(each.exit_code), f"{each.seconds:.0f}"]
         )
@@ -294,7 +294,10 @@ ends with 1 whatever its ranks end with, and launchers that a signal kills end w
 read `status.json` (`state`, `exit_code`, `requeue`) rather than the launcher's code. torchrun dies
 of SIGUSR1 and `deepspeed` of any signal without telling their ranks, which notice that their
 launcher is gone, save and end. `torchrun --signals-to-handle SIGTERM,SIGINT,SIGUSR1` hands
-SIGUSR1 on.
+SIGUSR1 on. Under srun, `tests/slurm` shows the same on a real SLURM.
+
+The seconds are from the event to the end of the last process, on two cores that many others
+processes used at the same time; of a stopped rank, {hang} are the timeout (45 by default).
 
 {table}
 """
@@ -324,7 +327,7 @@ def main() -> int:
     found.sort(key=lambda x: order[x.launcher, x.event])
     if arguments.render is not None:
         names = ", ".join(missing)
-        note = f"Not installed where this was run, and so not shown: {names}.\n" if missing else ""
+        note = f"Not usable where this was run, and so not shown: {names}.\n" if missing else ""
         page = PAGE.format(hang=HANG_SECONDS, missing=note, table=render(found))
         arguments.render.write_text(page, encoding="utf-8")
     wrong = [x for x in found if x.outcome() != events(x.launcher)[x.event]]

@@ -1,12 +1,17 @@
 """Every one of the forty faults is listed, with tests that exist, on a page that says the same."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 from battery import COUNT, SECTIONS, Scenario, render
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "evidence"))
+
+import launchers  # noqa: E402
+
 ALL = [scenario for scenarios in SECTIONS.values() for scenario in scenarios]
 
 
@@ -37,6 +42,20 @@ def test_it_names_tests_that_exist_or_says_why_not(scenario: Scenario) -> None:
 
 def test_a_test_that_is_not_there_is_found() -> None:
     assert missing(Scenario("x", "y", ("tests/faults/test_battery.py::test_nothing", "no.py")))
+
+
+def test_every_launcher_did_what_is_documented() -> None:
+    """What tests/evidence/launchers.py observed last; it marks what differs in bold."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs" / "launchers.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ][2:]
+    seen = {(row[0], row[1]) for row in rows}
+    for launcher in ("plain", "torchrun", "deepspeed", "mpirun"):
+        expected = launchers.events(launcher)
+        assert {event for name, event in seen if name == launcher} == expected.keys()
+    assert [row for row in rows if row[2] != launchers.events(row[0])[row[1]]] == []
 
 
 def test_the_page_says_the_same() -> None:

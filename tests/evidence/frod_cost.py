@@ -1,13 +1,16 @@
 """What FRoD costs beside LoRA and beside peft's FRoD, measured in one interleaved run.
 
-    python tests/evidence/frod_cost.py [--tokens 4096] [--rounds 2] [--skip-init]
+    python tests/evidence/frod_cost.py [--tokens 4096] [--rounds 2]
+    python tests/evidence/frod_cost.py --init
 
 Two blocks of OPT-1.3B's shapes (transformers' own, a small vocabulary, so that the blocks are what
 is measured), q_proj and v_proj adapted as in the published configurations, everything else frozen,
 fp32, one thread. Each round takes one step (forward, backward, AdamW) with every method by turns;
 times are processor seconds. Memory is what torch allocated above the dense model's weights: what
-stays, and the peak of a step. Then the joint decomposition of 24 matrices of 2048 x 2048, ours from
-Gram matrices and peft's by QR of the stack. Prints Markdown.
+stays, and the peak of a step (of the first round, under torch's profiler). The basis is a random
+orthogonal one: what a step costs does not depend on it. With --init instead: the joint
+decomposition of 24 matrices of 2048 x 2048, ours from Gram matrices and peft's by QR of the stack.
+Prints Markdown, after each round anew.
 """
 
 import argparse
@@ -17,12 +20,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import peft
 import torch
-from peft.tuners.frod.model import _projection_from_weights
+from peft.tuners.frod import model as peft_model
 from torch import Tensor, nn
 from torch.profiler import profile
 from transformers import OPTConfig, OPTForCausalLM
@@ -32,6 +36,7 @@ from spectral_scale.baselines.low_rank import LowRankController
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.layers.convert import freeze_dense
 from spectral_scale.layers.frod import convert_frod
+from spectral_scale.layers.frod_pattern import draw_positions
 from spectral_scale.ops.joint_decomposition import joint_basis
 from spectral_scale.optim.groups import param_groups
 from spectral_scale.spectral.frod_controller import FRoDController
@@ -73,27 +78,37 @@ def our_lora(model: nn.Module) -> nn.Module:
 def our_frod(model: nn.Module) -> nn.Module:
     """FRoD of this package."""
     config = SpectralConfig(method="frod", sparsity=SPARSITY)
-    convert_frod(model, config, targets=[f"*.{t}" for t in TARGETS])
+    layers = convert_frod(model, config, targets=[f"*.{t}" for t in TARGETS])
     freeze_dense(model, torch.float32)
-    FRoDController(model, None, config)
+    weights = {name: layer.initial_weight for name, layer in layers.items()}
+    controller = FRoDController(model, None, config, weights=weights.__getitem__, decompose=False)
+    positions = draw_positions(WIDTH, SPARSITY, 0)
+    state = {"positions": positions, "inverse_lengths": torch.ones(WIDTH)}
+    # A matrix of each category's own, as after a decomposition.
+    controller.load_state(
+        lambda name: state.get(name.rpartition("/")[2], orthogonal()).clone(), applied_steps=0
+    )
     return model
-
-
-def peft_lora(model: nn.Module) -> nn.Module:
-    """LoRA of peft."""
-    settings = peft.LoraConfig(r=RANK, target_modules=TARGETS, lora_alpha=RANK)
-    return peft.get_peft_model(model, settings)
 
 
 def peft_frod(model: nn.Module) -> nn.Module:
     """FRoD of peft."""
     settings = peft.FrodConfig(target_modules=TARGETS, sparse_rate=SPARSITY, progressbar=False)
-    return peft.get_peft_model(model, settings)
+    decompose = peft_model._projection_from_weights
+    peft_model._projection_from_weights = lambda *_: orthogonal().clone()
+    adapted = peft.get_peft_model(model, settings)
+    peft_model._projection_from_weights = decompose
+    return adapted
+
+
+@lru_cache
+def orthogonal() -> Tensor:
+    """(WIDTH, WIDTH)."""
+    return torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q
 
 
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "LoRA": our_lora,
-    "LoRA (peft)": peft_lora,
     "FRoD": our_frod,
     "FRoD (peft)": peft_frod,
 }
@@ -155,17 +170,23 @@ def measure_steps(tokens: int, rounds: int) -> None:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 1024, (tokens // SEQUENCE, SEQUENCE), generator=generator)
     subjects = {name: make(adapt) for name, adapt in METHODS.items()}
-    for subject in subjects.values():  # warms up, too
-        subject.peak_bytes = peak_of(lambda subject=subject: subject.step(ids))
-    for _ in range(rounds):
+    weights = sum(p.nbytes for p in dense().parameters())
+    for number in range(rounds):
         for subject in subjects.values():
             gc.collect()
             started = time.process_time()
-            subject.step(ids)
+            if number == 0:
+                subject.peak_bytes = peak_of(lambda subject=subject: subject.step(ids))
+            else:
+                subject.step(ids)
             subject.seconds.append(time.process_time() - started)
-    weights = sum(p.nbytes for p in dense().parameters())
+        print(f"\n{tokens} tokens a step, the fastest of {number + 1} rounds:\n")
+        print_table(subjects, weights)
+
+
+def print_table(subjects: dict[str, Subject], weights: int) -> None:
+    """One row a method; `weights` are the dense model's bytes."""
     reference = min(subjects["LoRA"].seconds)
-    print(f"\n{tokens} tokens a step, {rounds} rounds, fastest of each:\n")
     print("| | trained | step, s | over LoRA | kept, MiB | peak of a step, MiB |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, subject in subjects.items():
@@ -195,7 +216,7 @@ def measure_decomposition(count: int = 24) -> None:
         )
 
     def theirs() -> object:
-        return _projection_from_weights([weight(i) for i in range(count)], 1e-3)
+        return peft_model._projection_from_weights([weight(i) for i in range(count)], 1e-3)
 
     print(f"\n{count} matrices of {WIDTH} x {WIDTH}:\n")
     print("| | processor seconds | peak, MiB |\n| --- | --- | --- |")
@@ -211,14 +232,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096, help=f"a multiple of {SEQUENCE}")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--skip-init", action="store_true")
+    parser.add_argument("--init", action="store_true", help="the decomposition instead of steps")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     print(f"torch {torch.__version__}, peft {peft.__version__}, load average {os.getloadavg()}")
-    measure_steps(arguments.tokens, arguments.rounds)
-    if not arguments.skip_init:
+    if arguments.init:
         measure_decomposition()
+    else:
+        measure_steps(arguments.tokens, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from spectral_scale.config.presets import resolve_architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.activations import ASSUMPTIONS, activation_bytes
 from spectral_scale.plan.inventory import Inventory, take_inventory
-from spectral_scale.plan.memory import memory_of
+from spectral_scale.plan.memory import memory_of, shared_basis_bytes
 from spectral_scale.plan.traffic import traffic_of
 
 Verdict = Literal["fits", "tight", "no"]
@@ -147,7 +147,8 @@ def checkpoint_bytes(config: RunConfig, inventory: Inventory) -> int:
         "lora": sum(m * n for m, n in matrices),
         "relora": sum(m * n for m, n in matrices),
     }.get(config.spectral.method, 0)
-    return itemsize * (3 * inventory.numel(trainable=True) + owned)
+    bases = shared_basis_bytes(config, inventory) if config.spectral.method == "frod" else 0
+    return itemsize * (3 * inventory.numel(trainable=True) + owned) + bases
 
 
 def _boundary_every(config: RunConfig) -> int:

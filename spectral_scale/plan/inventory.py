@@ -66,13 +66,13 @@ class Inventory:
 def take_inventory(config: RunConfig, architecture: Architecture) -> Inventory:
     """Build and convert the model as training does, without memory or values."""
     from spectral_scale.engine.build import MASTER_DTYPES, frozen_dtype
-    from spectral_scale.engine.methods import METHODS
+    from spectral_scale.engine.methods import convert_model
     from spectral_scale.layers.base import factored_layers
     from spectral_scale.models.build import build_model
     from spectral_scale.parallel.table import parameter_table
 
     model = build_model(architecture, config.model, eos_token_id=None)
-    METHODS[config.spectral.method].convert(model, config.spectral, frozen_dtype(config))
+    convert_model(model, config.spectral, frozen_dtype(config))
     master = MASTER_DTYPES[config.train.precision].itemsize
     items = [
         Item(

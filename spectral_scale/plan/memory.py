@@ -14,6 +14,9 @@ SVD_ASSUMPTION = (
     "elements of the driver, fp32"
 )
 
+GRAM_WORKSPACE = 10
+"""n x n matrices in float64 that FRoD's decomposition holds at most, beside one weight."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -147,9 +150,23 @@ def _galore(config: RunConfig, architecture: Architecture, inventory: Inventory)
     return itemsize * (2 * rest + low)
 
 
+def shared_basis_bytes(config: RunConfig, inventory: Inventory) -> int:
+    """FRoD's V, V^-T and positions, once a category, and 1 / lambda of every layer."""
+    from spectral_scale.layers.frod import category_of
+    from spectral_scale.layers.frod_pattern import entries
+
+    itemsize = 8 if config.train.precision == "fp64" else 4
+    widths = {category_of(name): n for name, (_, n) in inventory.matrices.items()}
+    positions = (16 * entries(n, config.spectral.sparsity) for n in widths.values())
+    bases = sum(itemsize * 2 * n * n for n in widths.values()) + sum(positions)
+    return bases + sum(itemsize * n for _, n in inventory.matrices.values())
+
+
 def owned_bytes(config: RunConfig, inventory: Inventory, world_size: int) -> int:
     """Bytes on the rank that owns most: all triplets (sst), or base weights (relora) where the
-    layers' own are rounded."""
+    layers' own are rounded; FRoD's bases, which every rank has."""
+    if config.spectral.method == "frod":
+        return shared_basis_bytes(config, inventory)
     itemsize = 8 if config.train.precision == "fp64" else 4
     loads = [0] * world_size
     for name, rank in assign_owners(inventory.matrices, world_size).items():
@@ -165,6 +182,8 @@ def svd_bytes(config: RunConfig, inventory: Inventory, world_size: int) -> int:
     """Workspace of the largest SVD; 0 for methods that decompose nothing on a schedule."""
     if config.spectral.method not in ("sst", "galore", "frod") or not inventory.matrices:
         return 0
+    if config.spectral.method == "frod":
+        return max(8 * (GRAM_WORKSPACE * n * n + m * n) for m, n in inventory.matrices.values())
     itemsize = 8 if config.train.precision == "fp64" else 4
 
     def workspace(m: int, n: int) -> int:

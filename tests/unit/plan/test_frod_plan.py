@@ -1,0 +1,47 @@
+"""`plan` of a FRoD run: the bases that every rank holds are those that the controller counts."""
+
+import pytest
+import torch
+
+from spectral_scale.config.load import load_config
+from spectral_scale.config.presets import resolve_architecture
+from spectral_scale.engine.methods import convert_model
+from spectral_scale.models.build import build_model, materialise
+from spectral_scale.models.weights import KeyedWeights
+from spectral_scale.plan.build import checkpoint_bytes
+from spectral_scale.plan.inventory import take_inventory
+from spectral_scale.plan.memory import owned_bytes, svd_bytes
+from spectral_scale.spectral.frod_controller import FRoDController
+
+WORDS = {
+    "spectral.method": "frod",
+    "spectral.targets": "[q_proj,fc2]",
+    "spectral.train_dense": "false",
+    "model.hidden_size": "64",
+    "model.num_layers": "8",
+    "model.vocab_size": "128",
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_bases_are_counted(world_size: int) -> None:
+    config = load_config([], [f"--{k}={v}" for k, v in WORDS.items()]).config
+    shapes = resolve_architecture(config.model)
+    inventory = take_inventory(config, shapes)
+    model = build_model(shapes, config.model, eos_token_id=None)
+    convert_model(model, config.spectral, torch.float32)
+    materialise(model, device=torch.device("cpu"), dtype=torch.float32)
+    weights = KeyedWeights(0)
+    layers = {
+        n: (m.out_features, m.in_features) for n, m in model.named_modules() if hasattr(m, "base")
+    }
+    controller = FRoDController(
+        model, None, config.spectral, weights=lambda n: weights.get(f"{n}.weight", layers[n])
+    )
+    found = owned_bytes(config, inventory, world_size)
+    assert found == controller.nbytes()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert inventory.numel(trainable=True) == trained  # nothing dense trains
+    state = sum(t.nbytes for _, t in controller.state_tensors())
+    assert checkpoint_bytes(config, inventory) == 12 * trained + state
+    assert svd_bytes(config, inventory, world_size) > 8 * 9 * 256**2

@@ -39,6 +39,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "FSDP2": FSDP2,
     "HSDP 2x2": FSDP2 | {"parallel__shard_group": 2},
     "FSDP2, residual replicated": FSDP2 | {"parallel__residual": "replicated"},
+    "FSDP2, tensor parallel 2": FSDP2 | {"parallel__tensor_parallel": 2},
     **{f"ZeRO-{stage}": ZERO | {"parallel__zero_stage": stage} for stage in range(4)},
     "ZeRO-2 + offload": ZERO | {"parallel__zero_stage": 2} | OFFLOAD,
     "ZeRO-3 + offload": ZERO | {"parallel__zero_stage": 3} | OFFLOAD,
@@ -74,14 +75,15 @@ def _measure(folder: Path, backends: list[str]) -> Iterator[tuple[list[str], Dis
     alone: dict[tuple[float, str], dict[str, Any]] = {}
     for name in backends:
         for world, accumulation, clip, storage in CASES:
-            if name.startswith("HSDP") and world != 4:
+            shared = BACKENDS[name].get("parallel__tensor_parallel", 1)
+            if (name.startswith("HSDP") and world != 4) or world % shared:
                 continue
             settings = SETTINGS | {"optimizer__clip_grad_norm": clip, "spectral__storage": storage}
             if (clip, storage) not in alone:
                 one = {"train__micro_batch_size": BATCH // 2} | settings
                 config = tiny_config(corpus, folder / f"alone_{clip}_{storage}", **one)
                 alone[clip, storage] = run_distributed(train_tiny, 1, config)[0]
-            micro = {"train__micro_batch_size": BATCH // (world * accumulation)}
+            micro = {"train__micro_batch_size": BATCH // (world // shared * accumulation)}
             run_dir = folder / f"{name}_{world}_{accumulation}_{clip}_{storage}"
             config = tiny_config(corpus, run_dir, **(settings | BACKENDS[name] | micro))
             ranks = run_distributed(train_tiny, world, config, timeout_seconds=240)

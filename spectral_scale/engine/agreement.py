@@ -13,6 +13,8 @@ _MANNERS: tuple[Manner, ...] = ("requeue", "hold", "now")
 _TIME, _LAUNCHER, _SAVE, _WRITTEN, _LOSS, _NORM = range(len(_MANNERS), len(_MANNERS) + 6)
 _FIXED = len(_MANNERS) + 6
 """Slots before those of the single ranks: a signal, a fault and seconds of work for each."""
+_SHARED, _OWN = 1, 2
+"""Faults: the gradient is not finite, or this rank's own loss is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Mine:
     norm: float
     """Norm of the whole gradient."""
     faulty: bool
-    """Whether its loss or the gradient norms it knows are not finite."""
+    """Whether the gradient norms it knows are not finite."""
     work_seconds: float
     """From the call for the batch to the last backward pass: what it did without the others."""
 
@@ -52,7 +54,7 @@ class Agreed:
     norm: float
     """Norm of the whole gradient, the mean of what ranks found: equal but for a fault."""
     faulty_ranks: tuple[int, ...]
-    """Ranks that found something not finite."""
+    """Ranks whose own loss is not finite or, if there is none, those that saw such a gradient."""
     work_seconds: tuple[float, ...]
     """By rank."""
 
@@ -71,10 +73,11 @@ def agree(collective: Collective, stop: StopRequest, mine: Mine) -> Agreed:
     slots[_NORM] = mine.norm / world_size if math.isfinite(mine.norm) else 0.0
     signals, faults, work = (slots[_FIXED + i * world_size :][:world_size] for i in range(3))
     signals[rank] = stop.received_number
-    faults[rank] = mine.faulty or not math.isfinite(mine.loss)
+    faults[rank] = _OWN if not math.isfinite(mine.loss) else _SHARED if mine.faulty else 0
     work[rank] = mine.work_seconds
     collective.all_reduce_sum(slots)
-    faulty = tuple(faults.nonzero().flatten().tolist())
+    # A gradient is shared: the ranks whose own loss is bad are the ones to look at.
+    faulty = tuple((faults == faults.max()).nonzero().flatten().tolist()) if faults.any() else ()
     reason, manner = _stop_reason(slots, signals, stop, rank)
     return Agreed(
         stop=reason,

@@ -116,7 +116,7 @@ class Guard:
         parts = [loss.detach().double(), *(norm.to(device).double() for norm in norms.values())]
         share, *found = torch.stack(parts).tolist()  # the one wait for the device in a step
         norm = math.sqrt(sum(value * value for value in found))
-        faulty = not math.isfinite(share) or not (self._ordinary_overflow or math.isfinite(norm))
+        faulty = not (self._ordinary_overflow or math.isfinite(norm))
         self.agreed = self._agree(share, norm, faulty)
         self.verdict = self.monitor.judge(
             loss=self.agreed.loss, norm=self.agreed.norm, faulty_ranks=self.agreed.faulty_ranks

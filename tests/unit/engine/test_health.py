@@ -250,5 +250,4 @@ def test_one_rank_s_nan_leaves_the_step_out_on_all_backends(
         assert losses.keys() == alone["losses"].keys(), name
         assert losses == pytest.approx(alone["losses"], abs=1e-5), name
         reasons = [incident["reason"] for incident in read_incidents(tmp_path / name)]
-        assert len(reasons) == 2 and reasons[0].startswith("loss or gradient not finite"), name
-        assert "rank" in reasons[0] and "1" in reasons[0]
+        assert reasons == ["loss or gradient not finite on rank 1"] * 2, name

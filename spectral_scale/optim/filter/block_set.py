@@ -47,15 +47,16 @@ class BlockSet:
         """None where another rank filters the group."""
         if not placement.works_here:
             return None
-        first = placement.group.fqns[0]
+        first = self._pieces.value(placement.group.fqns[0])
+        stays = placement.wanted is None and first.numel() > 0  # where an offloading host rests it
         return BlockFilter(
             placement.group,
             self._config,
             seed=self._seed,
             features=placement.features,
             span=placement.span,
-            device=self._pieces.device,
-            dtype=torch.promote_types(self._pieces.value(first).dtype, torch.float32),
+            device=first.device if stays else self._pieces.device,
+            dtype=torch.promote_types(first.dtype, torch.float32),
         )
 
     def run(
@@ -154,7 +155,8 @@ class BlockSet:
             if not (p.is_owned or p.is_whole)
         ]
         if shared:
-            flat = self._pieces.group.sum(torch.cat([mean.flatten() for mean in shared]))
+            flat = torch.cat([mean.flatten().to(self._pieces.device) for mean in shared])
+            self._pieces.group.sum(flat)
             for mean, part in zip(shared, flat.split([m.numel() for m in shared]), strict=True):
                 mean.copy_(part.view_as(mean))
         error = None

@@ -44,7 +44,7 @@ class Sums:
 
     def add_energies(self, energies: Tensor) -> None:
         """Add |phi_k^T X|^2 of each frequency k, (n,)."""
-        self._part(0).add_(energies)
+        self._part(0).add_(energies.to(self._values.device))
 
     def set_spectrum(self, values: Tensor) -> None:
         """The frequencies, (n,); on one rank only, since ranks are summed."""

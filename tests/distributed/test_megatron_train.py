@@ -60,7 +60,6 @@ def layout(tensor: int, data: int, accumulation: int = 1, **changes: Any) -> Lay
 
 
 LAYOUTS = [
-    layout(1, 1),
     layout(1, 1, **FACTORED),
     layout(1, 2, 2, **CLIPPED),
     layout(1, 2, **FACTORED, **PLAIN_ADAM),
@@ -68,7 +67,6 @@ LAYOUTS = [
     layout(2, 1, **SEQUENCE, **FACTORED, **RECOMPUTED),
     layout(2, 1, **FACTORED, **PER_STEP, **CLIPPED),
     layout(4, 1, 2, **SEQUENCE, **CLIPPED, **EXTRA),
-    layout(4, 1, **FACTORED),
     layout(2, 2, **FACTORED, **CLIPPED),
     layout(2, 2, **SEQUENCE, **PLAIN_ADAM),
     layout(2, 2, 2, **SEQUENCE, **PER_STEP, **RECOMPUTED, **LLAMA),
@@ -84,7 +82,8 @@ BROKEN = {
 
 
 def _alone_changes(changes: dict[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in changes.items() if not k.startswith("parallel__")}
+    ours = ("parallel__", "model__activation_checkpointing")
+    kept = {k: v for k, v in changes.items() if not k.startswith(ours)}
     return kept | {"train__micro_batch_size": BATCH // 2, "health__replica_interval": 0}
 
 

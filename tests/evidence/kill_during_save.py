@@ -153,11 +153,10 @@ def content(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def disturb(seed: int, run_dir: Path, longest: float) -> dict[str, Any]:
-    """One seed: start, kill, start again."""
-    choice = random.Random(seed)
-    world_size = 2 if seed % 5 == 4 else 1
-    arguments = words(run_dir, background=seed % 2 == 1)
+def kill_in_a_save(
+    choice: random.Random, run_dir: Path, arguments: list[str], world_size: int, longest: float
+) -> int:
+    """Start a run and kill it in a save, again until the kill falls into one; the tries."""
     victims = [0] if world_size == 1 else choice.choice([[0], [1], [0, 1]])
     output = run_dir.with_suffix(".log")
     for tries in range(1, MAX_TRIES + 1):
@@ -165,13 +164,19 @@ def disturb(seed: int, run_dir: Path, longest: float) -> dict[str, Any]:
         kill = choice.randint(1, STEPS - 1), choice.uniform(0, longest)
         start(arguments, world_size, kill, victims, output)
         if any(output.with_suffix(f".saving{rank}").exists() for rank in victims):
-            break
+            return tries
         longest *= 0.7  # it died after its save, or not at all
-    else:
-        sys.exit(f"seed {seed} was never killed in a save:\n{output.read_text()}")
+    sys.exit(f"{run_dir.name} was never killed in a save:\n{output.read_text()}")
+
+
+def disturb(seed: int, run_dir: Path, longest: float) -> dict[str, Any]:
+    """One seed: start, kill, start again."""
+    world_size = 2 if seed % 5 == 4 else 1
+    arguments = words(run_dir, background=seed % 2 == 1)
+    tries = kill_in_a_save(random.Random(seed), run_dir, arguments, world_size, longest)
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     half = any(name.startswith(".") for name in names)
-    resumed = start(arguments, world_size, None, [], output)
+    resumed = start(arguments, world_size, None, [], run_dir.with_suffix(".log"))
     return {
         "seed": seed,
         "world_size": world_size,

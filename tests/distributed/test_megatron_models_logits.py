@@ -71,8 +71,8 @@ def gpt_with_weights(model: Any, parts: int, faulty: str = "") -> tuple[Any, Any
     return gpt, weights
 
 
-def differences(parts: int, names: list[str], faulty: str = "") -> dict[str, tuple[float, float]]:
-    """Largest differences of logits and of the loss, by model."""
+def compare(parts: int, names: list[str], faulty: str = "") -> dict[str, tuple[float, float, Any]]:
+    """Largest differences of logits and of the loss, and this rank's weights, by model."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -94,31 +94,65 @@ def differences(parts: int, names: list[str], faulty: str = "") -> dict[str, tup
         gap = (logits[..., :101] - expected).abs().max()
         assert logits.shape[-1] == 101 + -101 % parts
         assert bool((logits[..., 101:] < -1e30).all())
-        found[name] = float(gap), float((loss - torch.nn.functional.cross_entropy(*flat)).abs())
+        loss_gap = (loss - torch.nn.functional.cross_entropy(*flat)).abs()
+        held = {fqn: p.detach().numpy() for fqn, p in gpt.named_parameters()}
+        found[name] = float(gap), float(loss_gap), held
     parallel_state.destroy_model_parallel()
     return found
 
 
-def measure() -> dict[str, dict[str, tuple[float, float]]]:
+def measure() -> dict[str, dict[str, tuple[float, float, Any]]]:
     import torch.distributed as dist
 
     from spectral_scale.testing.megatron import run_on_cpu
 
     run_on_cpu()
     dist.init_process_group("gloo")
-    found = {f"tp{parts}": differences(parts, list(MODELS)) for parts in (1, 2, 4)}
-    found["positions"] = differences(2, ["opt"], "positions")
-    found["fused order"] = differences(2, ["llama-gqa"], "fused order")
+    found = {f"tp{parts}": compare(parts, list(MODELS)) for parts in (1, 2, 4)}
+    found["positions"] = compare(2, ["opt"], "positions")
+    found["fused order"] = compare(2, ["llama-gqa"], "fused order")
     dist.destroy_process_group()
     return found
 
 
-def test_logits_and_losses_equal_those_of_transformers() -> None:
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, dict[str, tuple[float, float, Any]]]]:
+    return run_distributed(measure, 4, timeout_seconds=200)
+
+
+def test_logits_and_losses_equal_those_of_transformers(ranks: list[dict[str, Any]]) -> None:
     """TP 1, 2 and 4, a vocabulary of 101 padded to a multiple; two faults are seen."""
-    for rank in run_distributed(measure, 4, timeout_seconds=200):
+    for rank in ranks:
         for parts in ("tp1", "tp2", "tp4"):
-            for name, (logits, loss) in rank[parts].items():
+            for name, (logits, loss, _) in rank[parts].items():
                 assert logits < 1e-5, (parts, name)
                 assert loss < 1e-5, (parts, name)
         for fault in ("positions", "fused order"):
-            assert all(logits > 1e-3 for logits, _ in rank[fault].values()), fault
+            assert all(logits > 1e-3 for logits, _, _ in rank[fault].values()), fault
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_come_back_bit_for_bit(name: str, ranks: list[dict[str, Any]]) -> None:
+    """From transformers to the GPTModels of two or four ranks, and back."""
+    import torch
+
+    from spectral_scale.models.megatron_config import megatron_settings
+    from spectral_scale.models.megatron_state import to_transformers
+    from spectral_scale.models.megatron_weights import megatron_weights
+
+    model = transformers_model(**MODELS[name])
+    for parts in (2, 4):
+        settings = megatron_settings(model.config, tensor_parallel=parts, pad_vocabulary=True)
+        padded = settings.padded_vocab_size
+        maps = [
+            megatron_weights(settings.architecture, parts=parts, index=i, padded_vocab_size=padded)
+            for i in range(parts)
+        ]
+        held = [
+            {fqn: torch.from_numpy(array) for fqn, array in rank[f"tp{parts}"][name][2].items()}
+            for rank in ranks[:parts]
+        ]
+        back = to_transformers(list(zip(maps, held, strict=True)))
+        expected = dict(model.named_parameters())
+        assert back.keys() == expected.keys()
+        assert all(torch.equal(back[n], expected[n]) for n in back)

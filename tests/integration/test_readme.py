@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
     words = [shlex.split(line, comments=True) for line in lines]
     return [w for w in words if w and w[0] == "spectral-scale"]
 
@@ -107,7 +107,7 @@ def test_commands_parse() -> None:
     for words in found:
         arguments, rest = parser.parse_known_args(words[1:])
         if rest:
-            assert arguments.command == "train", words
+            assert arguments.command in ("train", "finetune"), words
             load_config([], rest)
 
 
@@ -125,5 +125,5 @@ def test_every_preset_is_listed(name: str) -> None:
 def test_files_and_links_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target
-    for path in re.findall(r"(?:\./)?((?:launch|tests)/[\w/.]+)", README):
+    for path in re.findall(r"(?:\./)?((?:launch|slurm|tests)/[\w/.]+)", README):
         assert (ROOT / path).exists(), path

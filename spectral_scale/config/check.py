@@ -20,6 +20,7 @@ def check_config(config: RunConfig, *, world_size: int) -> Architecture:
     data_ranks = data_parallel_size(config.parallel, world_size)
     problems = [*_check_ranges(config), *_check_batches(config, data_ranks)]
     problems += refusals(config, world_size=world_size)
+    problems += _frod_run_problems(config)
     try:
         architecture = resolve_architecture(config.model)
         problems += check_spectral(config.spectral, architecture)
@@ -170,6 +171,14 @@ def _check_targets(spectral: SpectralConfig, architecture: Architecture) -> Iter
         yield (
             f"spectral.{key} needs a method that converts linears ({', '.join(CONVERTING)}), not "
             f"spectral.method={spectral.method}; leave it out"
+        )
+
+
+def _frod_run_problems(config: RunConfig) -> Iterator[str]:
+    if config.spectral.method == "frod" and config.model.compile:
+        yield (
+            "model.compile=true was not tried with spectral.method=frod, whose products are sparse "
+            "on the CPU; set model.compile=false"
         )
 
 

@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
 TRAINS_ALL = {"spectral__train_dense": True, "spectral__targets": "[]"}
 CLIPPED = {"optimizer__clip_grad_norm": 0.01}
 DOUBLE = {"train__precision": "fp64"}
+BF16 = {"train__precision": "bf16"}
 OFFLOADED = {"parallel__offload": "cpu"}
 
 Alone = Callable[[dict[str, Any]], dict[str, Any]]
@@ -149,9 +150,9 @@ def test_a_share_that_is_left_out_would_show(corpus: Path, tmp_path: Path, alone
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
-        (1, {"train__precision": "bf16"}),
+        (1, BF16),
         (2, {"parallel__backend": "fsdp2"}),
-        (2, {"parallel__backend": "deepspeed", "parallel__zero_stage": 3}),
+        (2, {"parallel__backend": "deepspeed", "parallel__zero_stage": 3} | BF16),
     ],
     ids=str,
 )

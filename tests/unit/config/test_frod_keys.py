@@ -85,6 +85,7 @@ def test_what_else_trains_is_counted() -> None:
         ),
         ({"optimizer__value_lr": -1}, "optimizer.value_lr=-1.0 must be finite and at least 0"),
         ({"data__examples": 0}, "data.examples=0 must be at least 1"),
+        ({"model__compile": True}, "model.compile=true was not tried with spectral.method=frod"),
     ],
     ids=str,
 )
@@ -113,3 +114,19 @@ def test_bad_arguments_of_count(
 ) -> None:
     assert main(["count", "opt-125m", *words]) == 78
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parallel", "row"),
+    [
+        ({"backend": "megatron", "tensor_parallel": 2}, "megatron"),
+        ({"backend": "fsdp2", "tensor_parallel": 2}, "fsdp2+tp"),
+        ({"backend": "deepspeed", "zero_stage": 0}, "zero0"),
+    ],
+    ids=str,
+)
+def test_backends_that_no_test_has_shown(parallel: dict[str, object], row: str) -> None:
+    changes = {f"parallel__{key}": value for key, value in parallel.items()}
+    with pytest.raises(ConfigError) as caught:
+        check_config(config(**changes), world_size=2)
+    assert f"FRoD (method=frod) does not run on {row}" in str(caught.value)

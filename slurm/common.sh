@@ -19,7 +19,7 @@ prepare() {
     cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
     started=$(date +%s)
     # Ranks of a node, for launchers that start them: one a GPU asked for ("a100:8" or "8").
-    ranks_per_node=${SLURM_GPUS_PER_NODE:-0}
+    ranks_per_node=${SPECTRAL_SCALE_RANKS_PER_NODE:-${SLURM_GPUS_PER_NODE:-0}}
     ranks_per_node=${ranks_per_node##*:}
     if ((ranks_per_node == 0)); then ranks_per_node=1; fi
     # Older SLURM does not say when the job ends; the ranks save in time if they know.

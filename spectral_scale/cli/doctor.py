@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from spectral_scale.doctor.examine import Subject
     from spectral_scale.doctor.findings import Finding
 
-DESCRIPTION = """Look at versions, devices, compilers, interfaces, the run folder's file system, clocks and
-the speed of all-reduce and matrix products, on all ranks of a job. Start it as the run is started:
+DESCRIPTION = """Look at versions, devices, compilers, interfaces, the run folder's file system,
+clocks and the speed of all-reduce and products, on all ranks of a job. Start it as the run is started:
   spectral-scale doctor --config run.yaml
   srun spectral-scale doctor --config run.yaml
 Exit code 1 if something would make a run fail; each finding comes with its remedy."""

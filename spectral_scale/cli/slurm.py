@@ -140,7 +140,10 @@ def _script(resolved: ResolvedConfig, arguments: argparse.Namespace) -> str:
         arguments.launcher,
         header=header,
         arguments=_train_arguments(arguments),
-        environment={"SPECTRAL_SCALE_PYTHON": sys.executable},
+        environment={
+            "SPECTRAL_SCALE_PYTHON": sys.executable,
+            "SPECTRAL_SCALE_RANKS_PER_NODE": str(ranks),
+        },
     )
 
 

@@ -208,11 +208,30 @@ def test_an_array_trains_one_run_a_line(jobs: Jobs) -> None:
     assert [max(f) for f in found] == [2, 3] and found[0][1] != found[1][1]
 
 
-def test_a_failing_job_is_not_requeued(jobs: Jobs) -> None:
+def command(jobs: Jobs, *options: str, **changes: Any) -> subprocess.CompletedProcess[str]:
+    """`spectral-scale slurm` for a CPU job of two nodes, submitted from the test's folder."""
+    words = tiny_words(jobs.corpus, jobs.run_dir, train__steps=STEPS, **changes)
+    cpus = ("--gpus-per-node=0", "--cpus-per-rank=1", "--time=10")
+    return subprocess.run(
+        [sys.executable, "-m", "spectral_scale", "slurm", "--nodes=2", *cpus, *options, *words],
+        env=jobs.cluster.environment() | {"OMP_NUM_THREADS": "1"}, cwd=jobs.folder,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_a_submitted_job_that_fails_is_not_requeued(jobs: Jobs) -> None:
     """A configuration error, found by the ranks."""
-    job = jobs.wait(jobs.submit("pretrain.sbatch", data__train=str(jobs.folder / "nowhere")))
+    checked = command(jobs, "--test-only")
+    assert checked.returncode == 0 and "to start at" in checked.stderr, checked.stderr
+    refused = command(jobs, "--test-only", "--partition=none")
+    assert refused.returncode != 0 and "invalid partition" in refused.stderr
+    done = command(jobs, "--submit", data__train=str(jobs.folder / "nowhere"))
+    assert done.returncode == 0, done.stderr
+    job_id = done.stdout.split()[-1]
+    jobs.output = jobs.folder / f"spectral_scale-{job_id}.out"
+    job = jobs.wait(job_id)
     assert (job.state, job.exit_code, job.restarts) == ("FAILED", 78, 0), jobs.said()
-    assert "nowhere" in jobs.said() and not jobs.run_dir.exists()
+    assert "nowhere: no such token folder" in jobs.said() and not jobs.run_dir.exists()
 
 
 def test_deepspeed_s_own_slurm_launcher(

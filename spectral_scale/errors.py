@@ -31,7 +31,7 @@ class ResumeMismatchError(ConfigError):
 
 
 class LaunchError(SpectralScaleError):
-    """Ranks that cannot meet: a port that is taken, an address that leads nowhere, a rank missing."""
+    """Ranks that cannot meet: a port is taken, an address leads nowhere, a rank is missing."""
 
 
 class NoProgressError(SpectralScaleError):
@@ -41,7 +41,7 @@ class NoProgressError(SpectralScaleError):
 
 
 class HealthError(SpectralScaleError):
-    """Steps that cannot be applied again and again, or copies that differ; names samples, tensors."""
+    """Steps that again and again cannot be applied, or copies that differ; names what it is."""
 
 
 class LostRankError(SpectralScaleError):

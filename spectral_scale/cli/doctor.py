@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from spectral_scale.doctor.findings import Finding
 
 DESCRIPTION = """Look at versions, devices, compilers, interfaces, the run folder's file system,
-clocks and the speed of all-reduce and products, on all ranks of a job. Start it as the run is started:
+clocks and the speed of all-reduce and of products, on all ranks of a job. Start it as the run is:
   spectral-scale doctor --config run.yaml
   srun spectral-scale doctor --config run.yaml
 Exit code 1 if something would make a run fail; each finding comes with its remedy."""

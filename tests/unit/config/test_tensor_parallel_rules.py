@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from spectral_scale.config.capability import variant
@@ -94,6 +95,7 @@ def test_a_folder_that_megatron_has_no_place_for(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         patch.setenv("MASTER_PORT", "1")
+        patch.setattr(torch.cuda, "current_device", lambda: 0)  # as if there were a GPU
         with pytest.raises(ConfigError, match=words):
             build_run(config, facts)
     assert not dist.is_initialized()

@@ -88,7 +88,7 @@ class Ranks:
             assert all(p.is_alive() for p in self.processes), self.output()
             time.sleep(0.02)
 
-    def exit_codes(self, seconds: float = 60.0) -> list[int | None]:
+    def exit_codes(self, seconds: float = 120.0) -> list[int | None]:
         """Wait for all; negative for a signal, None for one that goes on."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
@@ -116,9 +116,11 @@ def _rank(
 ) -> None:
     import torch
 
+    from spectral_scale.cli import train
     from spectral_scale.cli.main import main
 
     torch.set_num_threads(1)
+    train._write_report = lambda run_dir: None  # the others would wait for rank 0's plots
     descriptor = os.open(run_dir / f"output_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 2)
     for number in (signal.SIGINT, signal.SIGTERM):

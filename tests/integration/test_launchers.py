@@ -116,3 +116,19 @@ def test_deepspeed_over_open_mpi(corpus: Path, tmp_path: Path, alone: Path) -> N
     code, output = end(start(sys.executable, launcher, *where, "launch/pretrain.py", *words))
     assert code == 0, output
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-5)
+
+
+AGREE = """
+from spectral_scale.cluster.detect import LauncherFlags, detect
+from spectral_scale.cluster.mpi import agree_on_address
+import os
+facts = detect(LauncherFlags(), os.environ)
+print("agreed on", *agree_on_address(facts, f"host{facts.rank}", 5000 + facts.rank))
+"""
+
+
+def test_real_mpi_ranks_agree_on_rank_0_s_address() -> None:
+    """As those of several hosts must, which no variable tells."""
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    code, output = end(start(*TWO[:-1], "-c", AGREE))
+    assert code == 0 and output.count("agreed on host0 5000") == 2, output

@@ -159,9 +159,10 @@ def _write(folder: Path) -> None:
     host = socket.gethostname().split(".")[0]
     for name in ("state", "munge", *(f"spool.{node}" for node in NODES)):
         (folder / name).mkdir(parents=True)
-    for parent in (folder, *folder.parents):  # munged runs as a user of its own
-        if parent.stat().st_uid == 0 and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o055)
+    folder.chmod(0o755)  # munged runs as a user of its own
+    closed = [parent for parent in folder.parents if not parent.stat().st_mode & 0o001]
+    if closed:
+        raise CannotStartError(f"user munge cannot reach {folder}: {closed[0]} is closed to others")
     key = folder / "munge" / "key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)

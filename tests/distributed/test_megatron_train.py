@@ -71,6 +71,7 @@ LAYOUTS = [
     layout(2, 2, **SEQUENCE, **PLAIN_ADAM),
     layout(2, 2, 2, **SEQUENCE, **PER_STEP, **RECOMPUTED, **LLAMA),
     layout(4, 1, **SEQUENCE, **FACTORED, **LLAMA),
+    layout(4, 2),
 ]
 HALF = layout(2, 1, **SEQUENCE, **RECOMPUTED, train__precision="bf16")
 BROKEN = {

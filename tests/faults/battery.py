@@ -262,7 +262,7 @@ SECTIONS: dict[str, list[Scenario]] = {
             "a real SLURM on one machine; skipped with the reason where it cannot be installed",
             (
                 "tests/slurm/test_slurm.py::test_torchrun_saves_before_the_time_limit_and_goes_on",
-                "tests/slurm/test_slurm.py::test_a_failing_job_is_not_requeued",
+                "tests/slurm/test_slurm.py::test_a_submitted_job_that_fails_is_not_requeued",
             ),
         ),
         Scenario(

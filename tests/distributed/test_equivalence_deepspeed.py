@@ -222,7 +222,7 @@ def test_a_broken_twin_shows(
     stage: int, twin: Callable[[Any], None], corpus: Path, tmp_path: Path, alone: Alone
 ) -> None:
     config = zero_config(corpus, tmp_path, stage, 2, 1, **CLIPPED)
-    assert is_noticed(train_broken, alone(CLIPPED), config, twin, message="is not finite")
+    assert is_noticed(train_broken, alone(CLIPPED), config, twin, message="not finite")
 
 
 def train_round_robin(config: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def test_kills_during_saves() -> None:
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    words = ("--steps", "320", "--mean-seconds", "8", "--seed", "2", "--output", str(tmp_path))
+    words = ("--steps", "200", "--mean-seconds", "4", "--seed", "1", "--output", str(tmp_path))
     found = run("soak.py", *words)
     assert found["different"] == [] and found["starts"] > 1
     lines = (tmp_path / "undisturbed" / "incidents.jsonl").read_text().splitlines()

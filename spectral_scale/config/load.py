@@ -1,7 +1,8 @@
 """From YAML files and `--section.key value` overrides to one checked RunConfig.
 
-Later sources win: defaults, then `spectral.settings`, then the file, then the command line. Unknown keys are errors that name
-the nearest key. Values are checked against the schema's types by jsonargparse.
+Later sources win: defaults, then `spectral.settings`, then the file, then the command line. Unknown
+keys are errors that name the nearest key. Values are checked against the schema's types by
+jsonargparse.
 """
 
 import argparse

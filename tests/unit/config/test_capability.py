@@ -149,6 +149,7 @@ def test_shard_groups_must_divide_the_ranks(group: int) -> None:
 
 def test_a_missing_host_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_with(parallel__backend="deepspeed")
+
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 

@@ -1,7 +1,7 @@
 """Which runs the study consists of, in which order: a function of the results there are.
 
 Every prefix of the order is informative: each variant's first learning rate before any second one,
-final runs of one seed before those of the next, ablations last.
+then the short ablations, then the final runs of one seed before those of the next.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,8 +44,8 @@ def all_trials(results: Mapping[str, Result]) -> list[Trial]:
     """Every run in order, done or not. Raises StudyError if a result has other settings."""
     trials = [
         *_tuning(results),
-        *_finals(results),
         *(_ablation(results, ablation) for ablation in declared.ABLATIONS),
+        *_finals(results),
     ]
     for trial in trials:
         result = results.get(trial.name)

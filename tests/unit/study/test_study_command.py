@@ -22,7 +22,7 @@ def command(monkeypatch, *words: object) -> int:
 def test_the_listing_says_what_is_done_and_how_long_the_rest_takes(
     monkeypatch, capsys, tmp_path, tiny_study
 ):
-    results = complete(until=lambda trial: trial.stage == "final")
+    results = complete(until=lambda trial: trial.stage == "ablation")
     for result in results.values():
         write_result(tmp_path, result)
     assert command(monkeypatch, "--list", "--workers", 2, "--results", tmp_path) == 0

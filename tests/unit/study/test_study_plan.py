@@ -56,9 +56,9 @@ def test_each_variant_is_tried_once_before_any_is_tried_twice():
     assert len({name.split("-")[1] for name in first_turn}) == len(first_turn)
 
 
-def test_finals_of_one_seed_come_before_the_next_and_ablations_last():
+def test_ablations_come_before_finals_and_finals_of_one_seed_before_the_next():
     order = [t for t in all_trials(complete()) if t.stage in ("final", "ablation")]
-    keys = [(t.stage != "final", t.settings["train.seed"]) for t in order]
+    keys = [(t.stage == "final", t.settings["train.seed"]) for t in order]
     assert keys == sorted(keys)
 
 

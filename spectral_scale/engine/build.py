@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from spectral_scale.backends.base import Backend, ModelMaker, OptimizerHost
 from spectral_scale.backends.torch import pick_device
 from spectral_scale.checkpoint.manager import CheckpointManager
+from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.config.check import check_config, converted_shapes
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig, SpectralConfig
@@ -98,6 +99,14 @@ class Run:
     saved_state: Mapping[str, Any] = field(default_factory=dict)
     """Counters of the checkpoint it goes on from; empty at step 0."""
 
+    def load(self, reader: CheckpointReader) -> None:
+        """Take the tensors of a checkpoint, in place. Collective."""
+        self.backend.load_state(reader.read)
+        if self.controller is not None:
+            self.controller.load_state(reader.read, reader.state["applied_steps"])
+        if self.gradient_filter is not None:
+            self.gradient_filter.load_state(reader.read)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -149,14 +158,8 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
     loader, validation = _build_loaders(config, backend, train_tokens, validation_tokens)
     weights = initial_weights(config)
     identity = run_identity(config, architecture, loader)
-    background = config.checkpoint.async_save
     identity |= base_identity(config, weights, backend.collective)
-    checkpoints = CheckpointManager(
-        Path(config.train.run_dir) / "checkpoints",
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
-        collective=separate(backend.collective) if background else backend.collective,
-    )
+    checkpoints = _open_checkpoints(config, backend)
     reader = checkpoints.latest_good()
     if reader is not None:
         allowed = config.train.allow_changed
@@ -170,15 +173,7 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
     convert_model(model, config.spectral, frozen_dtype(config))
     check_converted(model, config.spectral, architecture)
     table = parameter_table(model)
-    dtype = MASTER_DTYPES[config.train.precision]
-    if isinstance(backend, ModelMaker):
-        frozen = frozen_dtype(config)
-        backend.make(model, table, weights, dtype=dtype, frozen_dtype=frozen, fresh=reader is None)
-    else:
-        materialise(model, device=backend.device, dtype=dtype)
-        if config.model.compile:
-            compile_blocks(model)
-        initialise_dense(model, table, weights, frozen_only=reader is not None)
+    _give_memory(model, table, weights, config=config, backend=backend, fresh=reader is None)
     backend.shard(model)
     optimizer = method.optimizer(model, config, backend.collective)
     if isinstance(backend, OptimizerHost):
@@ -192,21 +187,12 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
             collective=backend.collective,
             store=backend.store(),
             weights=weights,
-            dtype=dtype,
+            dtype=MASTER_DTYPES[config.train.precision],
             fresh=reader is None,
         )
     )
-    gradient_filter = open_filter(config, architecture, model, table, backend.store())
-    start_step = skipped_steps = 0
-    if reader is not None:
-        backend.load_state(reader.read)
-        if controller is not None:
-            controller.load_state(reader.read, reader.state["applied_steps"])
-        if gradient_filter is not None:
-            gradient_filter.load_state(reader.read)
-        start_step, skipped_steps = reader.state["step"], reader.state.get("skipped_steps", 0)
-        logger.info("resuming from %s at step %d", reader.path.name, start_step)
-    return Run(
+    saved_state = {} if reader is None else reader.state
+    run = Run(
         config=config,
         architecture=architecture,
         backend=backend,
@@ -215,16 +201,20 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         table=table,
         optimizer=optimizer,
         controller=controller,
-        gradient_filter=gradient_filter,
+        gradient_filter=open_filter(config, architecture, model, table, backend.store()),
         loader=loader,
         validation=validation,
         checkpoints=checkpoints,
         identity=identity,
-        start_step=start_step,
-        skipped_steps=skipped_steps,
+        start_step=saved_state.get("step", 0),
+        skipped_steps=saved_state.get("skipped_steps", 0),
         autocast=autocast_dtype(config),
-        saved_state={} if reader is None else reader.state,
+        saved_state=saved_state,
     )
+    if reader is not None:
+        run.load(reader)
+        logger.info("resuming from %s at step %d", reader.path.name, run.start_step)
+    return run
 
 
 def check_converted(model: nn.Module, spectral: SpectralConfig, architecture: Architecture) -> None:
@@ -236,6 +226,41 @@ def check_converted(model: nn.Module, spectral: SpectralConfig, architecture: Ar
             f"{converted} linear layers were converted, the model's blocks hold {expected}; "
             "the installed transformers may name or fuse them differently"
         )
+
+
+def _open_checkpoints(config: RunConfig, backend: Backend) -> CheckpointManager:
+    """The run folder's checkpoints; saves beside training need a process group of their own."""
+    background = config.checkpoint.async_save
+    return CheckpointManager(
+        Path(config.train.run_dir) / "checkpoints",
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        collective=separate(backend.collective) if background else backend.collective,
+    )
+
+
+def _give_memory(
+    model: PreTrainedModel,
+    table: ParameterTable,
+    weights: InitialWeights,
+    *,
+    config: RunConfig,
+    backend: Backend,
+    fresh: bool,
+) -> None:
+    """Put parameters with memory in the place of the meta model's, by the backend if it makes them.
+
+    Trained ones get their first values only if `fresh`: a checkpoint holds them otherwise.
+    """
+    dtype = MASTER_DTYPES[config.train.precision]
+    if isinstance(backend, ModelMaker):
+        frozen = frozen_dtype(config)
+        backend.make(model, table, weights, dtype=dtype, frozen_dtype=frozen, fresh=fresh)
+        return
+    materialise(model, device=backend.device, dtype=dtype)
+    if config.model.compile:
+        compile_blocks(model)
+    initialise_dense(model, table, weights, frozen_only=not fresh)
 
 
 def _set_determinism(config: RunConfig, device: torch.device) -> None:

@@ -257,11 +257,7 @@ class TrainingLoop:
                 f"{samples}; look at {self._run_dir / 'incidents.jsonl'}, lower the learning "
                 "rates, and start again"
             )
-        run.backend.load_state(reader.read)
-        if run.controller is not None:
-            run.controller.load_state(reader.read, reader.state["applied_steps"])
-        if run.gradient_filter is not None:
-            run.gradient_filter.load_state(reader.read)
+        run.load(reader)
         passed = self.step - reader.step
         self.data_offset += passed
         if self._leads:

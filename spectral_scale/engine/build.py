@@ -39,7 +39,12 @@ from spectral_scale.engine.methods import (
 from spectral_scale.engine.tokenizers import check_folder_tokenizer
 from spectral_scale.errors import SpectralError
 from spectral_scale.layers.base import factored_layers
-from spectral_scale.models.build import build_model, compile_blocks, materialise
+from spectral_scale.models.build import (
+    build_model,
+    choose_attention,
+    compile_blocks,
+    materialise,
+)
 from spectral_scale.models.folder import check_folder
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
@@ -166,6 +171,8 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
         check_identity(reader.identity, identity, allowed=allowed, run_dir=config.train.run_dir)
 
     model = build_model(architecture, config.model, eos_token_id=train_tokens.eos_token_id)
+    precision = config.train.precision
+    choose_attention(model, config.model, device=backend.device, precision=precision)
     if reader is None and config.model.path is not None:
         check_folder(Path(config.model.path), model)
         check_folder_tokenizer(Path(config.model.path), train_tokens)
@@ -187,7 +194,7 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
             collective=backend.collective,
             store=backend.store(),
             weights=weights,
-            dtype=MASTER_DTYPES[config.train.precision],
+            dtype=MASTER_DTYPES[precision],
             fresh=reader is None,
         )
     )

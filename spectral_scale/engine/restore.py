@@ -28,7 +28,7 @@ from spectral_scale.engine.identity import (
 from spectral_scale.engine.methods import METHODS, ControllerParts, convert_model
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.layers.base import factored_layers
-from spectral_scale.models.build import build_model, materialise
+from spectral_scale.models.build import build_model, choose_attention, materialise
 from spectral_scale.models.weights import InitialWeights, KeyedWeights
 from spectral_scale.optim.groups import param_groups
 from spectral_scale.parallel.collective import SingleProcess
@@ -109,9 +109,11 @@ def restore_model(
 
     Raises CheckpointError if the checkpoint lacks a weight or has one of another shape.
     """
-    config, dtype = run.config, MASTER_DTYPES[run.config.train.precision]
+    config, precision = run.config, run.config.train.precision
+    dtype = MASTER_DTYPES[precision]
     plain = replace(config.model, activation_checkpointing=False)
     model = build_model(run.architecture, plain, eos_token_id=eos_token_id)
+    choose_attention(model, plain, device=device, precision=precision)
     convert_model(model, config.spectral, dtype if exact else frozen_dtype(config))
     table = parameter_table(model)
     materialise(model, device=device, dtype=dtype)

@@ -10,7 +10,8 @@ from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 
 ASSUMPTIONS = (
-    "activations: attention by SDPA's fused kernels (no score matrix kept), no dropout masks, "
+    "activations: attention by SDPA's fused kernels (no score matrix kept) unless model.attention "
+    "is eager, no dropout masks, "
     "one micro-batch in flight; logits are kept in the products' dtype and twice in fp32 (loss and "
     "its gradient)"
 )
@@ -68,6 +69,9 @@ def _block_bytes_per_token(
         mlp = 4 * f * product  # gate, up, silu(gate), their product
     else:
         mlp = f * product  # after ReLU, which needs no more for its own gradient
+    if config.model.attention == "eager":
+        scores = architecture.num_heads * config.model.sequence_length
+        attention += scores * (max(4, product) + cast)  # of the softmax, and once more as a factor
     return norms + attention + mlp + _factors(config, architecture, product)
 
 

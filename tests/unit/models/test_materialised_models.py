@@ -17,7 +17,7 @@ from spectral_scale.config.presets import PRESETS, Architecture, resolve_archite
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
 from spectral_scale.engine.build import initialise_dense
 from spectral_scale.layers.convert import convert
-from spectral_scale.models.build import build_model, materialise
+from spectral_scale.models.build import build_model, choose_attention, materialise
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
 from spectral_scale.parallel.table import parameter_table
 from spectral_scale.spectral.controller import SpectralController
@@ -293,3 +293,35 @@ def test_no_row_of_the_embedding_is_padding() -> None:
     for architecture in (OPT, LLAMA):
         model = make(architecture)
         assert model.get_input_embeddings().padding_idx is None
+
+
+@each_architecture
+def test_either_attention_gives_the_same_gradients(architecture: Architecture) -> None:
+    found = {}
+    for attention in ("sdpa", "eager"):
+        config = ModelConfig(attention=attention)
+        model = make(architecture, config=config, dtype=torch.float64)
+        assert choose_attention(model, config, device=CPU, precision="fp64") == attention
+        assert model.config._attn_implementation == attention
+        model(input_ids=ids()).logits.square().sum().backward()
+        found[attention] = {n: p.grad for n, p in model.named_parameters()}
+    # transformers' plain softmax is float32 whatever the model is.
+    torch.testing.assert_close(found["eager"], found["sdpa"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "length", "expected"),
+    [
+        ("cpu", "bf16", 512, "eager"),
+        ("cpu", "bf16", 513, "sdpa"),
+        ("cpu", "fp32", 512, "sdpa"),
+        ("cuda", "bf16", 512, "sdpa"),
+    ],
+)
+def test_attention_follows_what_is_fast(
+    device: str, precision: str, length: int, expected: str
+) -> None:
+    config = ModelConfig(sequence_length=length)
+    model = build_model(OPT, config, eos_token_id=0)
+    chosen = choose_attention(model, config, device=torch.device(device), precision=precision)
+    assert chosen == model.config._attn_implementation == expected

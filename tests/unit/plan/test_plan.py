@@ -139,14 +139,19 @@ def saved_bytes(model: torch.nn.Module) -> Iterator[list[int]]:
         yield total
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "attention"), [("fp32", "sdpa"), ("bf16", "sdpa"), ("bf16", "eager")]
+)
 @pytest.mark.parametrize("method", ["full", "sst"])
 @pytest.mark.parametrize("model", ["opt-tiny", "llama-60m"])
-def test_activations(model: str, method: str, precision: str, corpus: Path, tmp_path: Path) -> None:
+def test_activations(
+    model: str, method: str, precision: str, attention: str, corpus: Path, tmp_path: Path
+) -> None:
     """The estimate against what autograd keeps on the CPU, within 25 %."""
     config = tiny_config(
         corpus, tmp_path, model__name=model, spectral__method=method, train__precision=precision,
         model__hidden_size=128, model__num_heads=4, model__sequence_length=128,
+        model__attention=attention,
     )  # fmt: skip
     run = build_run(config, RankFacts())
     loop = TrainingLoop(run, NullLog(), None)

@@ -1,4 +1,4 @@
-"""The README's picture of memory and traffic: dense AdamW and SST, as `spectral-scale plan` computes.
+"""The README's picture of memory and traffic, dense AdamW and SST, as `spectral-scale plan` has it.
 
 python tests/evidence/plan_figure.py [--output docs/images/plan.svg]
 """

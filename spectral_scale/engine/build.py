@@ -48,6 +48,7 @@ from spectral_scale.models.build import (
 from spectral_scale.models.folder import check_folder
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
+from spectral_scale.parallel.chunks import TensorChunk, whole
 from spectral_scale.parallel.facts import RankFacts, require_rendezvous
 from spectral_scale.parallel.separate import separate
 from spectral_scale.parallel.table import ParameterTable, parameter_table
@@ -103,6 +104,15 @@ class Run:
     """Compute dtype of the forward pass, if it differs from the weights'."""
     saved_state: Mapping[str, Any] = field(default_factory=dict)
     """Counters of the checkpoint it goes on from; empty at step 0."""
+
+    def state_chunks(self) -> list[TensorChunk]:
+        """What this rank saves of the run's tensors; views, valid until the next step."""
+        chunks = list(self.backend.state_chunks())
+        if self.controller is not None:
+            chunks += [whole(name, tensor) for name, tensor in self.controller.state_tensors()]
+        if self.gradient_filter is not None:
+            chunks += self.gradient_filter.state_chunks()
+        return chunks
 
     def load(self, reader: CheckpointReader) -> None:
         """Take the tensors of a checkpoint, in place. Collective."""

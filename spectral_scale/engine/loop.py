@@ -28,7 +28,6 @@ from spectral_scale.errors import HealthError
 from spectral_scale.metrics.sinks import MetricsLog, NullLog
 from spectral_scale.ops.keyed_random import keyed_seed
 from spectral_scale.optim.schedules import lr_factor
-from spectral_scale.parallel.chunks import whole
 
 logger = logging.getLogger(__name__)
 
@@ -334,11 +333,7 @@ class TrainingLoop:
         self.guard.mark(self.step, "save")
         started = time.perf_counter()
         self.steps.read(self.step, self._saved_step or 0)  # nothing poisoned over the last good one
-        chunks = list(run.backend.state_chunks())
-        if run.controller is not None:
-            chunks += [whole(name, tensor) for name, tensor in run.controller.state_tensors()]
-        if run.gradient_filter is not None:
-            chunks += run.gradient_filter.state_chunks()
+        chunks = run.state_chunks()
         self.steps.require_finite(chunks, self.step, self._saved_step or 0)
         state = {
             "step": self.step,

@@ -1,12 +1,12 @@
 """The one place that knows which backends there are; each is imported only when it is chosen."""
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from spectral_scale.backends.base import Backend
 from spectral_scale.config.deepspeed_json import resolve_deepspeed, with_deepspeed_json
+from spectral_scale.config.packages import require_package
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
@@ -22,13 +22,6 @@ MODULES = {
 }
 """parallel.backend -> the module whose `open_backend(config, facts)` starts it. Collective."""
 
-PACKAGES: dict[str, tuple[str, str | None]] = {
-    "deepspeed": ("deepspeed", None),
-    "megatron": ("megatron-core", "0.16"),
-}
-"""parallel.backend -> the package it needs besides this project's dependencies, and the beginning
-of the versions that it was tested with if others are refused."""
-
 
 def with_host_file(config: RunConfig) -> RunConfig:
     """The run with what the backend's own configuration file adds to it. Raises ConfigError."""
@@ -39,9 +32,7 @@ def require_host(config: RunConfig, *, world_size: int) -> None:
     """Raise ConfigError if the backend's package or its GPU is missing, or if its own
     configuration file contradicts the run."""
     backend = config.parallel.backend
-    package = PACKAGES.get(backend)
-    if package is not None:
-        _require_package(backend, *package)
+    require_package(backend, what=f"parallel.backend={backend}")
     if backend == "megatron":
         _require_gpu(config.train.device)
     if backend == "deepspeed":
@@ -53,22 +44,6 @@ def require_host_model(config: RunConfig, architecture: Architecture) -> None:
     if config.parallel.backend == "megatron":
         found = transformers_config(architecture, config.model, eos_token_id=None)
         megatron_settings(found, tensor_parallel=config.parallel.tensor_parallel)
-
-
-def _require_package(backend: str, package: str, versions: str | None) -> None:
-    remedy = f"install it with: pip install 'spectral-scale[{backend}]'"
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        raise ConfigError(
-            f"parallel.backend={backend} needs the package {package}, which is not installed; "
-            f"{remedy}"
-        ) from None
-    if versions is not None and not found.startswith(f"{versions}."):
-        raise ConfigError(
-            f"parallel.backend={backend} was tested with {package} {versions}, and {found} is "
-            f"installed; {remedy}"
-        )
 
 
 def _require_gpu(wanted: str) -> None:

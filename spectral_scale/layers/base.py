@@ -1,6 +1,7 @@
 """What the linear layers of all methods have in common, for merging and counting."""
 
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ class FactoredLinear(nn.Module):
     the factors their first values and sets `ready`.
     """
 
+    merged_by: ClassVar[str | None] = None
+    """The function that makes it dense again, where `merge` cannot."""
     bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int) -> None:

@@ -131,6 +131,8 @@ def merge(model: nn.Module) -> int:
     """Replace converted layers by dense nn.Linear of the same function, in place; their number."""
     layers = factored_layers(model)
     for name, layer in layers.items():
+        if layer.merged_by is not None:
+            raise SpectralError(f"{name} is merged by {layer.merged_by}; call that instead")
         if not layer.ready:
             raise SpectralError(f"{name} cannot be merged: no controller gave it values")
         if any(map(is_sharded, layer.parameters())):

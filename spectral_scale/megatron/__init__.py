@@ -4,14 +4,14 @@ The names below are the Python interface for a Megatron user's own script.
 """
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from spectral_scale.errors import ConfigError
+from spectral_scale.config.packages import require_package
 
 if TYPE_CHECKING:
     from spectral_scale.megatron.convert import convert_gpt as convert_gpt
     from spectral_scale.megatron.convert import fresh_weights as fresh_weights
+    from spectral_scale.megatron.merge import merge_gpt as merge_gpt
     from spectral_scale.megatron.optimizer import spectral_optimizer as spectral_optimizer
     from spectral_scale.megatron.spec import spectral_gpt_block_spec as spectral_gpt_block_spec
     from spectral_scale.megatron.spec import spectral_gpt_layer_spec as spectral_gpt_layer_spec
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "convert_gpt": "spectral_scale.megatron.convert",
     "fresh_weights": "spectral_scale.megatron.convert",
+    "merge_gpt": "spectral_scale.megatron.merge",
     "spectral_optimizer": "spectral_scale.megatron.optimizer",
     "spectral_gpt_block_spec": "spectral_scale.megatron.spec",
     "spectral_gpt_layer_spec": "spectral_scale.megatron.spec",
@@ -29,12 +30,8 @@ __all__ = [*_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
-    """Load an exported name on first use; ConfigError with the install command if it cannot be."""
+    """Load an exported name on first use; ConfigError unless a tested megatron-core is there."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if find_spec("megatron") is None or find_spec("megatron.core") is None:
-        raise ConfigError(
-            "this needs the package megatron-core, which is not installed; install it with: "
-            "pip install 'spectral-scale[megatron]'"
-        )
+    require_package("megatron", what=f"{__name__}.{name}")
     return getattr(import_module(_EXPORTS[name]), name)

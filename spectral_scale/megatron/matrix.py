@@ -52,6 +52,8 @@ class SpectralMatrix(SpectralLinear):
         ConfigError: r exceeds the matrix, or the ranks do not divide it.
     """
 
+    merged_by = "spectral_scale.megatron.merge_gpt"
+
     def __init__(
         self,
         in_features: int,

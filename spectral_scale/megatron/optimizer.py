@@ -25,7 +25,8 @@ def spectral_optimizer(
     **adamw: Any,
 ) -> MegatronOptimizer:
     """AdamW with groups for triplets, as one of Megatron's optimizers; its sharded one if the
-    model's `use_distributed_optimizer` is set.
+    model's `use_distributed_optimizer` is set. Under Megatron's OptimizerParamScheduler groups keep
+    their own peak learning rates, and only dense matrices are decayed.
 
     Args:
         model: holds spectral layers.
@@ -36,6 +37,8 @@ def spectral_optimizer(
         adamw: further arguments of torch.optim.AdamW (betas, eps).
     """
     groups = param_groups(model.module, lr=lr, spectral_lr=spectral_lr, weight_decay=weight_decay)
+    for group in groups:  # what Megatron's OptimizerParamScheduler reads, and would else assume
+        group |= {"max_lr": group["lr"], "wd_mult": float(group["name"] == "dense")}
     return wrap_adamw(torch.optim.AdamW(groups, lr=lr, **adamw), model, clip_grad=clip_grad)
 
 

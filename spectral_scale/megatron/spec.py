@@ -103,6 +103,6 @@ def unsupported(config: Any) -> Iterator[str]:
             yield f"{option}={value} is not supported; leave it out"
     if config.params_dtype not in (torch.float32, torch.float64):
         yield (
-            f"params_dtype={config.params_dtype}: triplets train in float32; set float32, give "
-            "frozen_dtype=torch.bfloat16 for the frozen weights, and compute under torch.autocast"
+            f"params_dtype={config.params_dtype}: triplets train in float32; set float32, or for "
+            "bf16 products train with parallel.backend=megatron and train.precision=bf16"
         )

@@ -153,7 +153,7 @@ def _option_problems(config: PreTrainedConfig) -> Iterator[str]:
     for key, required in _REQUIRED[config.model_type].items():
         value = getattr(config, key)
         if value != required:
-            yield f"{key}={value!r}: megatron-core's models know {required!r} only; set it"
+            yield f"{key}={value!r}: the GPTModel built here has {required!r} only; set it"
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         yield (

@@ -1,6 +1,7 @@
 """A run so small that a step takes milliseconds, for tests of the whole path."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,38 @@ def tiny_words(corpus: Path, run_dir: Path, **changes: Any) -> list[str]:
 def tiny_config(corpus: Path, run_dir: Path, **changes: Any) -> RunConfig:
     """The configuration that `tiny_words` gives."""
     return load_config([], tiny_words(corpus, run_dir, **changes)).config
+
+
+def save_tiny_llama(folder: Path, corpus: Path, **changes: Any) -> dict[str, Any]:
+    """A random LLaMA with grouped queries as a transformers folder; changes by which a tiny run
+    starts from it.
+
+    Args:
+        folder: to be made.
+        corpus: its tokenizer is put beside the weights.
+        changes: of the LlamaConfig.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 512,
+        "max_position_embeddings": 64,
+        "pad_token_id": None,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        LlamaForCausalLM(LlamaConfig(**(sizes | changes))).save_pretrained(folder)
+    for file in (corpus / "train" / "tokenizer").iterdir():
+        shutil.copy(file, folder)
+    given = dict.fromkeys(("hidden_size", "num_layers", "num_heads"), "null")
+    return {"model__path": folder, "model__name": "null"} | {
+        f"model__{key}": value for key, value in given.items()
+    }
 
 
 def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import assemble, distance
 from spectral_scale.testing.megatron import train_in_turn_on_cpu
-from spectral_scale.testing.tiny import tiny_config, train_in_turn
+from spectral_scale.testing.tiny import save_tiny_llama, tiny_config, train_in_turn
 
 STEPS, BATCH, STOP = 10, 16, 6  # swaps after 4 and 8, the second with a re-SVD
 SETTINGS: dict[str, Any] = {
@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
 FACTORED = {"spectral__storage": "factored"}
 CLIPPED = {"optimizer__clip_grad_norm": 0.1}  # below every kind's norm but that of sigma
 LLAMA = {"model__name": "llama-60m", "model__num_heads": 4, "model__ffn_size": 96}
+GROUPED = {"grouped": True}  # a LLaMA with 8 heads in 4 groups, from a folder
 SEQUENCE = {"parallel__sequence_parallel": True}
 RECOMPUTED = {"model__activation_checkpointing": True}
 EXTRA = {"spectral__extra_sigma": 5}
@@ -69,7 +70,7 @@ LAYOUTS = [
     layout(4, 1, 2, **SEQUENCE, **CLIPPED, **EXTRA),
     layout(2, 2, **FACTORED, **CLIPPED),
     layout(2, 2, **SEQUENCE, **PLAIN_ADAM),
-    layout(2, 2, 2, **SEQUENCE, **PER_STEP, **RECOMPUTED, **LLAMA),
+    layout(2, 2, 2, **SEQUENCE, **PER_STEP, **RECOMPUTED, **GROUPED),
     layout(4, 1, **SEQUENCE, **FACTORED, **LLAMA),
     layout(4, 2),
 ]
@@ -97,11 +98,13 @@ class Runs:
 
     def __init__(self, corpus: Path, folder: Path) -> None:
         self.corpus, self.folder = corpus, folder
+        self.grouped = save_tiny_llama(folder / "grouped", corpus)
         self._alone: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._found: dict[Case, list[dict[str, Any]]] = {}
 
     def config(self, name: str, **changes: Any) -> Any:
-        return tiny_config(self.corpus, self.folder / name, **changes)
+        grouped = self.grouped if changes.pop("grouped", False) else {}
+        return tiny_config(self.corpus, self.folder / name, **(changes | grouped))
 
     def alone(self, changes: dict[str, Any]) -> dict[str, Any]:
         if not self._alone:

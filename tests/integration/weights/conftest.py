@@ -5,31 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_runs import BF16, FP64, FULL, LORA, OPT, POST_NORM, command, train
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from spectral_scale.testing.tiny import save_tiny_llama
 
 
 @pytest.fixture(scope="session")
 def llama_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaMA with grouped-query attention and scaled rotary embeddings, saved."""
     folder = tmp_path_factory.mktemp("llama") / "start"
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-        max_position_embeddings=64,
-        rope_parameters={"rope_type": "linear", "rope_theta": 50_000.0, "factor": 2.0},
-        rms_norm_eps=1e-5,
-        pad_token_id=None,
-    )
-    torch.manual_seed(1)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for file in (corpus / "train" / "tokenizer").iterdir():
-        shutil.copy(file, folder)
+    rope = {"rope_type": "linear", "rope_theta": 50_000.0, "factor": 2.0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    save_tiny_llama(folder, corpus, **heads, rope_parameters=rope, rms_norm_eps=1e-5)
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from spectral_scale.config import packages
 from spectral_scale.config.capability import (
     CAPABILITIES,
     markdown_table,
@@ -153,7 +154,7 @@ def test_a_missing_host_package_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(hosts, "version", missing)
+    monkeypatch.setattr(packages, "version", missing)
     with pytest.raises(ConfigError, match=r"pip install 'spectral-scale\[deepspeed\]'"):
         hosts.require_host(config, world_size=1)
 

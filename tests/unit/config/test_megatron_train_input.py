@@ -1,19 +1,23 @@
 """Runs and models that megatron-core cannot hold are refused before any process group is made."""
 
 import re
-from importlib.metadata import PackageNotFoundError
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import spectral_scale.megatron
+from spectral_scale.config import packages
 from spectral_scale.config.check import check_config
 from spectral_scale.config.load import load_config
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.engine import hosts
 from spectral_scale.errors import ConfigError
 
+ROOT = Path(__file__).parents[3]
 CASES: list[tuple[dict[str, Any], str]] = [
     ({"parallel__tensor_parallel": 3}, "does not divide the 12 attention heads|must divide the 4"),
     (
@@ -37,7 +41,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"spectral__direction_lr_scaling": "width"}, "direction_lr_scaling=width"),
     ({"spectral__targets": "[q_proj]"}, "converts all linears"),
     ({"train__precision": "fp64"}, "fp64"),
-    ({"model__dropout": 0.1}, "dropout"),
+    ({"model__dropout": 0.1}, "draws masks .* set model.dropout=0"),
     ({"parallel__zero_stage": 2}, "no effect on parallel.backend=megatron"),
 ]
 
@@ -96,22 +100,37 @@ def test_unsupported_options_of_a_model_are_named(options: dict[str, Any], named
 
 
 def test_a_missing_package_and_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused for a run, and for a Megatron user's own script."""
     config = load_config([], ["--parallel.backend=megatron"]).config
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     hosts.require_host(config, world_size=1)
+    assert callable(spectral_scale.megatron.convert_gpt)
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(hosts, "version", missing)
-    with pytest.raises(ConfigError, match=r"pip install 'spectral-scale\[megatron\]'"):
-        hosts.require_host(config, world_size=1)
-    monkeypatch.setattr(hosts, "version", lambda _: "0.19.0")
-    with pytest.raises(ConfigError, match=r"tested with megatron-core 0.16, and 0.19.0"):
-        hosts.require_host(config, world_size=1)
-    monkeypatch.setattr(spectral_scale.megatron, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'spectral-scale\[megatron\]'"):
-        _ = spectral_scale.megatron.convert_gpt
+    for installed, words in (
+        (missing, r"pip install 'spectral-scale\[megatron\]'"),
+        (lambda _: "0.17.0", r"tested with megatron-core 0.16, and 0.17.0"),
+    ):
+        monkeypatch.setattr(packages, "version", installed)
+        with pytest.raises(ConfigError, match=f"parallel.backend=megatron .*{words}"):
+            hosts.require_host(config, world_size=1)
+        with pytest.raises(ConfigError, match=f"spectral_scale.megatron.convert_gpt .*{words}"):
+            _ = spectral_scale.megatron.convert_gpt
+
+
+def test_what_is_installed_is_what_is_accepted() -> None:
+    """The range of the package's extras is the one that runs and the document name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    _, accepted = packages.PACKAGES["megatron"]
+    major, minor = map(int, str(accepted).split("."))
+    (wanted,) = project["optional-dependencies"]["megatron"]
+    assert wanted == f"megatron-core>={accepted}.0,<{major}.{minor + 1}"
+    assert wanted in project["optional-dependencies"]["test"]
+    page = (ROOT / "docs" / "megatron.md").read_text(encoding="utf-8")
+    assert f"megatron-core {accepted}.0" in page
+    assert version("megatron-core") in page
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -3,8 +3,8 @@
     python tests/evidence/equivalence.py --output docs/equivalence.md
 
 Trains a tiny OPT, and on megatron-core a LLaMA with grouped queries, too, by SST in fp32 for ten
-steps, two swaps and a re-SVD among them, on 1 to 8 processes of this machine. Takes a quarter of an
-hour on two cores. TP: ranks that share each matrix; SP: with sequence parallelism; DP: copies. On
+steps, two swaps and a re-SVD among them, on 1 to 8 processes of this machine. Takes half an hour
+on two cores. TP: ranks that share each matrix; SP: with sequence parallelism; DP: copies. On
 megatron-core, what ranks hold alike was also compared after every step, bit for bit.
 """
 

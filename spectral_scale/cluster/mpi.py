@@ -30,7 +30,8 @@ def agree_on_address(facts: RankFacts, address: str, port: int) -> tuple[str, in
         raise ConfigError(
             f"{facts.source} says rank {facts.rank} of {facts.world_size}, mpi4py's MPI library "
             f"({library}) says {world.Get_rank()} of {world.Get_size()}: it is not the "
-            f"launcher's; use that library's mpirun, or {REMEDY}"
+            f"launcher's; use that library's mpirun, have mpi4py load the launcher's library "
+            f"(MPI4PY_MPIABI=mpich or openmpi), or {REMEDY}"
         )
     return _broadcast(world, address, port)
 

@@ -5,6 +5,8 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import psutil
+
 from spectral_scale.cluster import interface, mpi, slurm
 from spectral_scale.cluster.detect import LauncherFlags
 from spectral_scale.errors import ConfigError
@@ -14,6 +16,8 @@ LOOPBACK = "127.0.0.1"
 PORTS = range(15000, 30000)
 """Ports given by job ids: above the well-known ones, below those that systems hand out."""
 _MPI_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+_HYDRA = "hydra_pmi_proxy"
+"""Starts the ranks of one host under MPICH's and Intel's mpirun, which give no job id."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +97,21 @@ def free_port() -> int:
 
 
 def _from_mpi(facts: RankFacts, flags: LauncherFlags, environment: Mapping[str, str]) -> Rendezvous:
-    job = next((environment[name] for name in _MPI_JOB if name in environment), None)
-    if job is not None and facts.local_world_size == facts.world_size:
-        return Rendezvous(address=LOOPBACK, port=job_port(job), source=f"MPI job {job}")
     one_host = facts.local_world_size == facts.world_size
+    if one_host:
+        job = next((environment[n] for n in _MPI_JOB if n in environment), None) or _hydra_job()
+        if job is not None:
+            return Rendezvous(address=LOOPBACK, port=job_port(job), source=f"MPI job {job}")
     address = LOOPBACK if one_host else _own_address(flags)
     address, port = mpi.agree_on_address(facts, address, free_port())
     return Rendezvous(address=address, port=port, source="rank 0, through mpi4py")
+
+
+def _hydra_job() -> str | None:
+    """What all ranks that Hydra started on this host share; None under another launcher."""
+    parents = psutil.Process().parents()
+    proxy = next((parent for parent in parents if parent.name() == _HYDRA), None)
+    return None if proxy is None else f"{_HYDRA} {proxy.pid}"
 
 
 def _own_address(flags: LauncherFlags) -> str:

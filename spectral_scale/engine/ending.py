@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -49,14 +50,18 @@ class Ending:
         code = error.exit_code if isinstance(error, SpectralScaleError) else EXIT_CODES["failed"]
         return self._note(reason, code) or error
 
-    def at_once(self, verdict: str) -> NoReturn:
-        """End this process from another thread than the main one, which may wait for ever."""
+    def at_once(self, verdict: str, end_hanging: Callable[[], None]) -> NoReturn:
+        """End this process from another thread than the main one, which may wait for ever.
+
+        status.json is written before hanging ranks are ended: their launcher may then end all.
+        """
         code = self._code_of_lost_rank()
         if self._attempts is not None:
             gave_up = self._note(f"LostRankError: {verdict}", code)
             code = code if gave_up is None else gave_up.exit_code
         sys.stderr.write(f"spectral-scale train: error: {verdict}\n")
         sys.stderr.flush()
+        end_hanging()
         logging.shutdown()
         os._exit(code)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -22,9 +22,7 @@ from spectral_scale.engine.stop import StopRequest
 from spectral_scale.engine.stragglers import Stragglers
 from spectral_scale.engine.switches import Request, Switches
 from spectral_scale.engine.time_limit import TimeLimit
-from spectral_scale.engine.watchdog import Watchdog
-
-End = Callable[[str], NoReturn]
+from spectral_scale.engine.watchdog import End, Watchdog
 
 
 class Guard:

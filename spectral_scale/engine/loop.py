@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.data.loader import Batch, StepBatch
 from spectral_scale.engine.build import Run
 from spectral_scale.engine.evaluate import Evaluation, evaluate, token_loss_sum
-from spectral_scale.engine.guard import End, Guard
+from spectral_scale.engine.guard import Guard
 from spectral_scale.engine.incident_file import record
 from spectral_scale.engine.incidents import data_of
 from spectral_scale.engine.lost_ranks import naming_lost_ranks
@@ -24,6 +25,7 @@ from spectral_scale.engine.replicas import check_replicas
 from spectral_scale.engine.saver import Saver
 from spectral_scale.engine.status import write_status
 from spectral_scale.engine.step_log import StepLog
+from spectral_scale.engine.watchdog import End
 from spectral_scale.errors import HealthError
 from spectral_scale.metrics.sinks import MetricsLog, NullLog
 from spectral_scale.ops.keyed_random import keyed_seed
@@ -57,8 +59,9 @@ class Outcome:
     """The latest evaluation of this attempt."""
 
 
-def exit_at_once(verdict: str) -> NoReturn:
+def exit_at_once(verdict: str, end_hanging: Callable[[], None]) -> NoReturn:
     """End this process without waiting for anything, since the main thread may wait for ever."""
+    end_hanging()
     os._exit(1)
 
 

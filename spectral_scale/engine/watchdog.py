@@ -29,6 +29,10 @@ from spectral_scale.engine.heartbeat import (
 
 logger = logging.getLogger(__name__)
 
+End = Callable[[str, Callable[[], None]], NoReturn]
+"""Ends this process: notes the verdict, then calls the second, which ends hanging ranks, since a
+launcher that sees one of them end may kill all others at once."""
+
 UNEVEN: tuple[Phase, ...] = ("start", "step", "evaluation", "save")
 """Phases that may take long now and then: decompositions and swaps, evaluation, saving."""
 LONG_SECONDS = 600.0
@@ -53,7 +57,8 @@ class Watchdog:
         rank: this process.
         world_size: all of them.
         timeout_seconds: silence that counts as death; 0 writes heartbeats and watches nothing.
-        end: called with the verdict, in the thread, to end the process; it must not return.
+        end: called in the thread with the verdict and what to call once that is noted; it ends the
+            process.
     """
 
     def __init__(
@@ -63,7 +68,7 @@ class Watchdog:
         rank: int,
         world_size: int,
         timeout_seconds: float,
-        end: Callable[[str], NoReturn],
+        end: End,
     ) -> None:
         self._run_dir, self._world_size = run_dir, world_size
         self._timeout, self._end = timeout_seconds, end
@@ -211,8 +216,7 @@ class Watchdog:
             self._heart.write(verdict)
             time.sleep(self._interval)
             self._listener.listen()
-        self._end_hanging()
-        self._end(verdict)
+        self._end(verdict, self._end_hanging)
 
     def _end_hanging(self) -> None:
         """Make silent ranks on this host write their stack traces and end: nobody else may."""

@@ -3,12 +3,14 @@
     python tests/evidence/launchers.py [--only NAME …] [--output FOLDER] [--render FILE]
 
 Two ranks (one under `plain`) of a tiny run are started by each launcher that is installed, and each
-event is done to it. Looked at: status.json, the newest checkpoint (every byte verified), processes
+event is done to it; for srun the cluster of tests/slurm is started where no SLURM answers. Looked
+at: status.json, the newest checkpoint (every byte verified), processes
 left after the launcher and the ranks had time to end, the launcher's exit code, and the time from
 the event to the end of the last process. Exit code 0 only if everything is as documented.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +33,10 @@ from spectral_scale.errors import CheckpointError
 from spectral_scale.metrics.history import load_history
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests" / "slurm"))
+
+from slurm_cluster import CannotStartError, running_cluster  # noqa: E402
+
 SCRIPT = str(ROOT / "launch" / "pretrain.py")
 MARK = "SPECTRAL_SCALE_LAUNCHER_MARK"
 PATIENCE_SECONDS = 100.0
@@ -44,8 +51,8 @@ class Launcher:
     """What must be installed."""
     words: tuple[str, ...]
     """Before the training command's own words."""
-    loses_exit_codes: bool = False
-    """Whether it ends with 1 for whatever a rank ends with."""
+    kills_its_ranks_on: tuple[str, ...] = ()
+    """Events after which it gives its ranks no time."""
 
 
 def _beside_python(name: str) -> str:
@@ -58,7 +65,6 @@ LAUNCHERS = {
     "torchrun": Launcher(
         _beside_python("torchrun"),
         (_beside_python("torchrun"), "--standalone", "--nproc-per-node=2", SCRIPT),
-        loses_exit_codes=True,
     ),
     "deepspeed": Launcher(
         _beside_python("deepspeed"),
@@ -68,7 +74,13 @@ LAUNCHERS = {
         "mpirun",
         ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, SCRIPT),
     ),
-    "srun": Launcher("srun", ("srun", "--ntasks=2", "--overlap", sys.executable, SCRIPT)),
+    "mpich": Launcher("mpirun.mpich", ("mpirun.mpich", "-n", "2", sys.executable, SCRIPT)),
+    "srun": Launcher(
+        "srun",
+        ("srun", "--nodes=1", "--ntasks=2", "--disable-status", "--job-name={run}")
+        + (sys.executable, SCRIPT),
+        kills_its_ranks_on=("SIGTERM to the launcher",),
+    ),
 }
 
 SAVED, INTACT, NOTHING = "saved and resumable", "last checkpoint intact", "nothing begun"
@@ -117,20 +129,32 @@ def events(launcher: str) -> dict[str, str]:
         if launcher != "plain":
             found[f"{name} to one rank"] = SAVED
     found["STOP file"] = SAVED
+    if launcher == "srun":
+        found["scancel"] = SAVED
     if launcher != "plain":
         found["one rank SIGKILLed"] = INTACT
         found["one rank SIGSTOPped"] = INTACT
     found["configuration error"] = NOTHING
-    return found
+    return found | dict.fromkeys(LAUNCHERS[launcher].kills_its_ranks_on, INTACT)
 
 
-def usable(launcher: str) -> bool:
-    """Whether it is installed, and for srun, whether a SLURM controller answers."""
-    if shutil.which(LAUNCHERS[launcher].program) is None:
-        return False
-    if launcher != "srun":
-        return True
-    return subprocess.run(["scontrol", "ping"], capture_output=True).returncode == 0
+def missing() -> list[str]:
+    """Launchers that are not installed."""
+    return [name for name, each in LAUNCHERS.items() if shutil.which(each.program) is None]
+
+
+@contextlib.contextmanager
+def slurm() -> Iterator[None]:
+    """A controller that answers: the site's, or that of tests/slurm, until the end."""
+    if subprocess.run(["scontrol", "ping"], capture_output=True).returncode == 0:
+        yield
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm") as folder,
+        running_cluster(Path(folder).resolve()) as cluster,
+    ):
+        os.environ["SLURM_CONF"] = cluster.environment()["SLURM_CONF"]
+        yield
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -177,7 +201,8 @@ def observe(launcher: str, event: str, folder: Path) -> Observation:
     """Start, disturb, wait, look."""
     mark, run_dir = uuid.uuid4().hex, folder / f"{launcher}-{event.replace(' ', '_')}"
     shutil.rmtree(run_dir, ignore_errors=True)
-    words = [w.format(port=20_000 + os.getpid() % 20_000) for w in LAUNCHERS[launcher].words]
+    port = 20_000 + os.getpid() % 20_000
+    words = [w.format(port=port, run=run_dir.name) for w in LAUNCHERS[launcher].words]
     words += training_words(run_dir, launcher)
     if event == "configuration error":
         words.append("--train.micro_batch_size=3")
@@ -228,6 +253,8 @@ def act(event: str, process: "subprocess.Popen[bytes]", run_dir: Path) -> None:
         ranks_of(run_dir)[1].send_signal(getattr(signal, name))
     elif event == "STOP file":
         (run_dir / "STOP").touch()
+    elif event == "scancel":
+        subprocess.run(["scancel", f"--name={run_dir.name}"], check=True)
     elif event == "one rank SIGKILLed":
         ranks_of(run_dir)[1].kill()
     elif event == "one rank SIGSTOPped":
@@ -291,12 +318,23 @@ each event.
 {missing}
 Exit codes of the ranks are those of `spectral-scale train` (0, 75, 78, 93, else failure). torchrun
 ends with 1 whatever its ranks end with, and launchers that a signal kills end with that signal:
-read `status.json` (`state`, `exit_code`, `requeue`) rather than the launcher's code. torchrun dies
-of SIGUSR1 and `deepspeed` of any signal without telling their ranks, which notice that their
-launcher is gone, save and end. `torchrun --signals-to-handle SIGTERM,SIGINT,SIGUSR1` hands
-SIGUSR1 on. Under srun, `tests/slurm` shows the same on a real SLURM.
+read `status.json` (`state`, `exit_code`, `requeue`) rather than the launcher's code.
 
-The seconds are from the event to the end of the last process, on two cores that many others
+- **torchrun** dies of SIGUSR1 and `deepspeed` of any signal without telling their ranks, which
+  notice that their launcher is gone, save and end. `torchrun --signals-to-handle
+  SIGTERM,SIGINT,SIGUSR1` hands SIGUSR1 on.
+- **mpirun** is Open MPI's, `mpich` is MPICH's `mpirun`. On one host MPICH's ranks find each other
+  by the process that started them; on several mpi4py must load the launcher's own library
+  (`MPI4PY_MPIABI=mpich`), or `-genv MASTER_ADDR HOST -genv MASTER_PORT 29500` says where they meet.
+- **deepspeed --launcher openmpi, mpich and slurm** start the ranks through `mpirun` and `srun`, and
+  behave as those do (a test each). DeepSpeed's helper for MPICH ends with 0 whatever its rank ends
+  with: read `status.json`. It calls whatever is named `mpirun`, which must be MPICH's.
+- **srun** ends its ranks by SIGKILL when it gets SIGTERM itself: end a job by `scancel`, which
+  gives the ranks SIGTERM and SLURM's `KillWait` seconds, or by `spectral-scale stop`. At the first
+  Ctrl-C it only tells the state of its tasks; with `--disable-status`, as here, it hands it on.
+  The scripts of `slurm/` are tested on a real SLURM of two nodes by `tests/slurm`.
+
+The seconds are from the event to the end of the last process, on two cores that many other
 processes used at the same time; of a stopped rank, {hang} are the timeout (45 by default).
 
 {table}
@@ -315,19 +353,27 @@ def main() -> int:
     results = folder / "observations.json"
     found = [Observation(**x) for x in json.loads(results.read_text())] if results.exists() else []
     known = {(x.launcher, x.event) for x in found}
-    missing = [name for name in LAUNCHERS if not usable(name)]
-    for launcher in arguments.only:
-        for event in events(launcher) if launcher not in missing else ():
-            if (launcher, event) in known:
-                continue
-            found.append(observe(launcher, event, folder))
-            print(json.dumps(asdict(found[-1])), flush=True)
-            results.write_text(json.dumps([asdict(x) for x in found], indent=1))
+    absent = missing()
+    with contextlib.ExitStack() as stack:
+        if "srun" in set(arguments.only).difference(absent):
+            try:
+                stack.enter_context(slurm())
+            except CannotStartError as error:
+                print(f"srun is left out: {error}", file=sys.stderr)
+                absent.append("srun")
+        for launcher in arguments.only:
+            for event in events(launcher) if launcher not in absent else ():
+                if (launcher, event) in known:
+                    continue
+                found.append(observe(launcher, event, folder))
+                print(json.dumps(asdict(found[-1])), flush=True)
+                results.write_text(json.dumps([asdict(x) for x in found], indent=1))
     order = {(n, e): i for i, (n, e) in enumerate((n, e) for n in LAUNCHERS for e in events(n))}
     found.sort(key=lambda x: order[x.launcher, x.event])
     if arguments.render is not None:
-        names = ", ".join(missing)
-        note = f"Not usable where this was run, and so not shown: {names}.\n" if missing else ""
+        shown = {x.launcher for x in found}
+        names = ", ".join(name for name in LAUNCHERS if name not in shown)
+        note = f"Not usable where this was run, and so not shown: {names}.\n" if names else ""
         page = PAGE.format(hang=HANG_SECONDS, missing=note, table=render(found))
         arguments.render.write_text(page, encoding="utf-8")
     wrong = [x for x in found if x.outcome() != events(x.launcher)[x.event]]

@@ -52,7 +52,7 @@ def test_every_launcher_did_what_is_documented() -> None:
         if line.startswith("|")
     ][2:]
     seen = {(row[0], row[1]) for row in rows}
-    for launcher in ("plain", "torchrun", "deepspeed", "mpirun"):
+    for launcher in launchers.LAUNCHERS:
         expected = launchers.events(launcher)
         assert {event for name, event in seen if name == launcher} == expected.keys()
     assert [row for row in rows if row[2] != launchers.events(row[0])[row[1]]] == []

@@ -82,6 +82,9 @@ def test_a_stopped_rank_ends_the_run(corpus: Path, tmp_path: Path, stopped: int)
     with Ranks(corpus, tmp_path) as ranks:
         ranks.wait_for_step(6)
         ranks.signal(stopped, signal.SIGSTOP)
+        ranks.processes[stopped].join(60)
+        if stopped != 0:  # rank 0 writes it, and a launcher may kill it from now on
+            assert read_status(tmp_path)["state"] == "failed"
         codes = ranks.exit_codes()
         assert codes[1 - stopped] == 75
         assert codes[stopped] == -signal.SIGABRT, "it was left behind, or could not tell"

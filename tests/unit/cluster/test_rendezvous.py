@@ -5,6 +5,7 @@ import sys
 import types
 from typing import Any
 
+import psutil
 import pytest
 
 from spectral_scale.cluster import interface, mpi, rendezvous, slurm
@@ -76,6 +77,8 @@ def test_a_slurm_job_gives_its_first_node_and_a_port_of_its_own(
 
 def test_mpi_meets_by_its_job_or_by_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
+    proxy = types.SimpleNamespace(name=lambda: "hydra_pmi_proxy", pid=31)
+    tree = types.SimpleNamespace(parents=lambda: [types.SimpleNamespace(name=lambda: "sh"), proxy])
 
     def agree(facts: RankFacts, address: str, port: int) -> tuple[str, int]:
         asked.append(address)
@@ -87,6 +90,10 @@ def test_mpi_meets_by_its_job_or_by_rank_0(monkeypatch: pytest.MonkeyPatch) -> N
     assert asked == []
     unnamed = find_rendezvous(MPI, NONE, {})
     assert (unnamed.address, unnamed.port, asked) == ("10.0.0.1", 4321, ["127.0.0.1"])
+    with monkeypatch.context() as under_mpich:
+        under_mpich.setattr(psutil, "Process", lambda: tree)
+        by_parent = find_rendezvous(MPI, NONE, {})
+    assert (by_parent.address, by_parent.port) == ("127.0.0.1", job_port("hydra_pmi_proxy 31"))
     monkeypatch.setattr(rendezvous.interface, "address_of", lambda name: f"address of {name}")
     apart = RankFacts(rank=1, world_size=2, local_world_size=1, source="Open MPI (x)")
     flags = LauncherFlags(network_interface="ib0")

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +15,7 @@ from spectral_scale.engine.stragglers import Stragglers
 from spectral_scale.engine.watchdog import LONG_SECONDS, Watchdog
 
 
-def never(verdict: str) -> NoReturn:
+def never(verdict: str, end_hanging: Callable[[], None]) -> NoReturn:
     raise AssertionError(verdict)
 
 

@@ -308,7 +308,10 @@ SECTIONS: dict[str, list[Scenario]] = {
             "a spike of loss or gradient norm",
             "left out with `health.spike_sigmas` set (off by default); incidents.jsonl names "
             "samples, token offsets and documents",
-            (f"{ENGINE}test_health.py::test_spikes_stand_out_of_the_healthy_steps_before",),
+            (
+                f"{ENGINE}test_health.py::test_spikes_stand_out_of_the_healthy_steps_before",
+                f"{FAULTS}test_spikes.py::test_one_rank_s_spike_is_left_out_by_both",
+            ),
         ),
         Scenario(
             "corrupt or missing token files, ids beyond the vocabulary, empty or undecodable text",

@@ -139,6 +139,21 @@ def _rank(
     sys.exit(main(words))
 
 
+def change_loss(rank: int, where: set[tuple[int, int]], change: Callable[[Any], Any]) -> None:
+    """From now on `change` stands between this rank's loss and its backward pass, at (rank, step)
+    of `where`; for `before`."""
+    from spectral_scale.engine import loop
+
+    product, original = loop.token_loss_sum, loop.TrainingLoop._forward_backward
+
+    def forward_backward(self: Any, batch: Any) -> Any:
+        here = (rank, self.step + 1) in where
+        loop.token_loss_sum = (lambda *a: change(product(*a))) if here else product
+        return original(self, batch)
+
+    loop.TrainingLoop._forward_backward = forward_backward  # type: ignore[method-assign]
+
+
 def steps_logged(run_dir: Path) -> int:
     """The last step in metrics.jsonl."""
     return max((line["step"] for line in load_history(run_dir).current()), default=0)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import Ranks
+from ranks import Ranks, change_loss
 
 from spectral_scale.engine.status import read_status
 from spectral_scale.metrics.history import load_history
@@ -15,43 +15,26 @@ HOST = socket.gethostname()
 BAD_STEP = 7
 
 
-def in_step(step: int, rank: int, mine: int, action: object) -> None:
-    """From now on, call `action()` in a step's forward pass on one rank."""
-    from spectral_scale.engine import loop
-
-    if rank != mine:
-        return
-    original = loop.TrainingLoop._forward_backward
-
-    def forward_backward(self, batch):
-        if self.step + 1 == step:
-            product = loop.token_loss_sum
-            loop.token_loss_sum = lambda *a: (action(), product(*a))[1]
-        return original(self, batch)
-
-    loop.TrainingLoop._forward_backward = forward_backward
-
-
 def loops_for_ever(rank: int) -> None:
-    def loop() -> None:
+    def loop(_: object) -> None:
         while True:
             time.sleep(0.01)
 
-    in_step(BAD_STEP, rank, 1, loop)
+    change_loss(rank, {(1, BAD_STEP)}, loop)
 
 
 def holds_the_interpreter(rank: int) -> None:
     """As an extension that never returns: no other thread of the rank runs again."""
     import re
 
-    in_step(BAD_STEP, rank, 1, lambda: re.match(r"(a+)+$", "a" * 64 + "b"))
+    change_loss(rank, {(1, BAD_STEP)}, lambda _: re.match(r"(a+)+$", "a" * 64 + "b"))
 
 
 def raises(rank: int) -> None:
-    def fail() -> None:
+    def fail(_: object) -> None:
         raise ValueError("a wrong number in the data")
 
-    in_step(BAD_STEP, rank, 1, fail)
+    change_loss(rank, {(1, BAD_STEP)}, fail)
 
 
 def test_a_killed_rank_is_named_at_once(corpus: Path, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from spectral_scale.cluster.rendezvous import free_port
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "setpriv")
 NODES = ("n1", "n2")
-FIRST_PORT = 17_001
 
 # Debian's slurmd may run more than once on a machine. Accounting, cgroups and systemd are left
 # out; CPUs and GPUs are as on nodes of 8 GPUs, though the machine has none of them. A credential
@@ -166,10 +167,10 @@ def _write(folder: Path) -> None:
     key = folder / "munge" / "key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
-    nodes = [NODE.format(name=name, host=host, port=FIRST_PORT + i) for i, name in enumerate(NODES)]
+    nodes = [NODE.format(name=name, host=host, port=free_port()) for name in NODES]
     (folder / "slurm.conf").write_text(
         CONFIGURATION.format(
-            host=host, folder=folder, controller=FIRST_PORT - 1, nodes="\n".join(nodes)
+            host=host, folder=folder, controller=free_port(), nodes="\n".join(nodes)
         )
     )
     gpus = [f"NodeName={name} Name=gpu File=/dev/tty[0-7]\n" for name in NODES]

@@ -326,8 +326,8 @@ read `status.json` (`state`, `exit_code`, `requeue`) rather than the launcher's 
 - **mpirun** is Open MPI's, `mpich` is MPICH's `mpirun`. On one host MPICH's ranks find each other
   by the process that started them; on several mpi4py must load the launcher's own library
   (`MPI4PY_MPIABI=mpich`), or `-genv MASTER_ADDR HOST -genv MASTER_PORT 29500` says where they meet.
-- **deepspeed --launcher openmpi, mpich and slurm** start the ranks through `mpirun` and `srun`, and
-  behave as those do (a test each). DeepSpeed's helper for MPICH ends with 0 whatever its rank ends
+- **deepspeed --launcher openmpi, mpich and slurm** train through `mpirun` and `srun` (a test each);
+  signals to these were not tried. DeepSpeed's helper for MPICH ends with 0 whatever its rank ends
   with: read `status.json`. It calls whatever is named `mpirun`, which must be MPICH's.
 - **srun** ends its ranks by SIGKILL when it gets SIGTERM itself: end a job by `scancel`, which
   gives the ranks SIGTERM and SLURM's `KillWait` seconds, or by `spectral-scale stop`. At the first

@@ -1,8 +1,10 @@
 """Spectral layers on megatron-core against the plain product: output and every gradient."""
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import megatron_refusals as refusals
 import pytest
 import torch
 from torch import Tensor
@@ -236,6 +238,7 @@ def _work(cases: list[dict[str, Any]]) -> list[Any]:
     errors: list[Any] = [_compare(c, groups[c.tp]) for c in (Case(**case) for case in cases)]
     shards = [Case(kind=kind, storage="factored") for kind in ("column", "row", "qkv")]
     errors.append([_misplaced_shards(case, groups[2]) for case in shards])
+    errors.append(refusals.messages())
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return errors
@@ -251,7 +254,7 @@ FAULTY = [
 
 @pytest.fixture(scope="module")
 def ranks() -> list[list[Any]]:
-    """Errors by case and misplaced shards, by rank; one group of processes for all of them."""
+    """Errors by case, misplaced shards and refusals, by rank; one group of processes for all."""
     cases = [asdict(case) for case in [*_cases(), *FAULTY]]
     return run_distributed(_work, 4, cases, timeout_seconds=150)
 
@@ -259,12 +262,12 @@ def ranks() -> list[list[Any]]:
 @pytest.fixture(scope="module")
 def errors(ranks: list[list[Any]]) -> dict[Case, float]:
     """Each case's largest error over all ranks."""
-    worst = [max(e) for e in zip(*(rank[:-1] for rank in ranks), strict=True)]
+    worst = [max(e) for e in zip(*(rank[:-2] for rank in ranks), strict=True)]
     return dict(zip([*_cases(), *FAULTY], worst, strict=True))
 
 
 def test_megatrons_own_checkpoints_know_the_parts(ranks: list[list[Any]]) -> None:
-    assert [rank[-1] for rank in ranks] == [[[], [], []]] * 4
+    assert [rank[-2] for rank in ranks] == [[[], [], []]] * 4
 
 
 @pytest.mark.parametrize("case", _cases(), ids=str)
@@ -277,3 +280,10 @@ def test_output_and_gradients_equal_the_plain_product(
 @pytest.mark.parametrize("case", FAULTY, ids=str)
 def test_a_broken_sum_is_seen(case: Case, errors: dict[Case, float]) -> None:
     assert errors[case] > 1e-3
+
+
+@pytest.mark.parametrize("name", refusals.CASES)
+def test_what_cannot_be_is_refused_on_every_rank(name: str, ranks: list[list[Any]]) -> None:
+    for rank in ranks:
+        assert name in rank[-1], "nothing was refused"
+        assert re.search(refusals.CASES[name][1], rank[-1][name], flags=re.DOTALL), rank[-1][name]

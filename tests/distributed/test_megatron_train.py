@@ -107,18 +107,27 @@ class Runs:
         return tiny_config(self.corpus, self.folder / name, **(changes | grouped))
 
     def alone(self, changes: dict[str, Any]) -> dict[str, Any]:
-        if not self._alone:
-            wanted = {self._key(x.settings()) for x in [*LAYOUTS, HALF, *BROKEN.values()]}
-            runs = [
-                (self.config(f"alone{i}", **dict(key)), None)
-                for i, key in enumerate(sorted(wanted, key=str))
-            ]
-            results = run_distributed(train_in_turn, 1, runs, timeout_seconds=200)[0]
-            self._alone = dict(zip(sorted(wanted, key=str), results, strict=True))
+        self._train_in_one_process()
         return self._alone[self._key(changes)]
+
+    def _train_in_one_process(self) -> None:
+        """What the others are compared with, and the layouts of one rank."""
+        if self._alone:
+            return
+        compared = [*LAYOUTS, HALF, *BROKEN.values()]
+        keys = sorted({self._key(x.settings()) for x in compared}, key=str)
+        layouts = [x for x in LAYOUTS if x.world == 1]
+        changes = [dict(key) for key in keys] + [x.settings() for x in layouts]
+        runs = [(self.config(f"one{i}", **c), None) for i, c in enumerate(changes)]
+        results = run_distributed(train_in_turn_on_cpu, 1, runs, timeout_seconds=250)[0]
+        self._alone = dict(zip(keys, results[: len(keys)], strict=True))
+        for one, result in zip(layouts, results[len(keys) :], strict=True):
+            self._found[one, None] = [result]
 
     def found(self, wanted: Layout, fault: str | None = None) -> list[dict[str, Any]]:
         """Results by rank; runs of a world size, sound and broken, share its processes."""
+        if wanted.world == 1:
+            self._train_in_one_process()
         if (wanted, fault) not in self._found:
             world = wanted.world
             cases: list[Case] = [(x, None) for x in [*LAYOUTS, HALF] if x.world == world]

@@ -4,6 +4,7 @@ import re
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +98,25 @@ def test_unsupported_options_of_a_model_are_named(options: dict[str, Any], named
     )
     with pytest.raises(ConfigError, match=named):
         spectral_gpt_layer_spec(config, SpectralConfig())
+
+
+def test_every_unsupported_option_is_named_at_once() -> None:
+    """By the spec and by conversion, before a layer is made: no process group is needed."""
+    from spectral_scale.megatron import convert_gpt, spectral_gpt_layer_spec
+    from spectral_scale.megatron.spec import _NOT_ONE, _NOT_SET
+
+    options = dict.fromkeys(_NOT_ONE, 2) | dict.fromkeys(_NOT_SET, True)
+    bad: Any = SimpleNamespace(**options, params_dtype=torch.float16)
+    model: Any = SimpleNamespace(config=bad)
+    for refuse in (
+        lambda: spectral_gpt_layer_spec(bad, SpectralConfig()),
+        lambda: convert_gpt(model, SpectralConfig()),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            refuse()
+        for option, value in options.items():
+            assert re.search(rf"{option}={value}(:| is) .*; (use|leave)", str(caught.value))
+        assert "params_dtype=torch.float16: triplets train in float32; set" in str(caught.value)
 
 
 def test_a_missing_package_and_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:

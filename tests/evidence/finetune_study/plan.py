@@ -16,7 +16,7 @@ class Trial:
     name: str
     """Of its folder and result."""
     stage: str
-    """tune or final."""
+    """tune, final or few."""
     settings: Settings
     """What it is run with."""
 
@@ -32,31 +32,61 @@ def pairs() -> list[tuple[Method, Variant]]:
 
 
 def all_trials(results: Mapping[str, Result]) -> Iterator[Trial]:
-    """Every run in order: tuning of methods alone, of variants, then the other seeds.
+    """Every run in order: tuning of methods alone, of variants, other seeds, fewer examples.
 
     Runs that wait for a choice are left out until it is made.
     """
     for method, variant in pairs():
         yield from tuning(method, variant, results)
-    for seed in declared.SEEDS[1:]:
-        for method, variant in pairs():
-            yield from final(method, variant, results, seed)
+    first, more = declared.FEW_EXAMPLES_SEEDS, declared.SEEDS[declared.FEW_EXAMPLES_SEEDS :]
+    for seed in declared.SEEDS[1:first]:
+        yield from finals(results, seed)
+    for examples in declared.FEW_EXAMPLES:
+        for method in declared.METHODS:
+            yield from few(method, examples, results)
+    for seed in more:
+        yield from finals(results, seed)
 
 
 def tuning(method: Method, variant: Variant, results: Mapping[str, Result]) -> list[Trial]:
-    """One run with the first seed for each value that is tried; none before it is known which."""
-    if variant is declared.NONE:
-        rate: float | None = method.first_rate
-    else:
-        best = chosen(method, declared.NONE, results)
-        rate = None if best is None else float(best.settings[method.rate_key])
+    """One run with the first seed for each value that is tried; none before it is known which.
+
+    While the best of the values lies at an end, one beyond it is tried (up to `WIDER` of them).
+    """
+    rate = _rate_alone(method, variant, results)
     if rate is None:
         return []
-    if variant.key is not None:
-        changes = [{method.rate_key: rate, variant.key: value} for value in variant.tuned]
-    else:
-        changes = [{method.rate_key: float(f"{rate * f:.3g}")} for f in variant.tuned]
-    return [_tune(method, variant, change) for change in changes]
+    values = variant.tuned if variant.key else [_rounded(rate * f) for f in variant.tuned]
+    trials = {value: _tune(method, variant, rate, value) for value in values}
+    for _ in range(declared.WIDER):
+        if any(trial.name not in results for trial in trials.values()):
+            break
+        beyond = _beyond(trials, results)
+        if beyond is None:
+            break
+        trials[beyond] = _tune(method, variant, rate, beyond)
+    return list(trials.values())
+
+
+def _rate_alone(method: Method, variant: Variant, results: Mapping[str, Result]) -> float | None:
+    """The rate that values are taken around: for a variant the best of the method alone."""
+    if variant is declared.NONE:
+        return method.first_rate
+    best = chosen(method, declared.NONE, results)
+    return None if best is None else float(best.settings[method.rate_key])
+
+
+def _beyond(trials: Mapping[float, Trial], results: Mapping[str, Result]) -> float | None:
+    """The value to try next, None if the best one has neighbours on both sides."""
+    best = min(trials, key=lambda value: results[trials[value].name].loss)
+    values = sorted(trials)
+    if best == values[-1]:
+        return _rounded(best * best / values[-2])
+    return _rounded(best * best / values[1]) if best == values[0] else None
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def chosen(method: Method, variant: Variant, results: Mapping[str, Result]) -> Trial | None:
@@ -65,6 +95,12 @@ def chosen(method: Method, variant: Variant, results: Mapping[str, Result]) -> T
     if not tried or any(trial.name not in results for trial in tried):
         return None
     return min(tried, key=lambda trial: results[trial.name].loss)
+
+
+def finals(results: Mapping[str, Result], seed: int) -> Iterator[Trial]:
+    """The runs of another seed with the tuned settings, of all that are known."""
+    for method, variant in pairs():
+        yield from final(method, variant, results, seed)
 
 
 def final(
@@ -86,11 +122,27 @@ def by_seed(method: Method, variant: Variant, results: Mapping[str, Result]) -> 
     return [results[t.name] for t in (best, *finals) if t.name in results]
 
 
-def _tune(method: Method, variant: Variant, change: Settings) -> Trial:
+def few(method: Method, examples: int, results: Mapping[str, Result]) -> list[Trial]:
+    """The runs of a method alone on fewer examples, a seed each, once its rate is known."""
+    best = chosen(method, declared.NONE, results)
+    if best is None:
+        return []
+    return [
+        Trial(
+            name=f"few-{method.name}-{examples}-seed_{seed}",
+            stage="few",
+            settings=best.settings | {"data.examples": examples, "train.seed": seed},
+        )
+        for seed in declared.SEEDS[: declared.FEW_EXAMPLES_SEEDS]
+    ]
+
+
+def _tune(method: Method, variant: Variant, rate: float, value: float) -> Trial:
     nodes = {} if variant is declared.NONE else {"filter.nodes": method.nodes}
-    own = declared.COMMON | method.settings | variant.settings | nodes | change
     key = variant.key or method.rate_key
-    shown = f"{'lr' if variant.key is None else key.rpartition('.')[2]}_{change[key]:g}"
+    tuned = {method.rate_key: rate} | {key: value}
+    own = declared.COMMON | method.settings | variant.settings | nodes | tuned
+    shown = f"{'lr' if variant.key is None else key.rpartition('.')[2]}_{value:g}"
     return Trial(
         name=f"tune-{method.name}-{variant.name}-{shown}",
         stage="tune",

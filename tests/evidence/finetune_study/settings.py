@@ -15,8 +15,14 @@ VALIDATION_SHARE = 0.2
 VOCABULARY = 2048
 EXAMPLES = 256
 """Sequences of the author that training sees."""
-SEEDS = (0, 1, 2)
+FEW_EXAMPLES = (8, 32, 128)
+"""Fewer of them, for the methods alone, at the rates tuned with EXAMPLES."""
+FEW_EXAMPLES_SEEDS = 3
+"""How many of the seeds see them."""
+SEEDS = (0, 1, 2, 3, 4)
 """Of data order and examples; learning rates are tuned with the first."""
+WIDER = 3
+"""Values beyond those declared that are tried while the best lies at an end."""
 STEPS = 100
 TOKENS_PER_STEP = 8 * 128
 

@@ -1,13 +1,15 @@
 """What FRoD costs beside LoRA and beside peft's FRoD, measured in one interleaved run.
 
-    python tests/evidence/frod_cost.py [--tokens 4096] [--rounds 2]
+    python tests/evidence/frod_cost.py [--tokens 4096] [--rounds 2] [--targets q_proj,v_proj]
+    python tests/evidence/frod_cost.py --targets all
     python tests/evidence/frod_cost.py --init
 
 Two blocks of OPT-1.3B's shapes (transformers' own, a small vocabulary, so that the blocks are what
-is measured), q_proj and v_proj adapted as in the published configurations, everything else frozen,
-fp32, one thread. Each round takes one step (forward, backward, AdamW) with every method by turns;
-times are processor seconds. Memory is what torch allocated above the dense model's weights: what
-stays, and the peak of a step (of the first round, under torch's profiler). The basis is a random
+is measured), q_proj and v_proj adapted as in the published configurations (or other targets),
+everything else frozen, fp32, one thread. Each round takes one step (forward, backward, AdamW) with
+every method by turns; times are processor seconds, so that other work on the machine matters as far
+as it shares caches. Memory is what torch allocated above the dense model's weights: what
+stays, and the peak of a step (of the first round, under torch's profiler). The basis is an
 orthogonal one: what a step costs does not depend on it. With --init instead: the joint
 decomposition of 24 matrices of 2048 x 2048, ours from Gram matrices and peft's by QR of the stack.
 Prints Markdown, after each round anew.
@@ -18,9 +20,8 @@ import gc
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -35,14 +36,14 @@ from spectral_scale.baselines.lora import convert_lora
 from spectral_scale.baselines.low_rank import LowRankController
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.layers.convert import freeze_dense
-from spectral_scale.layers.frod import convert_frod
+from spectral_scale.layers.frod import category_of, convert_frod
 from spectral_scale.layers.frod_pattern import draw_positions
 from spectral_scale.ops.joint_decomposition import joint_basis
 from spectral_scale.optim.groups import param_groups
 from spectral_scale.spectral.frod_controller import FRoDController
 
 WIDTH, BLOCKS, SEQUENCE, RANK, SPARSITY = 2048, 2, 2048, 32, 0.01
-TARGETS = ["q_proj", "v_proj"]
+ALL = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 MIB = 2**20
 
 
@@ -65,49 +66,56 @@ def dense() -> nn.Module:
     return OPTForCausalLM(config)
 
 
-def our_lora(model: nn.Module) -> nn.Module:
+def our_lora(model: nn.Module, targets: Sequence[str]) -> nn.Module:
     """LoRA of this package."""
     config = SpectralConfig(method="lora", spectral_rank=RANK)
-    convert_lora(model, config, targets=[f"*.{t}" for t in TARGETS])
+    convert_lora(model, config, targets=[f"*.{t}" for t in targets])
     freeze_dense(model, torch.float32)
     optimizer = torch.optim.SGD(param_groups(model, lr=0.0, spectral_lr=0.0), lr=0.0)
     LowRankController(model, optimizer, config)
     return model
 
 
-def our_frod(model: nn.Module) -> nn.Module:
+def our_frod(model: nn.Module, targets: Sequence[str]) -> nn.Module:
     """FRoD of this package."""
     config = SpectralConfig(method="frod", sparsity=SPARSITY)
-    layers = convert_frod(model, config, targets=[f"*.{t}" for t in TARGETS])
+    layers = convert_frod(model, config, targets=[f"*.{t}" for t in targets])
     freeze_dense(model, torch.float32)
     weights = {name: layer.initial_weight for name, layer in layers.items()}
     controller = FRoDController(model, None, config, weights=weights.__getitem__, decompose=False)
-    positions = draw_positions(WIDTH, SPARSITY, 0)
-    state = {"positions": positions, "inverse_lengths": torch.ones(WIDTH)}
-    # A matrix of each category's own, as after a decomposition.
-    controller.load_state(
-        lambda name: state.get(name.rpartition("/")[2], orthogonal()).clone(), applied_steps=0
-    )
+    widths = {name: layer.in_features for name, layer in layers.items()}
+    widths |= {category_of(name): width for name, width in widths.items()}
+
+    def read(name: str) -> Tensor:
+        """A tensor of each category's own, as after a decomposition."""
+        _, owner, leaf = name.split("/")
+        if leaf == "positions":
+            return draw_positions(widths[owner], SPARSITY, 0)
+        return torch.ones(widths[owner]) if leaf == "inverse_lengths" else orthogonal(widths[owner])
+
+    controller.load_state(read, applied_steps=0)
     return model
 
 
-def peft_frod(model: nn.Module) -> nn.Module:
+def peft_frod(model: nn.Module, targets: Sequence[str]) -> nn.Module:
     """FRoD of peft."""
-    settings = peft.FrodConfig(target_modules=TARGETS, sparse_rate=SPARSITY, progressbar=False)
+    settings = peft.FrodConfig(
+        target_modules=list(targets), sparse_rate=SPARSITY, progressbar=False
+    )
     decompose = peft_model._projection_from_weights
-    peft_model._projection_from_weights = lambda *_: orthogonal().clone()
+    peft_model._projection_from_weights = lambda weights, *_: orthogonal(weights[0].shape[1])
     adapted = peft.get_peft_model(model, settings)
     peft_model._projection_from_weights = decompose
     return adapted
 
 
-@lru_cache
-def orthogonal() -> Tensor:
-    """(WIDTH, WIDTH)."""
-    return torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q
+def orthogonal(width: int) -> Tensor:
+    """(width, width): the reflection at a random plane, none of whose entries is zero."""
+    normal = torch.nn.functional.normalize(torch.randn(width), dim=0)
+    return torch.eye(width).addr_(normal, normal, alpha=-2.0)
 
 
-METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
+METHODS: dict[str, Callable[[nn.Module, Sequence[str]], nn.Module]] = {
     "LoRA": our_lora,
     "FRoD": our_frod,
     "FRoD (peft)": peft_frod,
@@ -145,9 +153,9 @@ class Subject:
         return sum(found.values())
 
 
-def make(adapt: Callable[[nn.Module], nn.Module]) -> Subject:
+def make(adapt: Callable[[nn.Module, Sequence[str]], nn.Module], targets: Sequence[str]) -> Subject:
     """The adapted model and its optimizer."""
-    model = adapt(dense())
+    model = adapt(dense(), targets)
     trained = [p for p in model.parameters() if p.requires_grad]
     return Subject(model=model, optimizer=torch.optim.AdamW(trained, lr=1e-4, fused=True))
 
@@ -165,11 +173,11 @@ def peak_of(work: Callable[[], object]) -> int:
     return peak
 
 
-def measure_steps(tokens: int, rounds: int) -> None:
+def measure_steps(tokens: int, rounds: int, targets: Sequence[str]) -> None:
     """Print the table of steps."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 1024, (tokens // SEQUENCE, SEQUENCE), generator=generator)
-    subjects = {name: make(adapt) for name, adapt in METHODS.items()}
+    subjects = {name: make(adapt, targets) for name, adapt in METHODS.items()}
     weights = sum(p.nbytes for p in dense().parameters())
     for number in range(rounds):
         for subject in subjects.values():
@@ -180,7 +188,9 @@ def measure_steps(tokens: int, rounds: int) -> None:
             else:
                 subject.step(ids)
             subject.seconds.append(time.process_time() - started)
-        print(f"\n{tokens} tokens a step, the fastest of {number + 1} rounds:\n")
+        print(
+            f"\n{', '.join(targets)}; {tokens} tokens a step, the fastest of {number + 1} rounds:\n"
+        )
         print_table(subjects, weights)
 
 
@@ -232,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096, help=f"a multiple of {SEQUENCE}")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--targets", default="q_proj,v_proj", help="by comma, or `all`")
     parser.add_argument("--init", action="store_true", help="the decomposition instead of steps")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -240,7 +251,8 @@ def main() -> None:
     if arguments.init:
         measure_decomposition()
     else:
-        measure_steps(arguments.tokens, arguments.rounds)
+        targets = ALL if arguments.targets == "all" else tuple(arguments.targets.split(","))
+        measure_steps(arguments.tokens, arguments.rounds, targets)
 
 
 if __name__ == "__main__":

@@ -38,27 +38,25 @@ def all_trials(results: Mapping[str, Result]) -> Iterator[Trial]:
     """
     for method, variant in pairs():
         yield from tuning(method, variant, results)
-    first, more = declared.FEW_EXAMPLES_SEEDS, declared.SEEDS[declared.FEW_EXAMPLES_SEEDS :]
-    for seed in declared.SEEDS[1:first]:
-        yield from finals(results, seed)
+    for seed in declared.SEEDS[1:]:
+        for method, variant in pairs():
+            yield from final(method, variant, results, seed)
     for examples in declared.FEW_EXAMPLES:
         for method in declared.METHODS:
             yield from few(method, examples, results)
-    for seed in more:
-        yield from finals(results, seed)
 
 
 def tuning(method: Method, variant: Variant, results: Mapping[str, Result]) -> list[Trial]:
     """One run with the first seed for each value that is tried; none before it is known which.
 
-    While the best of the values lies at an end, one beyond it is tried (up to `WIDER` of them).
+    While the best of several rates lies at an end, one beyond it is tried (up to `WIDER` of them).
     """
-    rate = _rate_alone(method, variant, results)
+    rate = _middle_rate(method, variant, results)
     if rate is None:
         return []
     values = variant.tuned if variant.key else [_rounded(rate * f) for f in variant.tuned]
     trials = {value: _tune(method, variant, rate, value) for value in values}
-    for _ in range(declared.WIDER):
+    for _ in range(0 if variant.key or variant.control else declared.WIDER):
         if any(trial.name not in results for trial in trials.values()):
             break
         beyond = _beyond(trials, results)
@@ -68,11 +66,11 @@ def tuning(method: Method, variant: Variant, results: Mapping[str, Result]) -> l
     return list(trials.values())
 
 
-def _rate_alone(method: Method, variant: Variant, results: Mapping[str, Result]) -> float | None:
-    """The rate that values are taken around: for a variant the best of the method alone."""
+def _middle_rate(method: Method, variant: Variant, results: Mapping[str, Result]) -> float | None:
+    """The rate that values are taken around: the best of the method alone, or of its filter."""
     if variant is declared.NONE:
         return method.first_rate
-    best = chosen(method, declared.NONE, results)
+    best = chosen(method, declared.FILTER if variant.control else declared.NONE, results)
     return None if best is None else float(best.settings[method.rate_key])
 
 
@@ -95,12 +93,6 @@ def chosen(method: Method, variant: Variant, results: Mapping[str, Result]) -> T
     if not tried or any(trial.name not in results for trial in tried):
         return None
     return min(tried, key=lambda trial: results[trial.name].loss)
-
-
-def finals(results: Mapping[str, Result], seed: int) -> Iterator[Trial]:
-    """The runs of another seed with the tuned settings, of all that are known."""
-    for method, variant in pairs():
-        yield from final(method, variant, results, seed)
 
 
 def final(
@@ -133,7 +125,7 @@ def few(method: Method, examples: int, results: Mapping[str, Result]) -> list[Tr
             stage="few",
             settings=best.settings | {"data.examples": examples, "train.seed": seed},
         )
-        for seed in declared.SEEDS[: declared.FEW_EXAMPLES_SEEDS]
+        for seed in declared.SEEDS
     ]
 
 

@@ -56,6 +56,7 @@ PARTS = {
     "gathered": "gathered blocks and buffers",
     "activations": "activations of a micro-batch",
     "svd_workspace": "SVD workspace (not with activations)",
+    "filter_workspace": "filter workspace (not with activations)",
     "reserved": "reserved",
 }
 
@@ -70,11 +71,11 @@ def as_text(plan: "Plan") -> str:
         f"  step: {plan.gradient_accumulation_steps} x {plan.micro_batch_size} sequences a rank, "
         f"{plan.tokens_per_step:,} tokens in all",
         "  memory of the fullest rank, GB:",
-        *(f"    {PARTS[part]:<38}{size / gb:9.2f}" for part, size in plan.memory.items()),
-        f"    {'peak':<38}{plan.peak_bytes / gb:9.2f}",
+        *(f"    {PARTS[part]:<40}{size / gb:9.2f}" for part, size in plan.memory.items()),
+        f"    {'peak':<40}{plan.peak_bytes / gb:9.2f}",
     ]
     if plan.host_bytes:
-        lines.append(f"    {'in host memory instead':<38}{plan.host_bytes / gb:9.2f}")
+        lines.append(f"    {'in host memory instead':<40}{plan.host_bytes / gb:9.2f}")
     lines.append(f"  over each rank's links: {plan.step_traffic_bytes / gb:.3f} GB a step")
     if plan.boundary_every_steps:
         lines[-1] += (

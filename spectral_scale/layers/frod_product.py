@@ -86,8 +86,7 @@ class FRoDProduct(torch.autograd.Function):
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = g @ adapted_weight(base, u, basis, mixing, value_delta).to(g.dtype)
-        d_weight_IO = (x.t() @ g).to(u.dtype)
-        h = basis.v.t() @ d_weight_IO
+        h = basis.v.t() @ (x.t() @ g).to(u.dtype)
         d_mixing = basis.pattern.products(u, h).to(mixing.dtype)
         d_delta = (u * h).sum(1).to(value_delta.dtype)
         d_bias = column_sums(g, ctx.bias_dtype) if ctx.needs_input_grad[4] else None

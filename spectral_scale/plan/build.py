@@ -9,6 +9,7 @@ from spectral_scale.config.check import check_config, gradient_accumulation_step
 from spectral_scale.config.presets import resolve_architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.activations import ASSUMPTIONS, activation_bytes
+from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, take_inventory
 from spectral_scale.plan.memory import memory_of, shared_basis_bytes
 from spectral_scale.plan.traffic import traffic_of
@@ -82,11 +83,13 @@ def plan_run(config: RunConfig, *, world_size: int, gpu_memory_bytes: float) -> 
         "gathered": needs.gathered,
         "activations": activations,
         "svd_workspace": needs.svd_workspace,
+        "filter_workspace": needs.filter_workspace,
         "reserved": round(RESERVED_BYTES),
     }
     resting = needs.weights + needs.optimizer + needs.bank + memory["reserved"]
     step = needs.gradients + needs.gathered + activations
-    peak = resting + max(step, needs.svd_workspace)
+    filtering = needs.gradients + needs.filter_workspace
+    peak = resting + max(step, needs.svd_workspace, filtering)
     return Plan(
         model=config.model.name or str(config.model.path),
         backend=variant(config.parallel, world_size=world_size),
@@ -139,7 +142,8 @@ def disk_bytes(config: RunConfig) -> int:
 
 
 def checkpoint_bytes(config: RunConfig, inventory: Inventory) -> int:
-    """Trained weights and both moments, and the bank or the frozen weights' fp32 truth."""
+    """Trained weights and both moments, the bank or the frozen weights' fp32 truth, and what the
+    spectral filter keeps."""
     itemsize = 8 if config.train.precision == "fp64" else 4
     matrices = inventory.matrices.values()
     owned = {
@@ -148,7 +152,8 @@ def checkpoint_bytes(config: RunConfig, inventory: Inventory) -> int:
         "relora": sum(m * n for m, n in matrices),
     }.get(config.spectral.method, 0)
     bases = shared_basis_bytes(config, inventory) if config.spectral.method == "frod" else 0
-    return itemsize * (3 * inventory.numel(trainable=True) + owned) + bases
+    filtered = filter_needs(config, inventory, world_size=1).saved
+    return itemsize * (3 * inventory.numel(trainable=True) + owned) + bases + filtered
 
 
 def _boundary_every(config: RunConfig) -> int:

@@ -19,6 +19,8 @@ class Item:
     """Elements."""
     trainable: bool
     """Whether the optimizer sees it."""
+    role: str
+    """Its part: see `parallel.table.Role`."""
     itemsize: int
     """Bytes of an element in training on the torch backend."""
     block: int | None
@@ -80,6 +82,7 @@ def take_inventory(config: RunConfig, architecture: Architecture) -> Inventory:
             shape=info.global_shape,
             numel=parameter.numel(),
             trainable=info.trainable,
+            role=info.role,
             itemsize=master if info.trainable else parameter.dtype.itemsize,
             block=_block(fqn),
         )

@@ -6,6 +6,7 @@ from spectral_scale.config.capability import shard_group_size, shards_residual, 
 from spectral_scale.config.check import gradient_accumulation_steps
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, dense_matrices
 from spectral_scale.spectral.owners import assign_owners
 
@@ -14,6 +15,8 @@ SVD_ASSUMPTION = (
     "elements of the driver, fp32"
 )
 
+FORMED = 3
+"""m x n matrices in V's precision that a FRoD layer holds at most in a pass."""
 GRAM_WORKSPACE = 10
 """n x n matrices in float64 that FRoD's decomposition holds at most, beside one weight."""
 
@@ -34,6 +37,8 @@ class Memory:
     """Blocks that are gathered for a pass, whole gradients and communication buffers."""
     svd_workspace: int
     """Of the largest re-decomposition; not at the same time as a step's activations."""
+    filter_workspace: int
+    """Of the spectral filter, beside gradients; not at the same time as activations."""
     host: int = 0
     """In the host's memory instead."""
     notes: tuple[str, ...] = field(default=())
@@ -48,6 +53,10 @@ def memory_of(
     if config.spectral.method == "galore":
         parts["optimizer"] = _galore(config, architecture, inventory)
     bank = owned_bytes(config, inventory, world_size)
+    if config.spectral.method == "frod":
+        parts["gathered"] += formed_weight_bytes(config, inventory)
+    filtered = filter_needs(config, inventory, world_size=world_size)
+    parts["host" if config.parallel.offload == "cpu" else "optimizer"] += filtered.kept
     host = parts.pop("host", 0)
     if config.spectral.bank_device == "cpu":
         host, bank = host + bank, 0
@@ -56,6 +65,7 @@ def memory_of(
         bank=bank,
         host=host,
         svd_workspace=svd_bytes(config, inventory, world_size),
+        filter_workspace=filtered.workspace,
         notes=(SVD_ASSUMPTION, *_NOTES.get(config.parallel.backend, ())),
     )
 
@@ -160,6 +170,14 @@ def shared_basis_bytes(config: RunConfig, inventory: Inventory) -> int:
     positions = (16 * entries(n, config.spectral.sparsity) for n in widths.values())
     bases = sum(itemsize * 2 * n * n for n in widths.values()) + sum(positions)
     return bases + sum(itemsize * n for _, n in inventory.matrices.values())
+
+
+def formed_weight_bytes(config: RunConfig, inventory: Inventory) -> int:
+    """What FRoD's largest layer forms in a pass and frees after it: in the backward pass U and the
+    inner product, then U, the gradient of the weight and that in V's basis, besides the weight."""
+    itemsize = 8 if config.train.precision == "fp64" else 4
+    held = FORMED + (inventory.frozen_itemsize() < itemsize)  # and W in V's precision
+    return max(held * itemsize * m * n for m, n in inventory.matrices.values())
 
 
 def owned_bytes(config: RunConfig, inventory: Inventory, world_size: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from spectral_scale.config.capability import shard_group_size, shards_residual, zero_stage
 from spectral_scale.config.check import gradient_accumulation_steps
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory
 
 
@@ -17,7 +18,7 @@ class Traffic:
     """Bytes over each rank's links."""
 
     step: int
-    """Gradients and gathered weights of one optimizer step."""
+    """Gradients, gathered weights and what the spectral filter exchanges in an optimizer step."""
     boundary: int
     """New factors and frozen weights at a swap, merge or refresh, on top of the step's."""
 
@@ -43,7 +44,9 @@ def traffic_of(config: RunConfig, inventory: Inventory, *, world_size: int) -> T
     copies = world_size // group if config.parallel.backend == "fsdp2" else world_size
     shares = (group - 1) / group, (copies - 1) / copies
     reduced = 2 * shares[1] * payload.all_reduce
+    filtered = filter_needs(config, inventory, world_size=world_size)
     moved = shares[0] * (payload.all_gather + payload.reduce_scatter) + reduced
+    moved += filtered.exchanged + 2 * shares[0] * filtered.reduced
     spread = (world_size - 1) / world_size
     return Traffic(step=round(moved), boundary=round(spread * boundary_payload(config, inventory)))
 

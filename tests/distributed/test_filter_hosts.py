@@ -74,8 +74,18 @@ def traffic(configs: list[Any]) -> list[dict[str, Any]]:
                 counts["bytes"] = counter.payload_bytes["alltoall_base"]
             pieces = run.gradient_filter._pieces
             held = [pieces.held(f)[pieces.group.index][1] for f in run.gradient_filter.fqns]
-            found.append(counts | {"held": sum(held)})
+            found.append(counts | {"held": sum(held), "planned": planned(run.config)})
     return found
+
+
+def planned(config: Any) -> int:
+    """Bytes of the filter's all-to-alls in a step, as `spectral-scale plan` has them."""
+    from spectral_scale.config.check import check_config
+    from spectral_scale.plan.filter_needs import filter_needs
+    from spectral_scale.plan.inventory import take_inventory
+
+    inventory = take_inventory(config, check_config(config, world_size=WORLD))
+    return filter_needs(config, inventory, world_size=WORLD).exchanged
 
 
 def test_traffic(corpus: Path, tmp_path: Path) -> None:
@@ -113,6 +123,11 @@ def test_traffic(corpus: Path, tmp_path: Path) -> None:
             owned = changes.get("filter__nodes") in ("rows", "heads")
             assert sent <= (WORLD * limit if owned else limit), where
             assert (sent > 0) is pairs, where
+            assert (rank[cases.index((host, changes))]["planned"] > 0) is pairs, where
+    for case, found in enumerate(ranks[0]):
+        if cases[case][0] in ("zero1", "zero2"):
+            # Planned is 2 P / N; of the one matrix (in 18) that the cut goes through, less moves.
+            assert 1.0 <= found["planned"] / found["bytes"] <= 1 + 2 / 15, cases[case]
 
 
 # -- state -----------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "engine": BELOW_ENGINE,
     "bench": BELOW_ENGINE | {"engine"},
     "plan": frozenset(
-        {"errors", "config", "data", "parallel", "layers", "models", "spectral", "engine"}
+        {"errors", "config", "data", "parallel", "layers", "models", "spectral", "optim", "engine"}
     ),
     "cli": BELOW_ENGINE | {"cluster", "engine", "bench", "plan", "doctor"},
     "doctor": frozenset({"errors", "config", "parallel", "cluster"}),

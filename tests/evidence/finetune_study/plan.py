@@ -32,15 +32,20 @@ def pairs() -> list[tuple[Method, Variant]]:
 
 
 def all_trials(results: Mapping[str, Result]) -> Iterator[Trial]:
-    """Every run in order: tuning of methods alone, of variants, other seeds, fewer examples.
+    """Every run in order: tuning of methods alone; one method after another its variants' tuning
+    and all other seeds; fewer examples.
 
     Runs that wait for a choice are left out until it is made.
     """
-    for method, variant in pairs():
-        yield from tuning(method, variant, results)
-    for seed in declared.SEEDS[1:]:
-        for method, variant in pairs():
-            yield from final(method, variant, results, seed)
+    for method in declared.METHODS:
+        yield from tuning(method, declared.NONE, results)
+    for method in declared.METHODS:
+        variants = [v for v in declared.VARIANTS if possible(method, v)]
+        for variant in variants[1:]:
+            yield from tuning(method, variant, results)
+        for seed in declared.SEEDS[1:]:
+            for variant in variants:
+                yield from final(method, variant, results, seed)
     for examples in declared.FEW_EXAMPLES:
         for method in declared.METHODS:
             yield from few(method, examples, results)

@@ -52,6 +52,12 @@ def measured(config: RunConfig) -> dict[str, float]:
         {"train__precision": "bf16"},
         {"train__precision": "bf16", "spectral__method": "relora"},
         {"train__precision": "fp64"},
+        {
+            "spectral__method": "frod",
+            "filter__kind": "rational",
+            "filter__graph": "knn",
+            "filter__joint_loss_mu": 0.1,
+        },
     ],
     ids=str,
 )

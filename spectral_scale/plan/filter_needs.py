@@ -1,0 +1,130 @@
+"""What the spectral filter keeps, needs while it runs, and sends: formulas, not measurements."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from spectral_scale.config.capability import shard_group_size, zero_stage
+from spectral_scale.config.presets import resolve_architecture
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.optim.filter.block_filter import SKETCH_ENTRIES
+from spectral_scale.optim.filter.nodes import Member, NodeGroup, plan_groups
+from spectral_scale.optim.filter.operator import EXACT_NODES
+from spectral_scale.optim.filter.sampling import DRIFT_ENTRIES
+from spectral_scale.plan.inventory import Inventory
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterNeeds:
+    """Bytes on the fullest rank, and of a rank's messages."""
+
+    kept: int = 0
+    """Graphs, sampled means and values, and the anchors of a joint loss."""
+    workspace: int = 0
+    """What an exchange, or the change since the anchors, holds while the filter runs."""
+    saved: int = 0
+    """In a checkpoint, all ranks together."""
+    exchanged: int = 0
+    """Of all-to-alls that one rank sends or gets in an optimizer step."""
+    reduced: int = 0
+    """Of all-reduces in an optimizer step that is not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """How a host cuts what the filter reaches."""
+
+    ranks: int
+    """Over which a parameter and its gradient are spread."""
+    aligned: bool
+    """Whether a rank holds the same entries of every layer."""
+
+
+def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) -> FilterNeeds:
+    """The needs of the run's filter; nothing if it has none. Raises ConfigError if nothing can be
+    filtered as configured."""
+    settings = config.filter
+    if not settings.enabled:
+        return FilterNeeds()
+    members = {i.fqn: Member(i.shape, i.role) for i in inventory.items if i.trainable}
+    head_size = resolve_architecture(config.model).head_size
+    groups = plan_groups(members, settings, head_size=head_size)
+    numels = {fqn: prod(members[fqn].shape) for group in groups for fqn in group.fqns}
+    itemsize = 8 if config.train.precision == "fp64" else 4
+    drift = itemsize * sum(min(n, DRIFT_ENTRIES) for n in numels.values())
+    anchors = itemsize * sum(numels.values()) if settings.joint_loss_mu else 0
+    cut = _cut(config, world_size)
+    resting = _share(drift, cut.ranks) + _share(anchors, cut.ranks)
+    if settings.nodes == "block_gains":
+        reduced = 8 * len(numels) if cut.ranks > 1 else 0
+        return FilterNeeds(kept=resting, saved=drift + anchors, reduced=reduced)
+    means = [itemsize * _sampled(group, settings.nodes, numels) for group in groups]
+    graphs = [_graph_bytes(config, group.num_nodes, itemsize) for group in groups]
+    saved = drift + anchors + (sum(means) if settings.graph == "knn" else 0)
+    if cut.ranks == 1 or settings.nodes == "layers":
+        kept = resting + sum(graphs) + _share(sum(means), cut.ranks)
+    else:
+        both = [mean + graph for mean, graph in zip(means, graphs, strict=True)]
+        kept = resting + max(_loads(groups, numels, both, cut.ranks))
+    moved = cut.ranks > 1 and not (settings.nodes == "layers" and cut.aligned)
+    change = _largest_change(groups, numels) if anchors else 0
+    workspace = itemsize * _share(change, cut.ranks)
+    exchanged = 0
+    if moved:
+        held = _share(sum(numels.values()), cut.ranks)
+        wanted = max(_loads(groups, numels, None, cut.ranks)) if settings.nodes != "layers" else 0
+        gradient = 2 if config.train.precision in ("bf16", "fp16") else itemsize
+        extra = itemsize if anchors else 0
+        workspace = (4 * gradient + extra) * max(held, wanted)
+        exchanged = round((2 * gradient + extra) * held * (cut.ranks - 1) / cut.ranks)
+    return FilterNeeds(kept=kept, workspace=workspace, saved=saved, exchanged=exchanged)
+
+
+def _cut(config: RunConfig, world_size: int) -> _Cut:
+    if config.parallel.backend == "fsdp2":
+        return _Cut(ranks=shard_group_size(config.parallel, world_size), aligned=True)
+    if config.parallel.backend == "deepspeed" and (stage := zero_stage(config.parallel)):
+        return _Cut(ranks=world_size, aligned=stage == 3)
+    return _Cut(ranks=1, aligned=True)
+
+
+def _sampled(group: NodeGroup, nodes: str, numels: dict[str, int]) -> int:
+    """Entries of the mean gradients of all nodes."""
+    first = numels[group.fqns[0]]
+    features = first if group.cut is None else first // group.num_nodes
+    return group.num_nodes * min(features, SKETCH_ENTRIES[nodes])
+
+
+def _graph_bytes(config: RunConfig, nodes: int, itemsize: int) -> int:
+    """Of the Laplacian, and of what filters: dense matrices, or one more sparse one."""
+    passive = config.filter.kind in ("identity", "none")
+    if nodes <= EXACT_NODES:
+        return itemsize * nodes * nodes * (2 if passive else 3)
+    neighbours = 2 * config.filter.neighbors if config.filter.graph == "knn" else 2
+    sparse = (itemsize + 8) * nodes * (neighbours + 1) + 8 * (nodes + 1)
+    return sparse * (1 if passive else 2)
+
+
+def _loads(
+    groups: Sequence[NodeGroup],
+    numels: dict[str, int],
+    sizes: Sequence[int] | None,
+    ranks: int,
+) -> list[int]:
+    """By rank, the sum of its matrices' sizes (elements without them), dealt out as `place` does:
+    each to the rank that has fewest elements so far."""
+    elements, found = [0] * ranks, [0] * ranks
+    for index, group in enumerate(groups):
+        numel = numels[group.fqns[0]]
+        owner = elements.index(min(elements))
+        elements[owner] += numel
+        found[owner] += numel if sizes is None else sizes[index]
+    return found
+
+
+def _largest_change(groups: Sequence[NodeGroup], numels: dict[str, int]) -> int:
+    return max(sum(numels[fqn] for fqn in group.fqns) for group in groups)
+
+
+def _share(size: int, ranks: int) -> int:
+    return -(-size // ranks)

@@ -51,10 +51,7 @@ _HIDDEN_STEP = No(
     "DeepSpeed takes a hidden optimizer step when it starts stage 0 in half precision; "
     "set parallel.zero_stage=1"
 )
-_NO_STAGE = No("no test has shown it; set parallel.zero_stage=1")
 _ZERO0: dict[str, Support] = _COMMON | {
-    "method=frod": _NO_STAGE,
-    "dense=frozen": _NO_STAGE,
     "precision=bf16": _HIDDEN_STEP,
     "precision=fp16": _HIDDEN_STEP,
 }

@@ -101,6 +101,7 @@ def test_fsdp2_equals_one_process(
 @pytest.mark.parametrize(
     ("stage", "world", "accumulation", "changes"),
     [
+        (0, 2, 1, CLIPPED),
         (1, 2, 2, CLIPPED),
         (2, 2, 2, TRAINS_ALL),
         (2, 3, 1, OFFLOADED),

@@ -1,7 +1,8 @@
 """The weight of a FRoD layer, its product, and the gradients of its coefficients.
 
 The weight is formed for each pass and freed after it: nothing of its size is kept, and a step costs
-the layer's dense products plus about 10 m n^2 FLOPs for each micro-batch (16 where S is dense), whatever its tokens.
+the layer's dense products plus about 10 m n^2 FLOPs for each micro-batch, whatever its tokens (16
+where products with S are dense).
 Gradients of the coefficients come from the dense gradient G = dL/dW: dL/dS_pq = u_p^T G v_q.
 
 Shape suffixes: T tokens, O out_features, I in_features.

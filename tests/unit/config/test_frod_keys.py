@@ -121,7 +121,6 @@ def test_bad_arguments_of_count(
     [
         ({"backend": "megatron", "tensor_parallel": 2}, "megatron"),
         ({"backend": "fsdp2", "tensor_parallel": 2}, "fsdp2+tp"),
-        ({"backend": "deepspeed", "zero_stage": 0}, "zero0"),
     ],
     ids=str,
 )

@@ -22,8 +22,9 @@ from torch.distributed.tensor.parallel import (
 
 from spectral_scale.errors import ConfigError, SpectralScaleError
 from spectral_scale.layers.base import FactoredLinear
+from spectral_scale.layers.sharing import Sharing
 from spectral_scale.layers.sst_product import Bottleneck
-from spectral_scale.layers.sst_tensor_parallel import Sharing, share
+from spectral_scale.layers.tensor_parallel import share
 from spectral_scale.parallel.tensor_parallel import cut_dimension, kind_of
 from spectral_scale.parallel.tensor_parallel_regions import all_reduce, enter, leave
 
@@ -70,7 +71,7 @@ def _plan(model: nn.Module) -> Iterator[tuple[str, ParallelStyle]]:
 
 
 class _SharedLayer(ParallelStyle):
-    """Cuts an SST layer's parameters and lets it compute its part."""
+    """Cuts the parameters of an SST or FRoD layer and lets it compute its part."""
 
     def __init__(self, by_outputs: bool, cuts: dict[str, int | None]) -> None:
         super().__init__()
@@ -81,7 +82,13 @@ class _SharedLayer(ParallelStyle):
         shared = Bottleneck(
             "outputs" if self.by_outputs else "inputs", partial(all_reduce, group=group)
         )
-        sharing = Sharing(shared, partial(enter, group=group), partial(leave, group=group), _local)
+        sharing = Sharing(
+            shared,
+            partial(enter, group=group),
+            partial(leave, group=group),
+            _local,
+            device_mesh.get_local_rank(),
+        )
         layer: Any = module
         share(layer, sharing)
         for leaf, dim in self.cuts.items():

@@ -49,6 +49,10 @@ _BOTH: dict[str, Support] = {
 
 _TP_TESTS = f"{_FOLDER}test_tensor_parallel.py::"
 _TP_EQUAL = Yes(f"{_TP_TESTS}test_equals_one_process")
+_TP_FILTER = No(
+    "it reaches contiguous ranges of rows, and row-parallel matrices are cut into columns; set "
+    "parallel.tensor_parallel=1"
+)
 _TP_STATE = Yes(f"{_TP_TESTS}test_state_moves_between_backends")
 
 FSDP2: dict[str, Support] = _BOTH
@@ -57,10 +61,17 @@ HSDP: dict[str, Support] = dict(_BOTH)
 FSDP2_TP: dict[str, Support] = {
     "method=full": _TP_EQUAL,
     "method=sst": _TP_EQUAL,
+    "method=frod": _TP_EQUAL,
+    "dense=frozen": _TP_EQUAL,
     "storage=residual": _TP_EQUAL,
     "storage=factored": _TP_EQUAL,
     "extra_sigma": _TP_EQUAL,
     "moments=kept": _TP_EQUAL,
+    "filter=layers": _TP_FILTER,
+    "filter=rows": _TP_FILTER,
+    "filter=heads": _TP_FILTER,
+    "filter=block_gains": _TP_FILTER,
+    "joint_loss": _TP_FILTER,
     "precision=fp32": _TP_EQUAL,
     "precision=bf16": Yes(f"{_TP_TESTS}test_bf16_and_dropout"),
     "precision=fp64": _TP_EQUAL,

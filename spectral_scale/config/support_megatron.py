@@ -5,6 +5,10 @@ from spectral_scale.config.support import No, Support, Yes
 _TRAIN = "tests/distributed/test_megatron_train.py::"
 _EQUAL = Yes(f"{_TRAIN}test_equals_one_process")
 _RESUME = Yes(f"{_TRAIN}test_checkpoints_move_between_layouts_and_backends")
+_FILTER = No(
+    "it reaches whole rows of torch's parameters, and Megatron's optimizer keeps flat pieces of "
+    "fused ones; set parallel.backend=fsdp2"
+)
 
 MEGATRON: dict[str, Support] = {
     "method=full": No("Megatron trains dense models by itself; set parallel.backend=fsdp2"),
@@ -14,6 +18,15 @@ MEGATRON: dict[str, Support] = {
     "method=galore": No(
         "its projectors need the whole gradient of a matrix; set parallel.backend=torch"
     ),
+    "method=frod": No(
+        "it has no form of Megatron's fused weights, which hold matrices of several categories; "
+        "set parallel.backend=fsdp2, with parallel.tensor_parallel if wanted"
+    ),
+    "filter=layers": _FILTER,
+    "filter=rows": _FILTER,
+    "filter=heads": _FILTER,
+    "filter=block_gains": _FILTER,
+    "joint_loss": _FILTER,
     "storage=residual": _EQUAL,
     "storage=factored": _EQUAL,
     "extra_sigma": _EQUAL,

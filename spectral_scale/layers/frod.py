@@ -74,10 +74,8 @@ class FRoDLinear(FactoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's."""
         basis, inverse_lengths = self.shared()
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
-        with torch.autocast(device_type, enabled=False):  # the weight is formed in V's precision
+        x = in_product_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):  # the weight is formed in V's precision
             y = FRoDProduct.apply(
                 x.reshape(-1, self.in_features),
                 self.base,
@@ -116,6 +114,13 @@ class FRoDLinear(FactoredLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"mixing={self.num_mixing}, bias={self.bias is not None}"
         )
+
+
+def in_product_dtype(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on."""
+    device_type = x.device.type
+    on = torch.is_autocast_enabled(device_type)
+    return x.to(torch.get_autocast_dtype(device_type)) if on else x
 
 
 def convert_frod(

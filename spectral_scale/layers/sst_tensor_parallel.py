@@ -4,29 +4,11 @@ Column-parallel: a rank holds rows of u and residual and gives its part of the o
 Row-parallel: it holds rows of v and columns of the residual and takes its part of the inputs.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from spectral_scale.errors import ConfigError
-from spectral_scale.layers.base import FactoredLinear
+from spectral_scale.layers.sharing import Sharing
 from spectral_scale.layers.sst import SpectralLinear
-from spectral_scale.layers.sst_product import Bottleneck, SpectralProduct
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """How the ranks that share a layer work together."""
-
-    bottleneck: Bottleneck
-    """Completes what is partial inside the product."""
-    enter: Callable[[Tensor], Tensor]
-    """The input, equal on all ranks; its gradient is summed over them."""
-    leave: Callable[[Tensor], Tensor]
-    """The sum over ranks; its gradient, equal on all ranks, goes to each."""
-    local: Callable[[Tensor], Tensor]
-    """This rank's part of a parameter, differentiably."""
+from spectral_scale.layers.sst_product import SpectralProduct
 
 
 class TensorParallelSpectralLinear(SpectralLinear):
@@ -41,7 +23,7 @@ class TensorParallelSpectralLinear(SpectralLinear):
         """Column-parallel: (..., in) -> (..., part of out); row-parallel: the other way round."""
         x = self._prepared(x)
         sharing, local = self.sharing, self.sharing.local
-        by_outputs = sharing.bottleneck.shared == "outputs"
+        by_outputs = sharing.by_outputs
         flat = x.reshape(-1, x.shape[-1])
         y = SpectralProduct.apply(
             sharing.enter(flat) if by_outputs else flat,
@@ -58,18 +40,3 @@ class TensorParallelSpectralLinear(SpectralLinear):
             if self.bias is not None:
                 y = y + local(self.bias).to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def share(layer: FactoredLinear, sharing: Sharing) -> None:
-    """Let a layer compute in parts, in place; its parameters must have been cut already.
-
-    Raises ConfigError for a layer of another method.
-    """
-    if type(layer) is not SpectralLinear:
-        raise ConfigError(
-            f"{type(layer).__name__} has no tensor-parallel form; use spectral.method=sst or full, "
-            "or parallel.tensor_parallel=1"
-        )
-    layer.__class__ = TensorParallelSpectralLinear
-    shared: TensorParallelSpectralLinear = layer  # type: ignore[assignment]
-    shared.sharing = sharing

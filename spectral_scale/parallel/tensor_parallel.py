@@ -26,10 +26,12 @@ _CUTS: dict[Kind, dict[str, int | None]] = {
     "column": {
         **{"weight": 0, "bias": 0, "u": 0, "v": None, "sigma": None},
         **{"residual": 0, "u_fixed": 0, "v_fixed": None},
+        **{"base": 0, "mixing": None, "value_delta": None},
     },
     "row": {
         **{"weight": 1, "bias": None, "u": None, "v": 0, "sigma": None},
         **{"residual": 1, "u_fixed": None, "v_fixed": 0},
+        **{"base": 1, "mixing": None, "value_delta": None},
     },
     "vocabulary": {"weight": 0},
     "whole": {"weight": None, "bias": None},

@@ -120,7 +120,6 @@ def test_bad_arguments_of_count(
     ("parallel", "row"),
     [
         ({"backend": "megatron", "tensor_parallel": 2}, "megatron"),
-        ({"backend": "fsdp2", "tensor_parallel": 2}, "fsdp2+tp"),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from study.results import Result
 
 from finetune_study import settings as declared
-from finetune_study.plan import all_trials, by_seed, chosen, tuning
+from finetune_study.plan import all_trials, by_seed, chosen, few, tuning
 from finetune_study.settings import Method, Variant, possible
 from spectral_scale.metrics.plots import RUN_COLORS
 
@@ -28,6 +28,7 @@ def render(results: Mapping[str, Result], docs: Path) -> list[str]:
         "changes": changes_table(results),
         "tuning": tuning_table(results),
         "counts": counts_table(results),
+        "few": few_table(results),
     }
     for name, table in tables.items():
         block = SECTION.format(name, table)
@@ -98,6 +99,24 @@ def counts_table(results: Mapping[str, Result]) -> str:
     return _table(["method", "trained", "processor seconds a run"], rows)
 
 
+def few_table(results: Mapping[str, Result]) -> str:
+    """Loss at the end, and the lowest on the way, of methods alone on fewer examples."""
+    head = ["examples", *(method.title for method in declared.METHODS)]
+    rows = [
+        [f"{examples}", *(_few(method, examples, results) for method in declared.METHODS)]
+        for examples in declared.FEW_EXAMPLES
+    ]
+    return _table(head, rows)
+
+
+def _few(method: Method, examples: int, results: Mapping[str, Result]) -> str:
+    done = [results[t.name] for t in few(method, examples, results) if t.name in results]
+    if not done:
+        return NOTHING
+    lowest = statistics.fmean(min(loss for _, loss in run.validation) for run in done)
+    return f"{_spread([run.loss for run in done])}; lowest {lowest:.4f}"
+
+
 def draw_curves(results: Mapping[str, Result], path: Path) -> None:
     """Mean validation loss against steps: methods without the filter, then each with variants."""
     figure = Figure(figsize=(11.0, 6.0), layout="constrained", dpi=110)
@@ -112,8 +131,13 @@ def draw_curves(results: Mapping[str, Result], path: Path) -> None:
         for variant, color in zip(declared.VARIANTS, RUN_COLORS, strict=False):
             if possible(method, variant):
                 _draw(panel, by_seed(method, variant, results), variant.title, color)
-    next(axes).set_axis_off()
-    for panel in figure.axes[:-1]:
+    last = next(axes)
+    last.set_title(f"no filter, {declared.FEW_EXAMPLES[0]} examples")
+    for method, color in zip(declared.METHODS, RUN_COLORS, strict=False):
+        trials = few(method, declared.FEW_EXAMPLES[0], results)
+        done = [results[trial.name] for trial in trials if trial.name in results]
+        _draw(last, done, method.title, color)
+    for panel in figure.axes:
         panel.set_xlabel("step")
         panel.set_ylabel("validation loss")
         panel.grid(color="#e4e7eb")
@@ -141,8 +165,10 @@ def _losses(method: Method, variant: Variant, results: Mapping[str, Result]) -> 
 
 def _mean(method: Method, variant: Variant, results: Mapping[str, Result]) -> str:
     losses = _losses(method, variant, results)
-    if not losses:
-        return NOTHING
+    return _spread(losses) if losses else NOTHING
+
+
+def _spread(losses: Sequence[float]) -> str:
     if len(losses) < len(declared.SEEDS):
         return f"{statistics.fmean(losses):.4f} (of {len(losses)} seeds)"
     return f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}"

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from spectral_scale.config.schema import SpectralConfig
-from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.errors import SpectralError
 from spectral_scale.layers.base import weights_set_aside
-from spectral_scale.layers.frod import FRoDLinear, category_of, frod_layers
+from spectral_scale.layers.frod import frod_layers
 from spectral_scale.layers.frod_pattern import Pattern, draw_positions
 from spectral_scale.layers.frod_product import SharedBasis
 from spectral_scale.ops.joint_decomposition import column_lengths, inverse_lengths, joint_basis
 from spectral_scale.parallel.collective import Collective, SingleProcess
 from spectral_scale.parallel.store import ParameterStore, TorchStore
+from spectral_scale.spectral.frod_categories import group_by_category, share_out
 from spectral_scale.spectral.ramp import ramp_learning_rates
 
 logger = logging.getLogger(__name__)
@@ -245,36 +246,6 @@ class FRoDController:
                 f"the first step moved none of the {len(self.layers)} layers' coefficients; "
                 "the optimizer must hold the converted parameters and see their gradients"
             )
-
-
-def share_out(categories: dict[str, list[str]], world_size: int) -> dict[str, int]:
-    """Owner rank by layer: categories are decomposed one after another, each by all ranks."""
-    return {n: i % world_size for names in categories.values() for i, n in enumerate(names)}
-
-
-def group_by_category(layers: dict[str, FRoDLinear]) -> dict[str, list[str]]:
-    """Layer names by category, in the model's order.
-
-    Raises ConfigError for a category with one layer or with layers of different widths.
-    """
-    if not layers:
-        raise ConfigError("the model holds no FRoD layer; call convert_frod() first")
-    found: dict[str, list[str]] = {}
-    for name in layers:
-        found.setdefault(category_of(name), []).append(name)
-    for category, names in found.items():
-        widths = {layers[n].in_features for n in names}
-        if len(widths) > 1:
-            raise ConfigError(
-                f"category {category} holds layers of different widths {sorted(widths)} "
-                f"({names[0]} ...); a shared basis needs one width; leave them out of targets"
-            )
-        if len(names) == 1:
-            raise ConfigError(
-                f"category {category} holds one layer, {names[0]}, and a shared basis needs at "
-                "least two; leave it out of targets, or use lora or sst"
-            )
-    return found
 
 
 def _largest(values: list[float]) -> float:

@@ -27,6 +27,13 @@ KNN = {"filter__graph": "knn", "filter__neighbors": 1, "filter__refresh_steps": 
 JOINT = {"filter__joint_loss_mu": 0.1, "filter__anchor_steps": 2}
 FULL = {"spectral__method": "full"}
 CASES: dict[str, dict[str, Any]] = {
+    "frod": JOINT
+    | {
+        "spectral__method": "frod",
+        "spectral__sparsity": 0.05,
+        # All but fc2, whose short stack has a null space, where any basis is as good as another.
+        "spectral__targets": "[q_proj,k_proj,v_proj,out_proj,fc1]",
+    },
     "layers": FULL | KNN | JOINT,
     "sigma": JOINT | {"filter__kind": "heat", "filter__anchor_steps": 0},
     "rows": FULL | KNN | {"filter__nodes": "rows"},

@@ -20,11 +20,21 @@ class ZeroPieces:
     def __init__(self, store: ZeroStore) -> None:
         self._store = store
         rank, world = store.collective.rank, store.collective.world_size
-        if store.layout.replicated or world == 1:
-            self.group = ShardGroup(writes=rank == 0)
+        if world == 1:
+            self.group = ShardGroup()
+        elif store.layout.replicated:
+            self.group = ShardGroup(
+                writes=rank == 0,
+                copy=rank,
+                copy_ranks=tuple(range(world)),
+                copy_handle=dist.group.WORLD,
+            )
         else:
             self.group = ShardGroup(index=rank, size=world, handle=dist.group.WORLD)
         self.device = store.device
+        flats = list(store.layout.flats())
+        self._members = {id(f.tensor): [store.names[id(p)] for p in f.members] for f in flats}
+        self._nothing = flats[0].tensor.detach().new_empty(0)
         self.shapes: Mapping[str, Shape] = {
             fqn: store.layout.shape(store.parameters[fqn])
             for fqn in store.parameters
@@ -45,4 +55,13 @@ class ZeroPieces:
     def value(self, fqn: str) -> Tensor:
         """The master."""
         fragment = self._store.fragments[fqn]
-        return torch.empty(0, device=self.device) if fragment is None else fragment.master
+        return self._nothing if fragment is None else fragment.master
+
+    def members(self, parameter: Tensor) -> list[str]:
+        """The parameters of a flat tensor."""
+        return self._members[id(parameter)]
+
+    def part(self, fqn: str, tensor: Tensor) -> Tensor:
+        """The fragment's place in a flat tensor; empty where this rank keeps none."""
+        fragment = self._store.fragments[fqn]
+        return tensor.detach().view(-1)[:0] if fragment is None else fragment.of(tensor)

@@ -24,11 +24,10 @@ def state_chunks(store: ZeroStore) -> Iterator[TensorChunk]:
     if store.layout.replicated and store.collective.rank != 0:
         return
     for fragment in filter(None, store.fragments.values()):
-        state = store.inner.state[fragment.flat]
         prefix = f"optimizer/{fragment.fqn}"
         yield from _chunks(f"model/{fragment.fqn}", fragment.master, fragment)
-        for key in MOMENTS:
-            yield from _chunks(f"{prefix}/{key}", fragment.of(state[key]), fragment)
+        for key, moments in _moments(store, fragment):
+            yield from _chunks(f"{prefix}/{key}", moments, fragment)
         if fragment.start == 0:
             step = torch.tensor(get_step(store.inner, fragment.flat), dtype=torch.float32)
             yield TensorChunk(f"{prefix}/step", step, (), ())
@@ -41,9 +40,8 @@ def replicated(store: ZeroStore) -> Iterator[Replicated]:
             yield f"model/{fqn}", parameter.detach(), 0
     if store.layout.replicated:
         for fragment in filter(None, store.fragments.values()):
-            for key in MOMENTS:
-                state = store.inner.state[fragment.flat]
-                yield f"optimizer/{fragment.fqn}/{key}", fragment.of(state[key]), 0
+            for key, moments in _moments(store, fragment):
+                yield f"optimizer/{fragment.fqn}/{key}", moments, 0
 
 
 @torch.no_grad()
@@ -60,12 +58,19 @@ def load_state(store: ZeroStore, read: ReadTensor) -> None:
         store.write(fqn, part.to(store.device))
         if fragment is None:
             continue
-        for key in MOMENTS:
+        for key, moments in _moments(store, fragment):
             name = f"optimizer/{fqn}/{key}"
-            moments = fragment.of(store.inner.state[fragment.flat][key])
             moments.copy_(_read_range(read, name, fragment.start, fragment.numel, fragment.shape))
     for flat in store.layout.flats():
         set_step(store.inner, flat.tensor, _common_step(store, flat, read))
+
+
+def _moments(store: ZeroStore, fragment: Fragment) -> Iterator[tuple[str, Tensor]]:
+    """1-D views of a fragment's moments; none if its optimizer keeps them elsewhere."""
+    state = store.inner.state[fragment.flat]
+    for key in MOMENTS:
+        if key in state:
+            yield key, fragment.of(state[key])
 
 
 def _chunks(name: str, part: Tensor, fragment: Fragment) -> Iterator[TensorChunk]:

@@ -10,16 +10,17 @@ from torch import Tensor
 from spectral_scale.backends.zero_adam import forget_powers, is_cpu_adam
 from spectral_scale.backends.zero_layout import Layout
 from spectral_scale.errors import ConfigError
+from spectral_scale.optim.build import OwnState, initial_state
 
 
 def create_state(inner: torch.optim.Optimizer, layout: Layout) -> None:
-    """Give torch's AdamW or DeepSpeedCPUAdam its exp_avg, exp_avg_sq and step.
+    """Give torch's AdamW or DeepSpeedCPUAdam its exp_avg, exp_avg_sq and step, another its own.
 
     State before the first step makes checkpoints symmetric across ranks and lets the first
     boundary reset what it expects to reset. Flat tensors that have state are left alone.
     Raises ConfigError for another optimizer.
     """
-    if not isinstance(inner, torch.optim.AdamW) and not is_cpu_adam(inner):
+    if not isinstance(inner, torch.optim.AdamW | OwnState) and not is_cpu_adam(inner):
         raise ConfigError(
             f"the engine steps {type(inner).__name__}; torch.optim.AdamW and, with offload, "
             "DeepSpeedCPUAdam have been shown to work: give one to deepspeed.initialize, and no "
@@ -27,16 +28,12 @@ def create_state(inner: torch.optim.Optimizer, layout: Layout) -> None:
         )
     if is_cpu_adam(inner):
         inner.register_step_pre_hook(forget_powers)
-    step_dtype = torch.int64 if is_cpu_adam(inner) else torch.float32
     for flat in layout.flats():
         if inner.state.get(flat.tensor):
             continue
-        step = torch.zeros((), dtype=step_dtype, device=flat.tensor.device)
-        inner.state[flat.tensor] = {
-            "step": step,
-            "exp_avg": torch.zeros_like(flat.tensor, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(flat.tensor, requires_grad=False),
-        }
+        state = inner.state[flat.tensor] = initial_state(inner, flat.tensor, flat.group)
+        if is_cpu_adam(inner):
+            state["step"] = state["step"].long()
 
 
 def get_step(inner: torch.optim.Optimizer, flat: Tensor) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.baselines.galore import GaLoreAdamW, is_projected
+from spectral_scale.baselines.galore import ProjectedAdamW, ProjectionStats, is_projected
+from spectral_scale.baselines.galore_divided import DividedGaLoreAdamW
 from spectral_scale.config.schema import OptimizerConfig, SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.layers.convert import find_targets
@@ -68,16 +69,15 @@ class ProjectionReport:
 
 
 class GaLoreController:
-    """Holds every step of a GaLoreAdamW against the number of matrices it must project.
+    """Holds every step of GaLore's optimizer against the number of matrices it must project.
 
-    All state is the optimizer's own, so this saves nothing.
+    All state is the optimizer's own: saved here is what its host does not save.
     """
 
-    def __init__(self, optimizer: GaLoreAdamW) -> None:
+    def __init__(self, optimizer: ProjectedAdamW) -> None:
         self.optimizer = optimizer
         self.applied_steps = 0
-        projected = [group for group in optimizer.param_groups if is_projected(group)]
-        self.matrices = sum(len(group["params"]) for group in projected)
+        self.matrices = optimizer.matrices
         if not self.matrices:
             raise ConfigError("no parameter group holds galore_rank; build them by galore_groups()")
 
@@ -87,11 +87,14 @@ class GaLoreController:
         Raises SpectralError if a matrix was left out.
         """
         self.applied_steps += 1
-        stats = self.optimizer.stats
-        if stats.projected != self.matrices or stats.renewed not in (0, self.matrices):
+        stats, here = self.optimizer.stats, self.optimizer.matrices_here
+        self.optimizer.stats = ProjectionStats()
+        if stats.projected != here or stats.renewed not in (0, self.matrices):
+            share = "" if here == self.matrices else f", {here} of them here,"
             raise SpectralError(
                 f"step {self.applied_steps} projected {stats.projected} matrices and renewed "
-                f"{stats.renewed} projectors; {self.matrices} were expected: GaLore is partly off"
+                f"{stats.renewed} projectors; {self.matrices}{share} were expected: GaLore is "
+                "partly off"
             )
         if not stats.renewed:
             return None
@@ -106,7 +109,7 @@ class GaLoreController:
         return 1.0
 
     def nbytes(self) -> int:
-        """Bytes kept besides weights and optimizer state: none."""
+        """Bytes kept besides weights, gradients and optimizer state: none."""
         return 0
 
     def describe(self) -> str:
@@ -119,9 +122,13 @@ class GaLoreController:
         )
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Nothing: projectors and moments are saved as the optimizer's state."""
-        yield from ()
+        """Projectors and moments of matrices that this rank owns; nothing where the optimizer's
+        host saves them."""
+        if isinstance(self.optimizer, DividedGaLoreAdamW):
+            yield from self.optimizer.state_tensors()
 
     def load_state(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
-        """Take over the step count."""
+        """Take over the step count and those tensors. Raises CheckpointError."""
         self.applied_steps = applied_steps
+        if isinstance(self.optimizer, DividedGaLoreAdamW):
+            self.optimizer.load_state_tensors(read)

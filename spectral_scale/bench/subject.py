@@ -14,6 +14,7 @@ from spectral_scale.engine.build import frozen_dtype
 from spectral_scale.engine.methods import METHODS, ControllerParts
 from spectral_scale.metrics.measures import StepTimer, tensor_bytes
 from spectral_scale.models.weights import KeyedWeights
+from spectral_scale.optim.build import state_tensors
 from spectral_scale.parallel.facts import RankFacts
 from spectral_scale.parallel.table import parameter_table
 from spectral_scale.spectral.controller import SpectralController
@@ -100,11 +101,10 @@ class Subject:
     def state_bytes(self) -> dict[str, int]:
         """Counted bytes by use; call it while the parameters hold their gradients."""
         parameters = list(self.model.parameters())
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
         return {
             "weights": tensor_bytes(parameters),
             "gradients": tensor_bytes(p.grad for p in parameters),
-            "moments": tensor_bytes(states),
+            "moments": tensor_bytes(state_tensors(self.optimizer)),
             "bank": tensor_bytes(self._bank_tensors()),
         }
 

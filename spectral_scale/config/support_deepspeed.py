@@ -7,6 +7,7 @@ _EQUAL = Yes(f"{_TESTS}test_equals_one_process")
 _FP16 = "tests/distributed/test_deepspeed_fp16.py::"
 _FEATURES = "tests/distributed/test_deepspeed_features.py::"
 _FROD = "tests/distributed/test_frod_backends.py::"
+_GALORE = "tests/distributed/test_galore_backends.py::"
 _STATE = "tests/distributed/test_deepspeed_state.py::"
 _FILTER = Yes("tests/distributed/test_filter_equivalence.py::test_equals_one_process")
 
@@ -20,9 +21,7 @@ _COMMON: dict[str, Support] = {
     "method=sst": _EQUAL,
     "method=lora": Yes(f"{_TESTS}test_methods"),
     "method=relora": Yes(f"{_TESTS}test_methods"),
-    "method=galore": No(
-        "its optimizer needs whole gradients, and ZeRO flattens them; set parallel.backend=torch"
-    ),
+    "method=galore": Yes(f"{_GALORE}test_zero_equals_one_process"),
     "method=frod": Yes(f"{_FROD}test_zero_equals_one_process"),
     "dense=frozen": Yes(f"{_FROD}test_zero_equals_one_process"),
     "storage=residual": _EQUAL,

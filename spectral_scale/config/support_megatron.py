@@ -16,7 +16,8 @@ MEGATRON: dict[str, Support] = {
     "method=lora": No("its layers have no tensor-parallel form; set parallel.backend=fsdp2"),
     "method=relora": No("its layers have no tensor-parallel form; set parallel.backend=fsdp2"),
     "method=galore": No(
-        "its projectors need the whole gradient of a matrix; set parallel.backend=torch"
+        "its owners step matrices themselves, and Megatron's optimizers step all that they hold; "
+        "set parallel.backend=fsdp2"
     ),
     "method=frod": No(
         "it has no form of Megatron's fused weights, which hold matrices of several categories; "

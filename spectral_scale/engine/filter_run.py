@@ -2,15 +2,11 @@
 
 from torch import nn
 
-from spectral_scale.backends.zero_pieces import ZeroPieces
-from spectral_scale.backends.zero_store import ZeroStore
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.errors import ConfigError
+from spectral_scale.engine.pieces import pieces_of
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
-from spectral_scale.parallel.fsdp2_store import FSDP2Store
-from spectral_scale.parallel.pieces import Pieces, TensorPieces
-from spectral_scale.parallel.store import ParameterStore, TorchStore
+from spectral_scale.parallel.store import ParameterStore
 from spectral_scale.parallel.table import ParameterTable
 
 
@@ -27,22 +23,11 @@ def open_filter(
     """
     if not config.filter.enabled:
         return None
-    pieces = _pieces(store, model)
+    pieces = pieces_of(store, model, what="the spectral filter", remedy="set filter.kind=none")
     return SpectralFilter(
         pieces,
         {fqn: table[fqn].role for fqn in pieces.shapes},
         config.filter,
         seed=config.train.seed,
         head_size=architecture.head_size,
-    )
-
-
-def _pieces(store: ParameterStore, model: nn.Module) -> Pieces:
-    if isinstance(store, ZeroStore):
-        return ZeroPieces(store)
-    if isinstance(store, TorchStore | FSDP2Store):
-        return TensorPieces({n: p for n, p in model.named_parameters() if p.requires_grad})
-    raise ConfigError(
-        f"the spectral filter does not reach the gradients behind {type(store).__name__}; set "
-        "filter.kind=none, or parallel.backend to torch, fsdp2 or deepspeed"
     )

@@ -13,6 +13,7 @@ from spectral_scale.metrics.flops import (
     peak_flops,
 )
 from spectral_scale.metrics.measures import peak_memory_bytes, tensor_bytes
+from spectral_scale.optim.build import state_tensors
 from spectral_scale.parallel.shards import local
 from spectral_scale.parallel.table import ParameterInfo
 
@@ -62,11 +63,10 @@ def utilization(run: Run, flops_a_token: float, tokens_per_second: float) -> flo
 def memory(run: Run) -> dict[str, float]:
     """Bytes this rank keeps, by use, and its peak so far."""
     trained = [p for p in run.model.parameters() if p.requires_grad]
-    states = [t for state in run.optimizer.state.values() for t in state.values()]
     return {
         "memory/weights_bytes": tensor_bytes(run.model.parameters()),
         "memory/gradients_bytes": sum(local(p).nbytes for p in trained),
-        "memory/states_bytes": tensor_bytes(states)
+        "memory/states_bytes": tensor_bytes(state_tensors(run.optimizer))
         + (0 if run.gradient_filter is None else run.gradient_filter.nbytes),
         "memory/bank_bytes": 0 if run.controller is None else run.controller.nbytes(),
         "memory/peak_bytes": peak_memory_bytes(run.backend.device),

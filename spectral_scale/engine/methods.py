@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from spectral_scale.baselines.galore import GaLoreAdamW
+from spectral_scale.baselines.galore_divided import DividedGaLoreAdamW
 from spectral_scale.baselines.galore_run import GaLoreController, galore_groups
 from spectral_scale.baselines.lora import convert_lora
 from spectral_scale.baselines.low_rank import LowRankController
 from spectral_scale.config.schema import RunConfig, SpectralConfig
+from spectral_scale.engine.pieces import pieces_of
 from spectral_scale.layers.base import factored_layers
 from spectral_scale.layers.convert import convert, freeze_dense
 from spectral_scale.layers.frod import convert_frod
@@ -107,7 +109,9 @@ def _adamw(model: nn.Module, config: RunConfig, _: Collective) -> torch.optim.Op
 
 
 def _galore(model: nn.Module, config: RunConfig, collective: Collective) -> torch.optim.Optimizer:
-    return GaLoreAdamW(
+    """Where ranks hold whole gradients, each needs no more than the projectors of others."""
+    kind = GaLoreAdamW if config.parallel.backend == "torch" else DividedGaLoreAdamW
+    return kind(
         galore_groups(model, config.spectral, config.optimizer),
         lr=config.optimizer.lr,
         betas=config.optimizer.betas,
@@ -145,9 +149,13 @@ def _low_rank_controller(parts: ControllerParts) -> LowRankController:
 
 
 def _galore_controller(parts: ControllerParts) -> GaLoreController:
-    if not isinstance(parts.optimizer, GaLoreAdamW):
-        raise TypeError(f"galore needs its own optimizer, not {type(parts.optimizer).__name__}")
-    return GaLoreController(parts.optimizer)
+    optimizer = parts.optimizer
+    if not isinstance(optimizer, GaLoreAdamW | DividedGaLoreAdamW):
+        raise TypeError(f"galore needs its own optimizer, not {type(optimizer).__name__}")
+    if isinstance(optimizer, DividedGaLoreAdamW):
+        remedy = "set spectral.method=full"
+        optimizer.bind(pieces_of(parts.store, parts.model, what="GaLore", remedy=remedy))
+    return GaLoreController(optimizer)
 
 
 def _frod_controller(parts: ControllerParts) -> FRoDController:

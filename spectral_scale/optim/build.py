@@ -1,10 +1,23 @@
 """The optimizer of a run, and its state, created up front."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from spectral_scale.config.schema import OptimizerConfig
+
+
+@runtime_checkable
+class OwnState(Protocol):
+    """An optimizer some of whose parameters have another state than AdamW's."""
+
+    def initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """State of a parameter of a group before the first step; `step` is a part of it."""
+
+    def kept_apart(self) -> Iterable[Tensor]:
+        """What it keeps on this rank besides `state`."""
 
 
 def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -22,8 +35,28 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            optimizer.state[parameter] = initial_state(optimizer, parameter, group)
+
+
+def initial_state(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, Any]
+) -> dict[str, Tensor]:
+    """AdamW's state of a parameter before the first step, or the optimizer's own."""
+    if isinstance(optimizer, OwnState):
+        return optimizer.initial_state(parameter, group)
+    return adamw_state(parameter)
+
+
+def adamw_state(parameter: Tensor) -> dict[str, Tensor]:
+    """Zero moments and a count, on the parameter's device."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All state on this rank."""
+    apart = optimizer.kept_apart() if isinstance(optimizer, OwnState) else ()
+    return [value for state in optimizer.state.values() for value in state.values()] + list(apart)

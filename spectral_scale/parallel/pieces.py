@@ -37,12 +37,23 @@ class ShardGroup:
     """What collectives go through; None if `size` is 1."""
     writes: bool = True
     """Whether this copy of the model is the one that checkpoints take."""
+    copy: int = 0
+    """Which copy of the model it is."""
+    copy_ranks: tuple[int, ...] = (0,)
+    """Global ranks that hold the same pieces, by copy."""
+    copy_handle: dist.ProcessGroup | None = None
+    """What collectives of those go through; None if there is one copy."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the group, in place. Collective over it."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.handle)
         return tensor
+
+    def take_from(self, tensor: Tensor, copy: int) -> None:
+        """Overwrite it in place with another copy's. Collective over those that hold it."""
+        if len(self.copy_ranks) > 1:
+            dist.broadcast(tensor, self.copy_ranks[copy], group=self.copy_handle)
 
 
 class Pieces(Protocol):
@@ -63,6 +74,12 @@ class Pieces(Protocol):
 
     def value(self, fqn: str) -> Tensor:
         """The full-precision value of this rank's range, a 1-D view."""
+
+    def members(self, parameter: Tensor) -> list[str]:
+        """Trained parameters that lie in what the host's optimizer calls one, on any rank."""
+
+    def part(self, fqn: str, tensor: Tensor) -> Tensor:
+        """This rank's range in that, or in its gradient while it is stepped, a 1-D view."""
 
 
 class TensorPieces:
@@ -87,6 +104,7 @@ class TensorPieces:
         }
         _refuse_other_cuts(self._layouts)
         self.group = _group(layout for layout in self._layouts.values() if layout)
+        self._names = {id(parameter): fqn for fqn, parameter in self._parameters.items()}
 
     def held(self, fqn: str) -> list[Range]:
         """Whole rows; all of them where nothing is cut."""
@@ -109,6 +127,14 @@ class TensorPieces:
         """A view of the parameter, or a copy of one that is not contiguous."""
         return local(self._parameters[fqn]).reshape(-1)
 
+    def members(self, parameter: Tensor) -> list[str]:
+        """Its own name."""
+        return [self._names[id(parameter)]]
+
+    def part(self, fqn: str, tensor: Tensor) -> Tensor:
+        """All of it that is here. Raises RuntimeError if it is not contiguous."""
+        return local(tensor).view(-1)
+
 
 def _refuse_other_cuts(layouts: Mapping[str, Layout | None]) -> None:
     groups = {layout.shard_group for layout in layouts.values() if layout and layout.shard_group}
@@ -128,12 +154,15 @@ def _refuse_other_cuts(layouts: Mapping[str, Layout | None]) -> None:
 def _group(layouts: Iterable[Layout]) -> ShardGroup:
     rank = dist.get_rank() if dist.is_initialized() else 0
     for layout in layouts:
-        if layout.shard_group is not None:
+        if layout.shard_group is not None or layout.copy_group is not None:
             return ShardGroup(
                 index=layout.index,
                 size=layout.parts,
                 handle=layout.shard_group,
                 writes=layout.is_first_copy,
+                copy=layout.copy_of[rank],
+                copy_ranks=layout.copy_ranks,
+                copy_handle=layout.copy_group,
             )
     return ShardGroup(writes=rank == 0)
 

@@ -1,0 +1,31 @@
+"""The flat pieces of trained parameters on whatever host a run has."""
+
+from torch import nn
+
+from spectral_scale.backends.zero_pieces import ZeroPieces
+from spectral_scale.backends.zero_store import ZeroStore
+from spectral_scale.errors import ConfigError
+from spectral_scale.parallel.fsdp2_store import FSDP2Store
+from spectral_scale.parallel.pieces import Pieces, TensorPieces
+from spectral_scale.parallel.store import ParameterStore, TorchStore
+
+
+def pieces_of(store: ParameterStore, model: nn.Module, *, what: str, remedy: str) -> Pieces:
+    """The pieces behind a store.
+
+    Args:
+        store: of the run's backend.
+        model: sharded, if the backend does that.
+        what: needs them, for the message.
+        remedy: what to do without, for the message.
+
+    Raises ConfigError for a host whose gradients are not reached.
+    """
+    if isinstance(store, ZeroStore):
+        return ZeroPieces(store)
+    if isinstance(store, TorchStore | FSDP2Store):
+        return TensorPieces({n: p for n, p in model.named_parameters() if p.requires_grad})
+    raise ConfigError(
+        f"{what} does not reach the gradients behind {type(store).__name__}; {remedy}, or "
+        "parallel.backend to torch, fsdp2 or deepspeed"
+    )

@@ -1,9 +1,9 @@
 """GaLore on hosts that cut or flatten parameters: every matrix has one owner among the ranks.
 
-In a step the reduced gradients of a matrix come together on its owner, which keeps the projector
+In a step the reduced gradient of a matrix comes together on its owner, which keeps the projector
 and the moments and sends the update back to whoever keeps the weight. So no formula needs to know
-how a host cuts, state is divided over ranks, and what travels is (N - 1) / N of the projected
-gradients and of as many updates, over all N ranks together.
+how a host cuts, and state is divided over ranks. A matrix that one rank holds whole is that rank's,
+and does not travel.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from spectral_scale.errors import CheckpointError, SpectralError
 from spectral_scale.optim.build import adamw_state
 from spectral_scale.parallel.chunks import ReadTensor
 from spectral_scale.parallel.collective import Collective
-from spectral_scale.parallel.pieces import Pieces
+from spectral_scale.parallel.pieces import Pieces, Range
 from spectral_scale.parallel.store import MOMENTS
 from spectral_scale.spectral.owners import assign_owners
 
@@ -62,7 +62,9 @@ class DividedGaLoreAdamW(ProjectedAdamW):
             for fqn in group["fqns"]
         }
         shapes = {fqn: (pieces.shapes[fqn][0], pieces.shapes[fqn][1]) for fqn in ranks}
-        self._owners = assign_owners(shapes, pieces.group.size)
+        holders = {fqn: _holders(pieces.held(fqn)) for fqn in ranks}
+        at_one = {fqn: found[0] for fqn, found in holders.items() if len(found) == 1}
+        self._owners = assign_owners(shapes, pieces.group.size, settled=at_one)
         self._states = {
             fqn: low_rank_state(shapes[fqn], ranks[fqn], like=pieces.value(fqn))
             for fqn, owner in self._owners.items()
@@ -140,7 +142,10 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         """
         pieces, exchange = self._pieces, round_.exchange
         values = [pieces.part(fqn, holders[fqn]) for fqn in round_.fqns]
-        parts = [pieces.part(fqn, gradient_of(holders[fqn]).contiguous()).to(pieces.device) for fqn in round_.fqns]
+        parts = [
+            pieces.part(fqn, gradient_of(holders[fqn]).contiguous()).to(pieces.device)
+            for fqn in round_.fqns
+        ]
         dtype = values[0].dtype
         if exchange is not None:
             parts = exchange.forward(parts, dtype=dtype)
@@ -209,3 +214,8 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         *overlaps, count = self._pieces.group.sum(torch.stack([*overlaps, nothing + len(renewed)]))
         self.stats.renewed += int(count)
         self.stats.overlaps += [] if first else overlaps
+
+
+def _holders(ranges: Sequence[Range]) -> list[int]:
+    """The ranks that hold anything of a matrix."""
+    return [rank for rank, (_, numel) in enumerate(ranges) if numel]

@@ -3,15 +3,23 @@
 from collections.abc import Mapping
 
 
-def assign_owners(shapes: Mapping[str, tuple[int, int]], world_size: int) -> dict[str, int]:
+def assign_owners(
+    shapes: Mapping[str, tuple[int, int]],
+    world_size: int,
+    *,
+    settled: Mapping[str, int] | None = None,
+) -> dict[str, int]:
     """Owner rank by matrix name: largest job first, cost max(m, n) * min(m, n)^2.
 
-    A pure function of names, shapes and world size; ties go by name, then to the lowest rank.
+    A pure function of its arguments; ties go by name, then to the lowest rank. Those of `settled`
+    matrices stay.
     """
     cost = {name: max(shape) * min(shape) ** 2 for name, shape in shapes.items()}
     load = [0] * world_size
-    owners = {}
-    for name in sorted(cost, key=lambda n: (-cost[n], n)):
+    owners = dict(settled or {})
+    for name, rank in owners.items():
+        load[rank] += cost[name]
+    for name in sorted(cost.keys() - owners.keys(), key=lambda n: (-cost[n], n)):
         rank = load.index(min(load))
         owners[name] = rank
         load[rank] += cost[name]

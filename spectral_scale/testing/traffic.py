@@ -12,8 +12,8 @@ class TrafficCounter(TorchDispatchMode):
     """Counts the payload of every collective of torch.distributed in its scope, by operation.
 
     The payload is the whole message: of an all-gather its output, of a reduce-scatter its input, of
-    a scatter or gather all pieces, of a send what this rank sends. A ring moves (N - 1) / N of it
-    over each rank's link, an all-reduce twice that.
+    a scatter or gather all pieces, of a send or an all-to-all what this rank sends. A ring moves
+    (N - 1) / N of it over each rank's link, an all-reduce twice that.
     """
 
     def __init__(self) -> None:
@@ -52,6 +52,8 @@ def _payload(operation: str, args: Any) -> int:
         group = next(a for a in args if isinstance(a, torch.ScriptObject))
         size = torch.distributed.ProcessGroup.unbox(group).size()
         return sum(t.nbytes for t in _tensors(own)) * size
+    if operation == "alltoall_base":
+        return int(args[1].nbytes)
     return max((t.nbytes for t in _tensors(args)), default=0)
 
 

@@ -140,30 +140,48 @@ class DividedGaLoreAdamW(ProjectedAdamW):
 
         `renewed` gets the overlaps of this rank's new projectors; None: they stay.
         """
-        pieces, exchange = self._pieces, round_.exchange
-        values = [pieces.part(fqn, holders[fqn]) for fqn in round_.fqns]
+        gradients = self._gather(round_, holders)
+        if renewed is not None:
+            renewed |= self._renew(round_, gradients, group["galore_rank"])
+        changes = (
+            (fqn, self._update(fqn, gradient, group, taken)) for fqn, gradient in gradients.items()
+        )
+        keep = 1.0 - group["lr"] * group["weight_decay"]
+        self._deliver(round_, holders, changes, keep=keep)
+
+    def _gather(self, round_: Round, holders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of the matrices that this rank owns."""
+        pieces = self._pieces
         parts = [
             pieces.part(fqn, gradient_of(holders[fqn]).contiguous()).to(pieces.device)
             for fqn in round_.fqns
         ]
-        dtype = values[0].dtype
+        if round_.exchange is not None:
+            parts = round_.exchange.forward(parts, dtype=parts[0].dtype)
+        together = zip(round_.fqns, parts, strict=True)
+        return {fqn: p.view(pieces.shapes[fqn]) for fqn, p in together if fqn in round_.mine}
+
+    def _deliver(
+        self,
+        round_: Round,
+        holders: Mapping[str, Tensor],
+        changes: Iterable[tuple[str, Tensor]],
+        *,
+        keep: float,
+    ) -> None:
+        """Decay weights to `keep` of what they are, and add what they change by."""
+        pieces, exchange = self._pieces, round_.exchange
+        updates: Iterable[tuple[str, Tensor]]
+        updates = ((fqn, change.reshape(-1)) for fqn, change in changes)
         if exchange is not None:
-            parts = exchange.forward(parts, dtype=dtype)
-        gradients = {
-            fqn: part.view(pieces.shapes[fqn])
-            for fqn, part in zip(round_.fqns, parts, strict=True)
-            if fqn in round_.mine
-        }
-        if renewed is not None:
-            renewed |= self._renew(round_, gradients, group["galore_rank"])
-        updates = [torch.empty(0, dtype=dtype, device=pieces.device)] * len(parts)
-        for fqn, gradient in gradients.items():
-            change = self._update(fqn, gradient, group, taken)
-            updates[round_.fqns.index(fqn)] = change.reshape(-1)
-        if exchange is not None:
-            updates = exchange.backward(updates, dtype=dtype)
-        for value, update in zip(values, updates, strict=True):
-            value.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(update.to(value.device))
+            known, nothing = dict(updates), torch.empty(0, device=pieces.device)
+            parts = [known.get(fqn, nothing) for fqn in round_.fqns]
+            dtype = pieces.value(round_.fqns[0]).dtype
+            back = exchange.backward(parts, dtype=dtype)
+            updates = zip(round_.fqns, back, strict=True)
+        for fqn, update in updates:
+            value = pieces.part(fqn, holders[fqn])
+            value.mul_(keep).add_(update.to(value.device))
 
     def _update(self, fqn: str, gradient: Tensor, group: dict[str, Any], taken: int) -> Tensor:
         """What the whole matrix changes by, decay apart; moments follow.

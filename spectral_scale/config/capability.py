@@ -40,6 +40,13 @@ def shard_group_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size if parallel.shard_group == "auto" else parallel.shard_group
 
 
+def projection_group(parallel: ParallelConfig, world_size: int) -> int:
+    """Ranks over which GaLore's matrices are divided; 1 where each rank holds all of them."""
+    if parallel.backend == "fsdp2":
+        return shard_group_size(parallel, world_size)
+    return world_size if parallel.backend == "deepspeed" and zero_stage(parallel) else 1
+
+
 def shards_residual(parallel: ParallelConfig) -> bool:
     """Whether frozen weights of converted layers are sharded."""
     if parallel.residual != "auto":

@@ -75,6 +75,11 @@ def resolve_deepspeed(config: RunConfig, *, world_size: int) -> dict[str, Any]:
             "flops_profiler.enabled=true is refused in stage 3: it runs on rank 0 alone, whose "
             "gathers of weights then no longer match those of other ranks; profile in stage 2"
         )
+    if given.get(CPU_ADAM) is True and config.spectral.method == "galore":
+        problems.append(
+            f"{CPU_ADAM}=true is refused with spectral.method=galore, whose optimizer is its own; "
+            'set it to false or "auto"'
+        )
     if problems:
         raise ConfigError(f"{path} does not fit the run:\n  - " + "\n  - ".join(problems))
     _warn_unknown(given, shared, path)

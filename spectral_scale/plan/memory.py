@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from spectral_scale.config.capability import shard_group_size, shards_residual, zero_stage
+from spectral_scale.config.capability import (
+    projection_group,
+    shard_group_size,
+    shards_residual,
+    zero_stage,
+)
 from spectral_scale.config.check import gradient_accumulation_steps
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
@@ -51,7 +56,10 @@ def memory_of(
     """The parts for the run's backend; activations apart (see `plan.activations`)."""
     parts = _PARTS[config.parallel.backend](config, inventory, world_size)
     if config.spectral.method == "galore":
-        parts["optimizer"] = _galore(config, architecture, inventory)
+        resting = "host" if config.parallel.offload == "cpu" else "optimizer"
+        parts[resting] += _galore(config, architecture, inventory, world_size)
+        if projection_group(config.parallel, world_size) > 1:
+            parts["gathered"] += _galore_round(architecture, inventory)
     bank = owned_bytes(config, inventory, world_size)
     if config.spectral.method == "frod":
         parts["gathered"] += formed_weight_bytes(config, inventory)
@@ -151,13 +159,24 @@ def _share(nbytes: int, ranks: int) -> int:
     return -(-nbytes // ranks)
 
 
-def _galore(config: RunConfig, architecture: Architecture, inventory: Inventory) -> int:
-    """Dense parameters' moments, projected ones' in rank r, and the projectors."""
+def _galore(
+    config: RunConfig, architecture: Architecture, inventory: Inventory, world_size: int
+) -> int:
+    """What moments in rank r and projectors, on the fullest rank, add to dense moments' bytes."""
     itemsize, r = inventory.items[0].itemsize, config.spectral.spectral_rank
-    projected = dense_matrices(architecture)
-    rest = inventory.numel(trainable=True) - sum(m * n for m, n in projected)
-    low = sum(2 * r * max(m, n) + r * min(m, n) for m, n in projected)
-    return itemsize * (2 * rest + low)
+    group = projection_group(config.parallel, world_size)
+    matrices = {str(i): shape for i, shape in enumerate(dense_matrices(architecture))}
+    loads = [0] * group
+    for name, rank in assign_owners(matrices, group).items():
+        loads[rank] += 2 * r * max(matrices[name]) + r * min(matrices[name])
+    dense = _share(2 * itemsize * sum(m * n for m, n in matrices.values()), group)
+    return itemsize * max(loads) - dense
+
+
+def _galore_round(architecture: Architecture, inventory: Inventory) -> int:
+    """What an owner holds at most while a matrix is under way: the gradient, what is sent and
+    received of it, its update."""
+    return 5 * inventory.items[0].itemsize * max(m * n for m, n in dense_matrices(architecture))
 
 
 def shared_basis_bytes(config: RunConfig, inventory: Inventory) -> int:

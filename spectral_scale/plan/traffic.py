@@ -6,11 +6,16 @@ twice that in an all-reduce (Thakur et al. 2005, section 4).
 
 from dataclasses import dataclass
 
-from spectral_scale.config.capability import shard_group_size, shards_residual, zero_stage
+from spectral_scale.config.capability import (
+    projection_group,
+    shard_group_size,
+    shards_residual,
+    zero_stage,
+)
 from spectral_scale.config.check import gradient_accumulation_steps
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.filter_needs import filter_needs
-from spectral_scale.plan.inventory import Inventory
+from spectral_scale.plan.inventory import Inventory, Item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,31 @@ def traffic_of(config: RunConfig, inventory: Inventory, *, world_size: int) -> T
     moved = shares[0] * (payload.all_gather + payload.reduce_scatter) + reduced
     moved += filtered.exchanged + 2 * shares[0] * filtered.reduced
     spread = (world_size - 1) / world_size
-    return Traffic(step=round(moved), boundary=round(spread * boundary_payload(config, inventory)))
+    boundary = spread * boundary_payload(config, inventory)
+    if config.spectral.method == "galore":
+        owners = projection_group(config.parallel, world_size)
+        moved += _to_owners_and_back(config, inventory, owners)
+        boundary = _projectors(config, inventory) * (1 - owners / world_size)
+    return Traffic(step=round(moved), boundary=round(boundary))
+
+
+def _to_owners_and_back(config: RunConfig, inventory: Inventory, owners: int) -> float:
+    """What a rank sends of GaLore's gradients and updates: the flat buffers of ZeRO-1 and 2 are cut
+    inside two of its matrices at most."""
+    sizes = [item.numel * item.itemsize for item in _projected(inventory)]
+    if config.parallel.backend == "deepspeed" and zero_stage(config.parallel) < 3:
+        return 2 * max(sizes) if owners > 1 else 0
+    return 2 * sum(sizes) * (owners - 1) / owners**2
+
+
+def _projectors(config: RunConfig, inventory: Inventory) -> int:
+    """Bytes of all projectors, which copies of the model take over from each other."""
+    rank = config.spectral.spectral_rank
+    return sum(rank * min(item.shape) * item.itemsize for item in _projected(inventory))
+
+
+def _projected(inventory: Inventory) -> list[Item]:
+    return [item for item in inventory.items if item.block is not None and len(item.shape) == 2]
 
 
 def step_payload(config: RunConfig, inventory: Inventory, *, world_size: int) -> Payload:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spectral_scale.config.capability import projection_group
+from spectral_scale.plan.build import plan_run
 from spectral_scale.testing.deepspeed import allow_fp16
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import assemble, distance
 from spectral_scale.testing.tiny import one_process_group, tiny_config, train_in_turn, train_tiny
 
-STEPS, STOP, BATCH = 6, 3, 48  # projectors are renewed in steps 1 and 5
+STEPS, STOP, BATCH = 6, 3, 24  # projectors are renewed in steps 1 and 5
 MATRICES = 12
 SETTINGS: dict[str, Any] = {
     "spectral__method": "galore",
@@ -109,7 +112,6 @@ def assert_lines(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 ZERO_CASES = {
-    1: [("zero1", 4), ("zero3", 4)],
     2: [("zero2", 1), ("zero3", 1)],  # the latter in parts
     3: [(name, 4) for name in HOSTS if name.startswith("zero")],
 }
@@ -146,7 +148,7 @@ def train_in_halves(runs: list[Any]) -> list[dict[str, Any]]:
 
 def test_half_precision(corpus: Path, tmp_path: Path, alone: dict[str, Any]) -> None:
     """Near the torch backend's bf16; a step that overflows in fp16 counts for no projector."""
-    halves = [("zero1", "bf16"), ("zero3+offload", "bf16"), ("fsdp2", "bf16"), ("zero2", "fp16")]
+    halves = [("zero1", "bf16"), ("zero3+offload", "bf16"), ("zero2", "fp16")]
     scale = deepspeed_file(tmp_path, OVERFLOWING)
     runs = [
         (
@@ -165,12 +167,13 @@ def test_half_precision(corpus: Path, tmp_path: Path, alone: dict[str, Any]) -> 
             assert max(abs(result["losses"][s] - reference[s]) for s in reference) < 5e-3, host
             continue
         lines = [line for _, line in result["lines"] if "train/loss" in line]
-        skipped = lines[-1]["train/skipped_steps"]
-        assert 0 < skipped < STEPS - 1
-        renewed = [step for step, line in result["lines"] if "galore/projections" in line]
-        assert renewed[0] == skipped + 1
+        applied = [line for line in lines if "train/grad_norm" in line]
+        assert 0 < lines[-1]["train/skipped_steps"] == STEPS - len(applied)
+        assert ["galore/projections" in line for line in lines].index(True) > 0
+        renewed = [i for i, line in enumerate(applied) if "galore/projections" in line]
+        assert renewed == list(range(0, len(applied), 4))
         steps = {float(t) for n, t in result["tensors"].items() if n.endswith("/step")}
-        assert steps == {float(STEPS - skipped)}
+        assert steps == {float(len(applied))}
 
 
 # -- state -----------------------------------------------------------------------------------------
@@ -179,25 +182,25 @@ def test_half_precision(corpus: Path, tmp_path: Path, alone: dict[str, Any]) -> 
 def test_resume_is_bit_exact_and_state_moves_between_hosts(corpus: Path, tmp_path: Path) -> None:
     """Stopped between two renewals. Hosts load what others saved bit for bit, and go on."""
     runs: list[Any] = []
-    for host in ("zero2", "zero3+offload", "fsdp2"):
+    for host in ("zero2", "fsdp2"):
         runs.append((config_of(corpus, tmp_path / "straight", host, 2), None))
         broken = config_of(corpus, tmp_path / "broken", host, 2)
         runs += [(broken, STOP), (broken, None)]
-    folder, chain = tmp_path / "moved", ("zero2", "fsdp2", "zero3", "zero0", "torch", "zero1")
+    folder, chain = tmp_path / "moved", ("zero2", "fsdp2", "zero3", "torch", "zero0")
     moved = {"train__run_dir": str(folder)}
     for step, host in enumerate(chain, start=1):
         for steps in [step] if step == 1 else [step - 1, step]:  # takes no step at first
             runs.append((config_of(corpus, tmp_path, host, 2, **moved, train__steps=steps), None))
     ranks = run_distributed(train_in_turn, 2, runs, timeout_seconds=300)
     for rank in ranks:
-        for straight, first, second in (rank[0:3], rank[3:6], rank[6:9]):
+        for straight, first, second in (rank[0:3], rank[3:6]):
             assert first["step"] == STOP and second["step"] == STEPS
             assert first["losses"] | second["losses"] == straight["losses"]
             assert_same(second["tensors"], straight["tensors"])
-    states = [assemble([rank[i] for rank in ranks]) for i in range(9, len(runs))]
+    states = [assemble([rank[i] for rank in ranks]) for i in range(6, len(runs))]
     for saved, loaded in zip(states[0:-1:2], states[1::2], strict=True):
         assert_same(loaded, saved)
-    elsewhere = config_of(corpus, tmp_path, "zero2", 3, **moved)
+    elsewhere = config_of(corpus, tmp_path, "zero2", 3, **moved, train__steps=len(chain))
     assert_same(assemble(run_distributed(train_tiny, 3, elsewhere)), states[-1])
 
 
@@ -231,7 +234,7 @@ def a_matrix_is_left_out(patch: pytest.MonkeyPatch) -> None:
     plain = DividedGaLoreAdamW._update
 
     def update(optimizer: Any, fqn: str, gradient: Any, *rest: Any) -> Any:
-        if "fc1" in fqn:
+        if "layers.0.fc" in fqn:
             return torch.zeros_like(gradient)
         return plain(optimizer, fqn, gradient, *rest)
 
@@ -258,20 +261,31 @@ TWINS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
 """Twin -> what all ranks say; nothing: they train other numbers."""
 
 
-def train_twins(configs: list[Any]) -> list[dict[str, Any]]:
-    """The right run, then each broken one, or its error."""
-    from spectral_scale.errors import SpectralError
-
+def train_twins(configs: list[Any]) -> list[Any]:
+    """The right run, then each broken one; of one that fails, its first step's error."""
     results = []
     with one_process_group():
         for config, twin in zip(configs, [lambda _: None, *TWINS], strict=True):
             with pytest.MonkeyPatch.context() as patch:
                 twin(patch)
-                try:
-                    results.append(train_tiny(config))
-                except SpectralError as error:
-                    results.append({"error": str(error)})
+                fails = bool(TWINS.get(twin))
+                results.append(error_of_a_step(config) if fails else train_tiny(config))
     return results
+
+
+def error_of_a_step(config: Any) -> str:
+    from spectral_scale.engine.build import build_run
+    from spectral_scale.engine.loop import TrainingLoop
+    from spectral_scale.errors import SpectralError
+    from spectral_scale.metrics.sinks import NullLog
+    from spectral_scale.parallel.facts import detect_rank_facts
+
+    run = build_run(config, detect_rank_facts())
+    TrainingLoop(run, NullLog(), None)._forward_backward(next(iter(run.loader.steps(0, 1))))
+    with pytest.raises(SpectralError) as caught:
+        run.backend.step(clip_grad_norm=0.0)
+        run.controller.after_step()
+    return str(caught.value)
 
 
 def test_a_broken_twin_shows(corpus: Path, tmp_path: Path, alone: dict[str, Any]) -> None:
@@ -281,7 +295,7 @@ def test_a_broken_twin_shows(corpus: Path, tmp_path: Path, alone: dict[str, Any]
     for index, message in enumerate(["", *TWINS.values()]):
         found = [rank[index] for rank in ranks]
         if message:
-            assert all(message in rank["error"] for rank in found), names[index]
+            assert all(message in error for error in found), found
         else:
             apart = distance(found, alone["fp64"]).loss
             assert (apart > 1e-5) is (index > 0), (names[index], apart)
@@ -374,6 +388,28 @@ def test_costs(world: int, hosts: tuple[str, ...], corpus: Path, tmp_path: Path)
         assert first["allreduce"] - second["allreduce"] <= world * (4 + 2 * 8) * (MATRICES + 1)
         for f in found:
             assert f["states"] == pytest.approx(f["owned"] + 8 * f["rest"] / group, rel=0.03), host
-            print(host, f["peak"] / 4 / max(SIZES))
-            assert f["peak"] < 6 * 4 * max(SIZES), host
+            assert f["peak"] <= (5 if group > 1 else 2.1) * 4 * max(SIZES), host
         assert sum(f["owned"] for f in found) == 4 * LOW * copies, host
+        assert_planned(configs[index], world, found)
+
+
+def assert_planned(config: Any, world: int, found: list[dict[str, Any]]) -> None:
+    """`plan` says what was counted, on top of what dense training keeps and sends."""
+    spectral = replace(config.spectral, method="full")
+    dense, plan = (
+        plan_run(c, world_size=world, gpu_memory_bytes=80e9)
+        for c in (replace(config, spectral=spectral), config)
+    )
+    group = projection_group(config.parallel, world)
+    saved = 8 * DENSE / group - max(f["owned"] for f in found)
+    flat = config.parallel.zero_stage in (1, 2)
+    planned = dense.memory["optimizer"] - plan.memory["optimizer"]
+    assert planned == pytest.approx(saved, rel=0.1 if flat else 0.02)
+    sent = plan.step_traffic_bytes - dense.step_traffic_bytes
+    counted = [f["sent"][1]["alltoall_base"] for f in found]
+    if flat:
+        assert max(counted) <= sent
+    else:
+        assert sent == pytest.approx(sum(counted) / world, rel=0.02)
+    broadcast = sum(f["sent"][0]["broadcast"] for f in found) / world
+    assert plan.boundary_traffic_bytes <= broadcast

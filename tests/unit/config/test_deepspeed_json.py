@@ -128,6 +128,13 @@ def test_the_flops_profiler_is_refused_in_stage_3_alone(tmp_path: Path) -> None:
     assert resolve_deepspeed(run_with(path), world_size=1)["flops_profiler"] == {"enabled": True}
 
 
+def test_deepspeeds_adam_cannot_step_galore(tmp_path: Path) -> None:
+    path = written(tmp_path, {"zero_force_ds_cpu_optimizer": True})
+    with pytest.raises(ConfigError, match=r"zero_force_ds_cpu_optimizer=true is refused with"):
+        resolve_deepspeed(run_with(path, spectral__method="galore"), world_size=1)
+    resolve_deepspeed(run_with(path), world_size=1)
+
+
 def test_all_problems_are_listed_together(tmp_path: Path) -> None:
     value = {"train_batch_size": 1, "gradient_clipping": 9, "prescale_gradients": True}
     with pytest.raises(ConfigError) as error:

@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spectral_scale.backends.base import Accept, Replicated, StepStats
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.errors import CheckpointError, ConfigError
+from spectral_scale.errors import ConfigError
 from spectral_scale.optim.build import create_state
 from spectral_scale.optim.groups import kinds
-from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, overwrite, whole
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.facts import RankFacts
 from spectral_scale.parallel.group import join_group, leave_group
@@ -100,15 +100,7 @@ class TorchBackend:
 
     def load_state(self, read: ReadTensor) -> None:
         """Overwrite trained parameters and moments in place from a checkpoint."""
-        with torch.no_grad():
-            for name, tensor in self._state():
-                value = read(name)
-                if value.shape != tensor.shape:
-                    raise CheckpointError(
-                        f"{name} has shape {tuple(value.shape)} in the checkpoint, "
-                        f"the model needs {tuple(tensor.shape)}"
-                    )
-                tensor.copy_(value)
+        overwrite(self._state(), read)
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         for group in self._optimizer.param_groups:

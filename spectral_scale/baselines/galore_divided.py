@@ -21,9 +21,9 @@ from spectral_scale.baselines.projection import (
     projects_right,
     subspace_overlap,
 )
-from spectral_scale.errors import CheckpointError, SpectralError
+from spectral_scale.errors import SpectralError
 from spectral_scale.optim.build import adamw_state
-from spectral_scale.parallel.chunks import ReadTensor
+from spectral_scale.parallel.chunks import ReadTensor, overwrite
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.pieces import Pieces, Range
 from spectral_scale.parallel.store import MOMENTS
@@ -94,14 +94,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
 
     def load_state_tensors(self, read: ReadTensor) -> None:
         """Overwrite them, in place. Raises CheckpointError for one of another shape."""
-        for name, tensor in self._named_state():
-            value = read(name)
-            if value.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{name} has shape {tuple(value.shape)} in the checkpoint, the run needs "
-                    f"{tuple(tensor.shape)}"
-                )
-            tensor.copy_(value)
+        overwrite(self._named_state(), read)
 
     def _named_state(self) -> Iterator[tuple[str, Tensor]]:
         for fqn, state in self._states.items():

@@ -1,10 +1,12 @@
 """A rectangle of a logical tensor, as one rank holds it: what backends hand to checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from spectral_scale.errors import CheckpointError
 from spectral_scale.parallel.rectangles import Rectangle, Shape
 
 ReadTensor = Callable[..., Tensor]
@@ -48,3 +50,16 @@ class TensorChunk:
 def whole(name: str, tensor: Tensor) -> TensorChunk:
     """The chunk that is all of a logical tensor."""
     return TensorChunk(name, tensor, tuple(tensor.shape), (0,) * tensor.dim())
+
+
+def overwrite(tensors: Iterable[tuple[str, Tensor]], read: ReadTensor) -> None:
+    """Give whole tensors their saved values, in place. Raises CheckpointError for other shapes."""
+    with torch.no_grad():
+        for name, tensor in tensors:
+            value = read(name)
+            if value.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(value.shape)} in the checkpoint, "
+                    f"the model needs {tuple(tensor.shape)}"
+                )
+            tensor.copy_(value)

@@ -3,6 +3,7 @@
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class PeakMemory(TorchDispatchMode):
     """Bytes of the storages that were created in its scope and are still alive, and their peak.
 
-    Temporary memory inside an operator is not seen.
+    Temporary memory inside an operator is not seen, and sparse tensors are not.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class PeakMemory(TorchDispatchMode):
 
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
-        return [value]
+        return [value] if value.layout is torch.strided else []
     if isinstance(value, dict):
         return _tensors(list(value.values()))
     if isinstance(value, list | tuple):

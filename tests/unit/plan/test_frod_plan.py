@@ -6,12 +6,15 @@ import torch
 from spectral_scale.config.load import load_config
 from spectral_scale.config.presets import resolve_architecture
 from spectral_scale.engine.methods import convert_model
+from spectral_scale.layers.frod_pattern import Pattern, draw_positions
+from spectral_scale.layers.frod_product import FRoDProduct, SharedBasis
 from spectral_scale.models.build import build_model, materialise
 from spectral_scale.models.weights import KeyedWeights
 from spectral_scale.plan.build import checkpoint_bytes
 from spectral_scale.plan.inventory import take_inventory
-from spectral_scale.plan.memory import owned_bytes, svd_bytes
+from spectral_scale.plan.memory import FORMED, owned_bytes, svd_bytes
 from spectral_scale.spectral.frod_controller import FRoDController
+from spectral_scale.testing.memory import PeakMemory
 
 WORDS = {
     "spectral.method": "frod",
@@ -45,3 +48,21 @@ def test_bases_are_counted(world_size: int) -> None:
     state = sum(t.nbytes for _, t in controller.state_tensors())
     assert checkpoint_bytes(config, inventory) == 12 * trained + state
     assert svd_bytes(config, inventory, world_size) > 8 * 9 * 256**2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_formed_matrices_are_counted(dtype: torch.dtype) -> None:
+    """A pass over few tokens holds so many of the weight's size, and the weight in V's precision
+    where it is rounded; the tokens' own bytes are within 5 %."""
+    width = 512
+    pattern = Pattern(draw_positions(width, 0.01, 0), width)
+    v = torch.eye(width)
+    basis = SharedBasis(category="q_proj", v=v, v_inverse_t=v, pattern=pattern)
+    base, lengths = torch.ones(width, width, dtype=dtype), torch.ones(width)
+    mixing, delta = torch.zeros(pattern.positions.shape[1]), torch.zeros(width)
+    x = torch.ones(4, width, requires_grad=True)
+    trained = (mixing.requires_grad_(), delta.requires_grad_())
+    with PeakMemory() as memory:
+        FRoDProduct.apply(x, base, *trained, None, basis, lengths).sum().backward()
+    found = memory.peak_bytes / (4 * width * width)
+    assert found == pytest.approx(FORMED + (dtype != torch.float32), rel=0.05)

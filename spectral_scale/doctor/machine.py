@@ -1,15 +1,17 @@
-"""One machine by itself: versions, devices, compilers, limits, interfaces."""
+"""One machine by itself: versions, devices, compilers, limits, interfaces, ports."""
 
 import os
 import platform
 import resource
 import shutil
+import socket
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from spectral_scale.cluster.interface import VARIABLES, addresses
+from spectral_scale.cluster.rendezvous import LOOPBACK, PORTS
 from spectral_scale.doctor.findings import Finding, fault, ok, warning
 from spectral_scale.parallel.facts import RankFacts
 
@@ -42,6 +44,7 @@ def examine_machine(facts: RankFacts, backend: str | None) -> Iterator[Finding]:
     yield from _compilers(backend)
     yield _open_files()
     yield from _interfaces(facts)
+    yield _ports()
 
 
 def _packages(backend: str | None) -> Iterator[Finding]:
@@ -139,6 +142,25 @@ def _interfaces(facts: RankFacts) -> Iterator[Finding]:
         )
     else:
         yield ok("interfaces", text)
+
+
+def _ports() -> Finding:
+    """Ranks listen where the job's id says and, for gloo and NCCL, where the system says."""
+    own = addresses().get(os.environ.get(VARIABLES[0], ""), [])
+    host = next((address for address in own if "." in address), LOOPBACK)
+    try:
+        with (
+            socket.create_server((host, 0)) as server,
+            socket.create_connection(server.getsockname(), timeout=5),
+        ):
+            return ok("ports", f"a port of {host} can be listened on and reached")
+    except OSError as error:
+        return fault(
+            "ports",
+            f"no port of {host} can be listened on and reached: {error}",
+            f"allow TCP among the job's hosts: {PORTS.start} to {PORTS.stop - 1} for the meeting "
+            "(or MASTER_PORT), and those that the system hands out, for gloo and NCCL",
+        )
 
 
 def _matches(name: str, own: dict[str, list[str]]) -> bool:

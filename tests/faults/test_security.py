@@ -68,6 +68,17 @@ def test_nothing_in_a_run_folder_executes(corpus: Path, tmp_path: Path, crater: 
         assert main([command, str(run_dir)]) == 0, command
 
 
+def test_a_dataset_s_script_does_not_execute(
+    tmp_path: Path, crater: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"import os; os.mkdir({str(crater)!r})")
+    words = ["--train-bpe", "300", "--output", str(tmp_path / "prepared")]
+    assert main(["prepare", "--input", f"hf:{folder}", *words]) != 0
+    assert "evil" in capsys.readouterr().err
+
+
 TAGS = (
     "!!python/object/apply:os.mkdir [{crater}]",
     "!!python/object/new:os.mkdir [{crater}]",

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from slurm_cluster import Cluster, Job
+from transformers import AutoModelForCausalLM
 
 from spectral_scale.cli.main import main
 from spectral_scale.metrics.history import read_metrics
@@ -39,6 +41,7 @@ def job_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "DS_ACCELERATOR": "cpu",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_odls_base_sigkill_timeout": "15",  # mpirun waits all of it
     }
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -147,7 +150,8 @@ def test_one_rank_a_task_with_preflight(
 def test_torchrun_saves_before_the_time_limit_and_goes_on(
     jobs: Jobs, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGUSR1 goes to the script, which would end torchrun if it reached it."""
+    """SIGUSR1 goes to the script, which would end torchrun if it reached it. The resumed run's
+    weights are exported, and transformers loads them."""
 
     def near_the_limit(job_id: str) -> None:
         jobs.cluster.call("scontrol", "update", f"jobid={job_id}", "TimeLimit=4")
@@ -159,6 +163,10 @@ def test_torchrun_saves_before_the_time_limit_and_goes_on(
     said = jobs.said()
     assert "SIGUSR1 (the time limit is near)" in said and "requeued" in said
     assert job.restarts == 1 and REACHED < resumed_at(jobs) < STEPS
+    exported = str(jobs.folder / "exported")
+    assert main(["export", str(jobs.run_dir), "--output", exported]) == 0
+    logits = AutoModelForCausalLM.from_pretrained(exported)(torch.arange(16)[None]).logits
+    assert logits.isfinite().all()
 
 
 def test_mpirun_is_requeued_by_hand(

@@ -122,6 +122,12 @@ def test_machines_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
     found = by_name(machine.examine_machine(facts, None))
     assert found["compilers"].verdict == "ok"
     assert "no other host reaches lo" in found["interfaces"].text
+    assert found["ports"].verdict == "ok" and "127.0.0.1" in found["ports"].text
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("not allowed here")
+
+    monkeypatch.setattr(machine.socket, "create_server", refuse)
     monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (1024, 2048))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -129,4 +135,5 @@ def test_machines_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         found["devices"].verdict == "fault" and "local rank 2 has no GPU" in found["devices"].text
     )
+    assert found["ports"].verdict == "fault" and "allow TCP" in str(found["ports"].remedy)
     assert found["open files"].remedy == "ulimit -n 2048 before the start"

@@ -207,7 +207,7 @@ def _logs(folder: Path) -> str:
 
 
 def _stop(cluster: Cluster) -> None:
-    """Cancel what is left, then end the daemons by their pid files, slurmctld first."""
+    """Cancel what is left, then end the daemons by their pid files."""
     with contextlib.suppress(Exception):
         for job_id in set(cluster.call("squeue", "-h", "-o", "%A").split()):
             cluster.call("scancel", job_id)
@@ -215,13 +215,17 @@ def _stop(cluster: Cluster) -> None:
         while cluster.call("squeue", "-h").strip() and time.monotonic() < deadline:
             time.sleep(0.2)
     files = ("slurmctld.pid", *(f"slurmd.{node}.pid" for node in NODES), "munge/pid")
+    ending = []
     for file in (cluster.folder / name for name in files):
         with contextlib.suppress(OSError, ValueError):
-            _end(int(file.read_text()))
+            ending.append(int(file.read_text()))
+            os.kill(ending[-1], 15)
+    for pid in ending:
+        with contextlib.suppress(OSError):
+            _wait_for_end(pid)
 
 
-def _end(pid: int) -> None:
-    os.kill(pid, 15)
+def _wait_for_end(pid: int) -> None:
     for _ in range(100):
         os.kill(pid, 0)  # raises once it is gone
         time.sleep(0.1)

@@ -14,23 +14,26 @@ Exit code 0 only if every tensor of the last checkpoint and every loss is equal.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from spectral_scale.checkpoint.layout import list_checkpoints
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.metrics.history import load_history
+from spectral_scale.testing.distributed import PRELOADED
 
 WORLD_SIZE = 2
+CONTEXT = multiprocessing.get_context("forkserver")
 LONGEST_SECONDS = 3600.0
 FAULTS = ("kill a rank", "kill all", "stop a rank", "flip a byte", "no space", "STOP", "SIGTERM")
 NAN_EVERY = 97
@@ -41,8 +44,21 @@ LITTLE_SPACE = 4096
 """Bytes a file may have while a fault of the disk lasts."""
 
 
-def rank_main(words: list[str]) -> int:
+def rank_main(rank: int, port: int, words: list[str], log: Path, space: int | None) -> None:
     """One rank: training, with losses that are not finite at some data steps."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(WORLD_SIZE),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        SPECTRAL_SCALE_MEETING_SECONDS="300",
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     import torch
 
     from spectral_scale.cli.main import main
@@ -53,15 +69,14 @@ def rank_main(words: list[str]) -> int:
 
     def forward_backward(self, batch):
         bad = batch.step % NAN_EVERY == NAN_EVERY - 1 or batch.step in NAN_ROW
-        factor = float("nan") if bad and int(os.environ["RANK"]) == batch.step % 2 else 1.0
+        factor = float("nan") if bad and rank == batch.step % 2 else 1.0
         loop.token_loss_sum = lambda *a: product(*a) * factor
         return original(self, batch)
 
     loop.TrainingLoop._forward_backward = forward_backward
-    space = os.environ.get("SOAK_FILE_BYTES")
     if space is not None:
-        _limit_checkpoint_files(int(space))
-    return main(words)
+        _limit_checkpoint_files(space)
+    sys.exit(main(words))
 
 
 def _limit_checkpoint_files(size: int) -> None:
@@ -109,18 +124,17 @@ def words(run_dir: Path, steps: int) -> list[str]:
 class Ranks:
     """The processes of one start."""
 
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[BaseProcess]
 
     def running(self) -> bool:
         """Whether any rank is left."""
-        return any(process.poll() is None for process in self.processes)
+        return any(process.is_alive() for process in self.processes)
 
     def kill(self) -> None:
         """End all that is left."""
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            process.kill()
+            process.join()
 
 
 def start(arguments: list[str], log: Path, *, little_space: bool = False) -> Ranks:
@@ -128,23 +142,14 @@ def start(arguments: list[str], log: Path, *, little_space: bool = False) -> Ran
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(WORLD_SIZE):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(WORLD_SIZE),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "SPECTRAL_SCALE_MEETING_SECONDS": "300",
-        }
-        if little_space:
-            environment["SOAK_FILE_BYTES"] = str(LITTLE_SPACE)
-        with log.open("ab") as stream:
-            command = [sys.executable, __file__, "--rank", *arguments]
-            ranks.append(subprocess.Popen(command, stdout=stream, stderr=stream, env=environment))
-    return Ranks(ranks)
+    space = LITTLE_SPACE if little_space else None
+    ranks = [
+        CONTEXT.Process(target=rank_main, args=(rank, port, arguments, log, space))
+        for rank in range(WORLD_SIZE)
+    ]
+    for process in ranks:
+        process.start()
+    return Ranks(list[BaseProcess](ranks))
 
 
 def flip_a_byte(run_dir: Path, choice: random.Random) -> None:
@@ -167,7 +172,7 @@ def disturb(kind: str, ranks: Ranks, run_dir: Path, choice: random.Random) -> No
         for process in ranks.processes:
             process.kill()
     elif kind == "stop a rank":
-        victim.send_signal(signal.SIGSTOP)
+        os.kill(victim.pid, signal.SIGSTOP)
     elif kind == "flip a byte":
         flip_a_byte(run_dir, choice)
         for process in ranks.processes:
@@ -175,7 +180,7 @@ def disturb(kind: str, ranks: Ranks, run_dir: Path, choice: random.Random) -> No
     elif kind == "STOP":
         (run_dir / "STOP").touch()
     elif kind == "SIGTERM":
-        victim.send_signal(signal.SIGTERM)
+        os.kill(victim.pid, signal.SIGTERM)
     else:  # no space: only a new start can be given a smaller disk
         for process in ranks.processes:
             process.kill()
@@ -258,8 +263,8 @@ def productive_share(run_dir: Path) -> float:
 
 def main() -> int:
     """Run both, compare, print."""
-    if sys.argv[1:2] == ["--rank"]:
-        return rank_main(sys.argv[2:])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    CONTEXT.set_forkserver_preload(PRELOADED)  # a start costs no loading of modules
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
@@ -273,7 +278,9 @@ def main() -> int:
     log = arguments.output / "output.log"
     began = time.monotonic()
     ranks = start(words(straight, arguments.steps), log)
-    codes = [process.wait() for process in ranks.processes]
+    for process in ranks.processes:
+        process.join()
+    codes = [process.exitcode for process in ranks.processes]
     if codes != [0, 0]:
         sys.exit(f"the undisturbed run ended with {codes}; see {log}")
     alone = time.monotonic() - began

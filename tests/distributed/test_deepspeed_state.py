@@ -96,8 +96,7 @@ def test_through_fsdp2_and_back(corpus: Path, tmp_path: Path) -> None:
         assert_same(loaded, saved)
     *parts, expected = (run["losses"] for run in ranks[0])
     losses = {step: loss for part in parts for step, loss in part.items()}
-    assert losses.keys() == expected.keys()
-    assert max(abs(losses[s] - expected[s]) for s in expected) < 1e-5
+    assert losses == pytest.approx(expected, rel=1e-6)
 
 
 def test_reshard_and_migrate(corpus: Path, tmp_path: Path) -> None:
@@ -108,8 +107,7 @@ def test_reshard_and_migrate(corpus: Path, tmp_path: Path) -> None:
         micro = {"train__micro_batch_size": BATCH // world}
         config = config_of(corpus, tmp_path / "b", world, stage, **micro)
         losses |= train(world, config, stop)[0]["losses"]
-    assert losses.keys() == straight.keys()
-    assert max(abs(losses[s] - straight[s]) for s in straight) < 1e-5
+    assert losses == pytest.approx(straight, rel=1e-6)
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:

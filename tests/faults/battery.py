@@ -368,7 +368,7 @@ instant of a random save (50 saving in the background, 20 with two ranks, of whi
 killed); 64 times half a checkpoint lay on the disk. All 100 resumed and ended with the same bits as
 a run that was left alone: every tensor of the last checkpoint and every loss.
 
-`python tests/evidence/soak.py --mean-seconds 25 --seed 3` (2,000 steps, two ranks) met eight faults:
+`python tests/evidence/soak.py --mean-seconds 25 --seed 3` (2,000 steps, 2 ranks) met eight faults:
 a rank killed (twice), all ranks killed, a rank stopped, a byte of the newest checkpoint flipped, a
 full disk, the file STOP and SIGTERM, besides the steps whose loss was NaN by design and one return
 to an earlier step. Ten starts; every loss and every tensor of the last checkpoint equal to the

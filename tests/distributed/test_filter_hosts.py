@@ -124,10 +124,12 @@ def test_traffic(corpus: Path, tmp_path: Path) -> None:
             assert sent <= (WORLD * limit if owned else limit), where
             assert (sent > 0) is pairs, where
             assert (rank[cases.index((host, changes))]["planned"] > 0) is pairs, where
-    for case, found in enumerate(ranks[0]):
-        if cases[case][0] in ("zero1", "zero2"):
-            # Planned is 2 P / N; of the one matrix (in 18) that the cut goes through, less moves.
-            assert 1.0 <= found["planned"] / found["bytes"] <= 1 + 2 / 15, cases[case]
+    for case, found in zip(cases, zip(*ranks, strict=True), strict=True):
+        if case[0] in ("zero1", "zero2"):
+            # Planned is the most, 2 P / N for a cut in the middle. Here embeddings fill most of rank
+            # 0: one layer of three is there, and fc2 of all layers is on rank 1 and does not move.
+            most = max(rank["bytes"] for rank in found)
+            assert 1.0 <= found[0]["planned"] / most <= 2.0, case
 
 
 # -- state -----------------------------------------------------------------------------------

@@ -126,8 +126,8 @@ def test_traffic(corpus: Path, tmp_path: Path) -> None:
             assert (rank[cases.index((host, changes))]["planned"] > 0) is pairs, where
     for case, found in zip(cases, zip(*ranks, strict=True), strict=True):
         if case[0] in ("zero1", "zero2"):
-            # Planned is the most, 2 P / N for a cut in the middle. Here embeddings fill most of rank
-            # 0: one layer of three is there, and fc2 of all layers is on rank 1 and does not move.
+            # Planned is the most, 2 P / N for a cut in the middle. Embeddings fill most of rank 0
+            # here: one layer of three is there, and fc2 of all layers stays on rank 1.
             most = max(rank["bytes"] for rank in found)
             assert 1.0 <= found[0]["planned"] / most <= 2.0, case
 

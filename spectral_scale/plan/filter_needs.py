@@ -25,8 +25,8 @@ class FilterNeeds:
     saved: int = 0
     """In a checkpoint, all ranks together."""
     exchanged: int = 0
-    """Of all-to-alls that one rank sends in an optimizer step, at most: graphs that lie whole on one
-    rank stay there."""
+    """Of all-to-alls that a rank sends in an optimizer step, at most: graphs that lie on one rank
+    stay there."""
     reduced: int = 0
     """Of all-reduces in an optimizer step that is not measured."""
 

@@ -3,21 +3,27 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from spectral_scale.engine.attempts import Attempts
 from spectral_scale.engine.run_folder import write_failure
-from spectral_scale.engine.status import EXIT_CODES, saved_step
+from spectral_scale.engine.status import EXIT_CODES, read_status, saved_step
 from spectral_scale.engine.switches import Switches
 from spectral_scale.errors import ConfigError, LostRankError, NoProgressError, SpectralScaleError
 
 logger = logging.getLogger(__name__)
 
+DEPUTY_RANK = 1
+"""Writes how a run failed if rank 0, which is the one that is lost, has not."""
+DEPUTY_SECONDS = 2.0
+"""That rank 0 has for it."""
+
 
 class Ending:
-    """One process's part in it; rank 0 writes.
+    """One process's part in it; rank 0 writes, unless it is lost.
 
     Args:
         run_dir: the run folder.
@@ -41,13 +47,15 @@ class Ending:
         """Note an error in status.json; what to raise in its place."""
         if isinstance(error, LostRankError):
             error.exit_code = self._code_of_lost_rank()
+        reason = f"{type(error).__name__}: {error}"
+        code = error.exit_code if isinstance(error, SpectralScaleError) else EXIT_CODES["failed"]
+        if isinstance(error, LostRankError):
+            self._note_for_rank_0(reason, code)
         if self._attempts is None or isinstance(error, NoProgressError):
             return error
         if isinstance(error, ConfigError):  # nothing began
             self._attempts.withdraw()
             return error
-        reason = f"{type(error).__name__}: {error}"
-        code = error.exit_code if isinstance(error, SpectralScaleError) else EXIT_CODES["failed"]
         return self._note(reason, code) or error
 
     def at_once(self, verdict: str, end_hanging: Callable[[], None]) -> NoReturn:
@@ -56,8 +64,10 @@ class Ending:
         status.json is written before hanging ranks are ended: their launcher may then end all.
         """
         code = self._code_of_lost_rank()
+        reason = f"LostRankError: {verdict}"
+        self._note_for_rank_0(reason, code)
         if self._attempts is not None:
-            gave_up = self._note(f"LostRankError: {verdict}", code)
+            gave_up = self._note(reason, code)
             code = code if gave_up is None else gave_up.exit_code
         sys.stderr.write(f"spectral-scale train: error: {verdict}\n")
         sys.stderr.flush()
@@ -70,6 +80,13 @@ class Ending:
             write_failure(self._run_dir, steps=self._steps, reason=reason, exit_code=code)
             return None
         return gave_up
+
+    def _note_for_rank_0(self, reason: str, code: int) -> None:
+        if self._rank != DEPUTY_RANK:
+            return
+        time.sleep(DEPUTY_SECONDS)
+        if read_status(self._run_dir).get("state") == "running":
+            write_failure(self._run_dir, steps=self._steps, reason=reason, exit_code=code)
 
     def _code_of_lost_rank(self) -> int:
         """Worth another start by itself if this one saved something."""

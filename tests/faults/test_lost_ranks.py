@@ -57,6 +57,9 @@ def test_without_a_new_checkpoint_there_is_nothing_to_requeue(corpus: Path, tmp_
         ranks.signal(0, signal.SIGKILL)
         assert ranks.exit_codes() == [-signal.SIGKILL, 1]
         assert f"rank 0 on {HOST}" in ranks.output(1)
+    status = read_status(tmp_path)  # by rank 1, in place of rank 0
+    assert (status["state"], status["exit_code"], status["requeue"]) == ("failed", 1, False)
+    assert "rank 0" in status["reason"]
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
@@ -66,8 +69,8 @@ def test_a_stopped_rank_ends_the_run(corpus: Path, tmp_path: Path, stopped: int)
         ranks.wait_for_step(6)
         ranks.signal(stopped, signal.SIGSTOP)
         ranks.processes[stopped].join(60)
-        if stopped != 0:  # rank 0 writes it, and a launcher may kill it from now on
-            assert read_status(tmp_path)["state"] == "failed"
+        status = read_status(tmp_path)  # a launcher may kill its writer from now on
+        assert status["state"] == "failed" and f"rank {stopped}" in status["reason"]
         codes = ranks.exit_codes()
         assert codes[1 - stopped] == 75
         assert codes[stopped] == -signal.SIGABRT, "it was left behind, or could not tell"

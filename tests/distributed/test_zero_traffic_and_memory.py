@@ -241,7 +241,20 @@ def kept_elements(stage: int, world: int, found: dict[str, Any], *, gradients: b
     return (2 * (DENSE + t) + 12 * t + 4 * t) / world + always
 
 
-MEMORY = [(0, 2), (1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (3, 1), (3, 2), (3, 4)]
+MEMORY = [
+    (0, 1),
+    (0, 2),
+    (0, 4),
+    (1, 1),
+    (1, 2),
+    (1, 4),
+    (2, 1),
+    (2, 2),
+    (2, 4),
+    (3, 1),
+    (3, 2),
+    (3, 4),
+]
 
 
 @pytest.mark.parametrize(("stage", "world"), MEMORY)

@@ -15,6 +15,8 @@ from spectral_scale.cluster.rendezvous import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "setpriv")
 NODES = ("n1", "n2")
+REVOKED_SECONDS = 2.0
+"""After a requeue, slurmd refuses a job that starts in the second in which it was ended before."""
 
 # Debian's slurmd may run more than once on a machine. Accounting, cgroups and systemd are left
 # out; CPUs and GPUs are as on nodes of 8 GPUs, though the machine has none of them. A credential
@@ -112,13 +114,18 @@ class Cluster:
         )
 
     def wait(self, job_id: str, *, seconds: float = 120, output: Path | None = None) -> Job:
-        """The job once it has ended, requeues included: a requeued one is started at once."""
+        """The job once it has ended, requeues included: a requeued one is started soon."""
         deadline = time.monotonic() + seconds
+        pending_since: float | None = None
         while True:
             job = self.job(job_id)
             if job.state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):
                 return job
-            if job.state == "PENDING" and job.restarts:
+            if job.state != "PENDING" or not job.restarts:
+                pending_since = None
+            elif pending_since is None:
+                pending_since = time.monotonic()
+            elif time.monotonic() > pending_since + REVOKED_SECONDS:
                 self._start_now(job_id)
             if time.monotonic() > deadline:
                 said = output.read_text() if output and output.exists() else ""
@@ -126,7 +133,7 @@ class Cluster:
             time.sleep(0.2)
 
     def _start_now(self, job_id: str) -> None:
-        """A requeued job is held back until its old credential has expired."""
+        """SLURM holds a requeued job back until its old credential has expired."""
         subprocess.run(
             ["scontrol", "update", f"jobid={job_id}", "StartTime=now"],
             capture_output=True, timeout=60, check=False, env=self.environment(),

@@ -30,7 +30,7 @@ class ModelConfig:
     """Residual dropout probability (OPT only)."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """transformers' implementation; auto: sdpa (fused kernels), except for bf16 on a CPU and at
-    most 512 tokens, where plain products are about twice as fast."""
+    most 512 tokens, where plain products are faster."""
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of keeping its activations."""
     compile: bool = False

@@ -182,7 +182,8 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
 
     model = build_model(architecture, config.model, eos_token_id=train_tokens.eos_token_id)
     precision = config.train.precision
-    choose_attention(model, config.model, device=backend.device, precision=precision)
+    attention = choose_attention(model, config.model, device=backend.device, precision=precision)
+    logger.info("attention: %s", attention)
     if reader is None and config.model.path is not None:
         check_folder(Path(config.model.path), model)
         check_folder_tokenizer(Path(config.model.path), train_tokens)

@@ -7,7 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spectral_scale.backends.zero_store import ZeroStore
-from spectral_scale.parallel.pieces import Range, ShardGroup
+from spectral_scale.parallel.flat_order import FlatOrder
+from spectral_scale.parallel.pieces import ShardGroup
+from spectral_scale.parallel.ranges import Range
 from spectral_scale.parallel.rectangles import Shape
 
 
@@ -40,6 +42,10 @@ class ZeroPieces:
             for fqn in store.parameters
             if fqn in store.fragments
         }
+
+    def order(self, fqn: str) -> FlatOrder:
+        """Row-major."""
+        return FlatOrder(self.shapes[fqn])
 
     def held(self, fqn: str) -> list[Range]:
         """The ranges of the masters; whole where every rank keeps all of them."""

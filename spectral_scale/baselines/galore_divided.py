@@ -21,11 +21,12 @@ from spectral_scale.baselines.projection import (
     projects_right,
     subspace_overlap,
 )
-from spectral_scale.errors import SpectralError
+from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.optim.build import adamw_state
 from spectral_scale.parallel.chunks import ReadTensor, overwrite
 from spectral_scale.parallel.collective import Collective
-from spectral_scale.parallel.pieces import Pieces, Range
+from spectral_scale.parallel.pieces import Pieces
+from spectral_scale.parallel.ranges import Range
 from spectral_scale.parallel.store import MOMENTS
 from spectral_scale.spectral.owners import assign_owners
 
@@ -54,7 +55,10 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         self._rounds: dict[tuple[str, ...], list[Round]] = {}
 
     def bind(self, pieces: Pieces) -> None:
-        """Reach parameters through the host's pieces, and create the state of owned matrices."""
+        """Reach parameters through the host's pieces, and create the state of owned matrices.
+
+        Raises ConfigError for matrices that are cut into columns.
+        """
         self._pieces = pieces
         ranks = {
             fqn: group["galore_rank"]
@@ -62,6 +66,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
             for fqn in group["fqns"]
         }
         shapes = {fqn: (pieces.shapes[fqn][0], pieces.shapes[fqn][1]) for fqn in ranks}
+        _require_rows(pieces, ranks)
         holders = {fqn: _holders(pieces.held(fqn)) for fqn in ranks}
         at_one = {fqn: found[0] for fqn, found in holders.items() if len(found) == 1}
         self._owners = assign_owners(shapes, pieces.group.size, settled=at_one)
@@ -225,6 +230,16 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         *overlaps, count = self._pieces.group.sum(torch.stack([*overlaps, nothing + len(renewed)]))
         self.stats.renewed += int(count)
         self.stats.overlaps += [] if first else overlaps
+
+
+def _require_rows(pieces: Pieces, fqns: Iterable[str]) -> None:
+    """Owners put ranges of rows together."""
+    for fqn in fqns:
+        if pieces.order(fqn).column_blocks > 1:
+            raise ConfigError(
+                f"GaLore's owner of {fqn} needs ranges of its rows, but ranks hold columns; shard "
+                "along rows, without tensor parallelism"
+            )
 
 
 def _holders(ranges: Sequence[Range]) -> list[int]:

@@ -6,7 +6,8 @@ from itertools import zip_longest
 from math import prod
 
 from spectral_scale.parallel.exchange import Exchange
-from spectral_scale.parallel.pieces import Pieces, Range
+from spectral_scale.parallel.pieces import Pieces
+from spectral_scale.parallel.ranges import Range
 
 
 @dataclass(frozen=True, kw_only=True)

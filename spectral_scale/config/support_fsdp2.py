@@ -47,10 +47,7 @@ _BOTH: dict[str, Support] = {
 
 _TP_TESTS = f"{_FOLDER}test_tensor_parallel.py::"
 _TP_EQUAL = Yes(f"{_TP_TESTS}test_equals_one_process")
-_TP_FILTER = No(
-    "it reaches contiguous ranges of rows, and row-parallel matrices are cut into columns; set "
-    "parallel.tensor_parallel=1"
-)
+_TP_FILTER = Yes(f"{_FOLDER}test_filter_tensor_parallel.py::test_equals_one_process")
 _TP_STATE = Yes(f"{_TP_TESTS}test_state_moves_between_backends")
 
 FSDP2: dict[str, Support] = _BOTH

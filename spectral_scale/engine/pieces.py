@@ -24,7 +24,8 @@ def pieces_of(store: ParameterStore, model: nn.Module, *, what: str, remedy: str
     if isinstance(store, ZeroStore):
         return ZeroPieces(store)
     if isinstance(store, TorchStore | FSDP2Store):
-        return TensorPieces({n: p for n, p in model.named_parameters() if p.requires_grad})
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        return TensorPieces(trained, store.mesh if isinstance(store, FSDP2Store) else None)
     raise ConfigError(
         f"{what} does not reach the gradients behind {type(store).__name__}; {remedy}, or "
         "parallel.backend to torch, fsdp2 or deepspeed"

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spectral_scale.parallel.pieces import Range, ShardGroup
+from spectral_scale.parallel.pieces import ShardGroup
+from spectral_scale.parallel.ranges import Range
 
 Ranges = Sequence[Sequence[Range]]
 """[tensor][rank of the group] -> range."""

@@ -42,6 +42,7 @@ class FSDP2Store:
         self._parameters = dict(model.named_parameters())
         self._optimizer = optimizer
         self.collective = collective or present_group()
+        self.mesh = mesh
         self._layouts = Layouts(mesh)
 
     def collect(self, fqn: str, *, owner: int) -> Tensor | None:

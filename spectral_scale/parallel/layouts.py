@@ -46,6 +46,8 @@ class Layout:
     """Those ranks; None if there is one copy."""
     copy_of: dict[int, int]
     """Global rank -> the copy that it belongs to."""
+    piece_of: dict[int, int]
+    """Global rank -> the piece that it holds."""
     rank: int
     """This process."""
 
@@ -150,6 +152,7 @@ def _layout(tensor: DTensor, mesh: DeviceMesh, placements: tuple[Placement, ...]
         copy_ranks=tuple(grid[:, index].tolist()),
         copy_group=_group(mesh, copies),
         copy_of={r: i for i, row in enumerate(grid.tolist()) for r in row},
+        piece_of={r: j for row in grid.tolist() for j, r in enumerate(row)},
         rank=rank,
     )
 

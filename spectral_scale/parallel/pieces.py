@@ -1,10 +1,10 @@
 """Flat pieces of trained parameters and their gradients, whatever the host did to the storage.
 
-A piece is a contiguous range of the row-major flattened parameter. One rank of a shard group holds
-it, or every rank holds everything.
+A piece is a contiguous range of the flattened parameter. One rank of a shard group holds it, or
+some of them, or every rank holds everything.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -12,17 +12,16 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
+from spectral_scale.parallel.flat_order import FlatOrder
 from spectral_scale.parallel.layouts import Layout, Layouts
-from spectral_scale.parallel.ranges import rectangles_of_range
+from spectral_scale.parallel.ranges import Range
 from spectral_scale.parallel.rectangles import Shape
 from spectral_scale.parallel.shards import local
-
-Range = tuple[int, int]
-"""First element and number of elements, in the flattened tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +65,12 @@ class Pieces(Protocol):
     device: torch.device
     """Where collectives of the group take tensors from."""
 
+    def order(self, fqn: str) -> FlatOrder:
+        """In which order its elements are flattened."""
+
     def held(self, fqn: str) -> list[Range]:
-        """The range that each rank of the group holds."""
+        """The range that each rank of the group holds. Ranges of two ranks are the same or have
+        no element in common."""
 
     def gradient(self, fqn: str) -> Tensor | None:
         """The reduced gradient of this rank's range, a 1-D view; None if there is no gradient."""
@@ -83,36 +86,52 @@ class Pieces(Protocol):
 
 
 class TensorPieces:
-    """Pieces of plain tensors, which every rank holds whole, or of DTensors cut into rows.
+    """Pieces of plain tensors, which every rank holds whole, or of DTensors.
 
     Args:
-        parameters: trained ones by fqn, all of them whole or all under one `fully_shard` mesh.
+        parameters: trained ones by fqn, all of them whole or spread over ranks of one mesh, in
+            rows, in equal blocks of columns, or in rows of such blocks.
+        mesh: all ranks as a mesh, if parameters lie on a part of it only (tensor parallelism).
 
     Raises ConfigError for parameters that are cut in other ways.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], mesh: DeviceMesh | None = None) -> None:
         self._parameters = dict(parameters)
         self.shapes: Mapping[str, Shape] = {
             fqn: tuple(p.shape) for fqn, p in self._parameters.items()
         }
         self.device = next(iter(self._parameters.values())).device
-        layouts = Layouts()
+        layouts = Layouts(mesh)
         self._layouts = {
             fqn: layouts.of(p) if isinstance(p, DTensor) else None
             for fqn, p in self._parameters.items()
         }
-        _refuse_other_cuts(self._layouts)
-        self.group = _group(layout for layout in self._layouts.values() if layout)
+        self._orders = {
+            fqn: _order(fqn, self.shapes[fqn], layout) for fqn, layout in self._layouts.items()
+        }
+        widest = max((x for x in self._layouts.values() if x), key=lambda x: x.parts, default=None)
+        self.group = _group(widest)
+        self._ranks = widest.shard_ranks if widest else (0,)
+        for layout in self._layouts.values():
+            if layout is not None and not layout.piece_of.keys() >= set(self._ranks):
+                raise ConfigError(
+                    "trained parameters are spread over different groups of ranks; one group is "
+                    "required: give all calls of fully_shard the same mesh"
+                )
         self._names = {id(parameter): fqn for fqn, parameter in self._parameters.items()}
 
+    def order(self, fqn: str) -> FlatOrder:
+        """Row-major, or by blocks of columns where columns are cut."""
+        return self._orders[fqn]
+
     def held(self, fqn: str) -> list[Range]:
-        """Whole rows; all of them where nothing is cut."""
-        layout, shape = self._layouts[fqn], self.shapes[fqn]
-        if layout is None or layout.dim is None:
-            return [(0, prod(shape))] * self.group.size
-        boxes = [layout.rectangle(shape, index) for index in range(self.group.size)]
-        return [(box.offset[0] * prod(shape[1:]), box.numel) for box in boxes]
+        """Whole rows, of everything or of a block of columns."""
+        layout, shape, order = self._layouts[fqn], self.shapes[fqn], self._orders[fqn]
+        if layout is None:
+            return [(0, order.numel)] * self.group.size
+        pieces = [layout.piece_of[rank] for rank in self._ranks]
+        return [order.range_of(layout.rectangle(shape, piece)) for piece in pieces]
 
     def gradient(self, fqn: str) -> Tensor | None:
         """A view of `.grad`, which is made contiguous if it is not."""
@@ -136,49 +155,57 @@ class TensorPieces:
         return local(tensor).view(-1)
 
 
-def _refuse_other_cuts(layouts: Mapping[str, Layout | None]) -> None:
-    groups = {layout.shard_group for layout in layouts.values() if layout and layout.shard_group}
-    if len(groups) > 1:
+def _order(fqn: str, shape: Shape, layout: Layout | None) -> FlatOrder:
+    cuts = layout.cuts if layout else ()
+    blocks = prod(cut.parts for cut in cuts if cut.dim == 1)
+    if any(cut.dim > 1 for cut in cuts) or (blocks > 1 and len(shape) != 2):
         raise ConfigError(
-            "trained parameters are spread over different groups of ranks; one group is required: "
-            "give all calls of fully_shard the same mesh"
+            f"{fqn} of shape {shape} is cut along dimension {max(cut.dim for cut in cuts)}; only "
+            "rows, and columns of matrices, may be cut: leave out shard_placement_fn"
         )
-    for fqn, layout in layouts.items():
-        if layout is not None and layout.dim not in (None, 0):
-            raise ConfigError(
-                f"{fqn} is cut along dimension {layout.dim}; only rows (dimension 0) may be cut: "
-                "leave out shard_placement_fn"
-            )
+    if blocks > 1 and shape[1] % blocks:
+        raise ConfigError(
+            f"{fqn} has {shape[1]} columns, which {blocks} ranks do not divide; shard it along its "
+            "rows"
+        )
+    return FlatOrder(shape, blocks)
 
 
-def _group(layouts: Iterable[Layout]) -> ShardGroup:
+def _group(widest: Layout | None) -> ShardGroup:
+    """That of the parameter that is cut most."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    for layout in layouts:
-        if layout.shard_group is not None or layout.copy_group is not None:
-            return ShardGroup(
-                index=layout.index,
-                size=layout.parts,
-                handle=layout.shard_group,
-                writes=layout.is_first_copy,
-                copy=layout.copy_of[rank],
-                copy_ranks=layout.copy_ranks,
-                copy_handle=layout.copy_group,
-            )
-    return ShardGroup(writes=rank == 0)
+    if widest is None or (widest.shard_group is None and widest.copy_group is None):
+        return ShardGroup(writes=rank == 0)
+    return ShardGroup(
+        index=widest.index,
+        size=widest.parts,
+        handle=widest.shard_group,
+        writes=widest.is_first_copy,
+        copy=widest.copy_of[rank],
+        copy_ranks=widest.copy_ranks,
+        copy_handle=widest.copy_group,
+    )
 
 
-def range_chunks(name: str, part: Tensor, start: int, shape: Shape) -> Iterator[TensorChunk]:
+def speaks_for(pieces: Pieces, fqn: str) -> bool:
+    """Whether this rank is the first of those that hold its range: what is added up over ranks, or
+    saved, comes from it alone."""
+    held = pieces.held(fqn)
+    return held.index(held[pieces.group.index]) == pieces.group.index
+
+
+def range_chunks(name: str, part: Tensor, start: int, order: FlatOrder) -> Iterator[TensorChunk]:
     """A 1-D piece that begins at element `start` as rectangles of its logical tensor."""
     done = 0
-    for box in rectangles_of_range(start, part.numel(), shape):
+    for box in order.rectangles(start, part.numel()):
         piece = part[done : done + box.numel].view(box.shape)
-        yield TensorChunk(name, piece, shape, box.offset)
+        yield TensorChunk(name, piece, order.shape, box.offset)
         done += box.numel
 
 
-def read_range(read: ReadTensor, name: str, start: int, numel: int, shape: Shape) -> Tensor:
+def read_range(read: ReadTensor, name: str, start: int, numel: int, order: FlatOrder) -> Tensor:
     """The inverse: `numel` saved elements from `start` on, 1-D. Raises CheckpointError."""
-    pieces = [read(name, b.offset, b.shape) for b in rectangles_of_range(start, numel, shape)]
+    pieces = [read(name, b.offset, b.shape) for b in order.rectangles(start, numel)]
     if sum(piece.numel() for piece in pieces) != numel:
         raise CheckpointError(f"{name} does not hold elements {start} to {start + numel}")
     return torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else torch.empty(0)

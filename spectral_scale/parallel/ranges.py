@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from spectral_scale.parallel.rectangles import Rectangle, Shape
 
+Range = tuple[int, int]
+"""First element and number of elements, in the flattened tensor."""
+
 
 def rectangles_of_range(start: int, numel: int, shape: Shape) -> Iterator[Rectangle]:
     """The elements [start, start + numel) of a flattened tensor as boxes, in flat order.

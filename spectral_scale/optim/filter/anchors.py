@@ -4,9 +4,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from spectral_scale.optim.filter.sampling import spread
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.pieces import Pieces, range_chunks, read_range
+from spectral_scale.parallel.pieces import Pieces, range_chunks, read_range, speaks_for
 
 
 class Anchors:
@@ -31,17 +30,17 @@ class Anchors:
         return self._pieces.value(fqn) - self._kept[fqn]
 
     def state_chunks(self, *, own: bool) -> Iterator[TensorChunk]:
-        """The anchors of this rank's pieces; whole ones from the first rank, or all."""
+        """The anchors of this rank's pieces: all, or those that no earlier rank holds, too."""
         for fqn, kept in self._kept.items():
-            if own or self._pieces.group.index == 0 or spread(self._pieces, fqn):
-                shape = self._pieces.shapes[fqn]
-                yield from range_chunks(f"filter/anchor/{fqn}", kept, self._start(fqn), shape)
+            if own or speaks_for(self._pieces, fqn):
+                order = self._pieces.order(fqn)
+                yield from range_chunks(f"filter/anchor/{fqn}", kept, self._start(fqn), order)
 
     def load_state(self, read: ReadTensor) -> None:
         """Overwrite them from a checkpoint."""
         for fqn, kept in self._kept.items():
-            name, shape = f"filter/anchor/{fqn}", self._pieces.shapes[fqn]
-            kept.copy_(read_range(read, name, self._start(fqn), kept.numel(), shape))
+            name, order = f"filter/anchor/{fqn}", self._pieces.order(fqn)
+            kept.copy_(read_range(read, name, self._start(fqn), kept.numel(), order))
 
     @property
     def nbytes(self) -> int:

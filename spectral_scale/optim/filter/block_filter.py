@@ -11,10 +11,11 @@ from spectral_scale.ops.graphs import Graph
 from spectral_scale.optim.filter.measure import Sums
 from spectral_scale.optim.filter.nodes import NodeGroup
 from spectral_scale.optim.filter.operator import GraphOperator, build_graph, check_filter
-from spectral_scale.optim.filter.sampling import held_part, sampled_entries
+from spectral_scale.optim.filter.sampling import Sample
 from spectral_scale.optim.filter.signals import Signal, blocks
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.pieces import Range
+from spectral_scale.parallel.flat_order import FlatOrder
+from spectral_scale.parallel.ranges import Range
 
 SKETCH_ENTRIES = {"layers": 4096, "rows": 128, "heads": 1024}
 """Entries of a node's gradient whose mean is compared for knn."""
@@ -27,7 +28,7 @@ class BlockFilter:
         group: the nodes.
         config: graph, response, joint loss.
         seed: fixes sampled entries and the permutation.
-        features: of a node, over all ranks.
+        order: of a node's features, over all ranks.
         span: those that this rank has at hand.
         device: of the gradients.
         dtype: float32 or float64, in which it computes.
@@ -39,7 +40,7 @@ class BlockFilter:
         config: FilterConfig,
         *,
         seed: int,
-        features: int,
+        order: FlatOrder,
         span: Range,
         device: torch.device,
         dtype: torch.dtype,
@@ -49,11 +50,9 @@ class BlockFilter:
         self._device, self._dtype = device, dtype
         self.operator: GraphOperator | None = None
         self._watches = config.graph == "knn"
-        entries = sampled_entries(features, SKETCH_ENTRIES.get(config.nodes, 1), *self._key)
-        self._first, kept = held_part(entries, span)
-        self._entries = kept.to(device)
-        self._num_entries = len(entries)
-        self._mean = torch.zeros(group.num_nodes, len(kept), dtype=dtype, device=device)
+        self._sample = Sample(order, span, SKETCH_ENTRIES.get(config.nodes, 1), *self._key)
+        self._entries = self._sample.index.to(device)
+        self._mean = torch.zeros(group.num_nodes, len(self._entries), dtype=dtype, device=device)
         self._latest: Tensor | None = None
         if not self._watches:
             self.set_graph(build_graph(config, group.num_nodes, None, *self._key))
@@ -113,8 +112,9 @@ class BlockFilter:
 
     def mean_gradients(self) -> Tensor:
         """(n, q) float64 with this rank's columns, zeros elsewhere: the sum over ranks is whole."""
-        whole = self._mean.new_zeros(self.group.num_nodes, self._num_entries, dtype=torch.float64)
-        whole[:, self._first : self._first + self._mean.shape[1]] = self._mean
+        first, total = self._sample.first, self._sample.total
+        whole = self._mean.new_zeros(self.group.num_nodes, total, dtype=torch.float64)
+        whole[:, first : first + self._mean.shape[1]] = self._mean
         return whole
 
     def renew(self, mean_gradients: Tensor) -> None:
@@ -134,7 +134,7 @@ class BlockFilter:
     @property
     def speaks(self) -> bool:
         """Whether this rank writes what all ranks of the group know."""
-        return self._first == 0 and bool(self._mean.shape[1])
+        return self._sample.first == 0 and bool(self._mean.shape[1])
 
     @property
     def nbytes(self) -> int:
@@ -146,21 +146,22 @@ class BlockFilter:
         if not self._watches:
             return
         prefix = f"filter/{self.group.name}"
-        shape = (self.group.num_nodes, self._num_entries)
+        shape = (self.group.num_nodes, self._sample.total)
         if self._mean.numel():
-            yield TensorChunk(f"{prefix}/mean_gradients", self._mean, shape, (0, self._first))
+            offset = (0, self._sample.first)
+            yield TensorChunk(f"{prefix}/mean_gradients", self._mean, shape, offset)
         if own or self.speaks:
             table = _graph_table(None if self.operator is None else self.operator.graph)
             yield TensorChunk(f"{prefix}/graph", table, tuple(table.shape), (0, 0))
 
-    def load_state(self, read: ReadTensor) -> None:
-        """Overwrite both from a checkpoint."""
+    def load_state(self, read: ReadTensor, column_blocks: int) -> None:
+        """Overwrite both from a checkpoint whose parameters lay in so many blocks of columns."""
         if not self._watches:
             return
-        prefix, shape = f"filter/{self.group.name}", tuple(self._mean.shape)
+        prefix = f"filter/{self.group.name}"
         if self._mean.numel():
-            offset = (0, self._first)
-            self._mean.copy_(read(f"{prefix}/mean_gradients", offset=offset, shape=shape))
+            name, blocks = f"{prefix}/mean_gradients", 1 if self.group.cut else column_blocks
+            self._mean.copy_(self._sample.read(read, name, blocks, self.group.num_nodes))
         self.operator, self._latest = None, None
         table = read(f"{prefix}/graph")
         if bool(table[0, 2]):

@@ -40,8 +40,8 @@ class BlockSet:
             held = [pieces.held(fqn) for p in self._moved for fqn in p.group.fqns]
             wanted = [p.wanted or [] for p in self._moved for _ in p.group.fqns]
             self._exchange = Exchange(held, wanted, pieces.group)
-        self.counts_once = [p.is_whole for p in self._placements]
-        """By group, whether every rank measures the same whole."""
+        self.counts_here = [p.counts_here for p in self._placements]
+        """By group, whether no earlier rank measures the same."""
 
     def _block_filter(self, placement: Placement) -> BlockFilter | None:
         """None where another rank filters the group."""
@@ -53,7 +53,7 @@ class BlockSet:
             placement.group,
             self._config,
             seed=self._seed,
-            features=placement.features,
+            order=placement.order,
             span=placement.span,
             device=first.device if stays else self._pieces.device,
             dtype=torch.promote_types(first.dtype, torch.float32),
@@ -103,13 +103,27 @@ class BlockSet:
         filtered: list[Tensor] = []
         for index, placement in enumerate(self._placements):
             if placement.wanted is not None:
-                mine = [next(here) for _ in placement.group.fqns]
-                changes = None if changed is None else [next(changed) for _ in mine]
+                mine = self._unfolded(placement, here)
+                changes = None if changed is None else self._unfolded(placement, changed)
                 self._run(index, mine, changes, sums, full, needs_graph)
-                filtered += mine
+                filtered += self._folded(placement, mine)
         back = exchange.backward(filtered, dtype=dtype)
         for fqn, part in zip(fqns, back, strict=True):
             gradients[fqn].copy_(part)
+
+    def _unfolded(self, placement: Placement, parts: Iterator[Tensor]) -> list[Tensor]:
+        """The next tensors of a group; whole matrices in row-major order."""
+        fqns = placement.group.fqns
+        if placement.is_owned and placement.works_here:
+            return [self._pieces.order(fqn).to_row_major(next(parts)) for fqn in fqns]
+        return [next(parts) for _ in fqns]
+
+    def _folded(self, placement: Placement, parts: list[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        if not (placement.is_owned and placement.works_here):
+            return parts
+        orders = (self._pieces.order(fqn) for fqn in placement.group.fqns)
+        return [order.from_row_major(part) for order, part in zip(orders, parts, strict=True)]
 
     def _run(
         self,
@@ -144,16 +158,15 @@ class BlockSet:
                 block.forget()
 
     def renew_graphs(self) -> None:
-        """One all-reduce of the sampled mean gradients of all groups that are cut over ranks.
+        """One all-reduce of the sampled mean gradients of all groups that lie on several ranks.
 
         Raises SpectralError on all ranks if those of any group are not finite.
         """
         means = [block.mean_gradients() for block, _ in self._here()]
-        shared = [
-            mean
-            for mean, (_, p) in zip(means, self._here(), strict=True)
-            if not (p.is_owned or p.is_whole)
-        ]
+        shared = []
+        for mean, (_, placement) in zip(means, self._here(), strict=True):
+            if placement.is_cut:
+                shared.append(mean if placement.counts_here else mean.zero_())
         if shared:
             flat = torch.cat([mean.flatten().to(self._pieces.device) for mean in shared])
             self._pieces.group.sum(flat)
@@ -172,13 +185,13 @@ class BlockSet:
     def state_chunks(self, *, own: bool) -> Iterator[TensorChunk]:
         """Of every group, each piece once in the group of ranks, or all that is here."""
         for block, placement in self._here():
-            if own or self._pieces.group.index == 0 or not placement.is_whole:
+            if own or placement.counts_here:
                 yield from block.state_chunks(own=own)
 
-    def load_state(self, read: ReadTensor) -> None:
-        """Overwrite it from a checkpoint."""
+    def load_state(self, read: ReadTensor, column_blocks: Mapping[str, int]) -> None:
+        """Overwrite it from a checkpoint whose parameters lay in so many blocks of columns."""
         for block, _ in self._here():
-            block.load_state(read)
+            block.load_state(read, column_blocks[block.group.fqns[0]])
 
     @property
     def nbytes(self) -> int:

@@ -13,8 +13,7 @@ from spectral_scale.errors import ConfigError
 from spectral_scale.optim.filter.measure import Sums
 from spectral_scale.optim.filter.nodes import NodeGroup
 from spectral_scale.optim.filter.operator import GraphOperator, build_graph, check_filter
-from spectral_scale.optim.filter.sampling import spread
-from spectral_scale.parallel.pieces import Pieces
+from spectral_scale.parallel.pieces import Pieces, speaks_for
 
 
 class GainFilter:
@@ -40,7 +39,7 @@ class GainFilter:
         graph = build_graph(config, group.num_nodes, None, seed, "filter", group.name)
         self.operator = GraphOperator(graph, config, pieces.device, torch.float64)
         self._pieces = pieces
-        self._spread = [spread(pieces, fqn) for fqn in group.fqns]
+        self._speaks = [speaks_for(pieces, fqn) for fqn in group.fqns]
         self._sizes = torch.tensor(
             [torch.Size(pieces.shapes[fqn]).numel() for fqn in group.fqns],
             dtype=torch.float64,
@@ -60,12 +59,10 @@ class GainFilter:
             self._add(sums, squares, sizes, gains)
 
     def _square_sums(self, parts: Sequence[Tensor]) -> Tensor:
-        """|g|^2 of each block over all ranks, float64; whole blocks count once."""
-        first = self._pieces.group.index == 0
+        """|g|^2 of each block over all ranks, float64; what several ranks hold counts once."""
         own = [
-            torch.linalg.vector_norm(part).double().square().to(self._pieces.device)
-            * (cut or first)
-            for part, cut in zip(parts, self._spread, strict=True)
+            torch.linalg.vector_norm(part).double().square().to(self._pieces.device) * speaks
+            for part, speaks in zip(parts, self._speaks, strict=True)
         ]
         return self._pieces.group.sum(torch.stack(own))
 

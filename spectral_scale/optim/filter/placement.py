@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
+from spectral_scale.errors import ConfigError
 from spectral_scale.optim.filter.nodes import NodeGroup
 from spectral_scale.parallel.exchange import even_slices
-from spectral_scale.parallel.pieces import Pieces, Range
+from spectral_scale.parallel.flat_order import FlatOrder
+from spectral_scale.parallel.pieces import Pieces, speaks_for
+from spectral_scale.parallel.ranges import Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +17,16 @@ class Placement:
 
     group: NodeGroup
     """The nodes."""
-    features: int
-    """Of a node, over all ranks."""
+    order: FlatOrder
+    """Of a node's features, over all ranks."""
     span: Range
     """Features that this rank has at hand when it filters."""
     wanted: list[Range] | None
     """By rank, the range of each parameter that it filters; None: those that it holds."""
-    is_whole: bool = False
-    """Every rank holds, and filters, everything."""
+    is_cut: bool = False
+    """Ranks filter parts of each node."""
+    counts_here: bool = True
+    """Whether this rank is the first of those that filter the same features."""
     is_owned: bool = False
     """One rank filters the whole group."""
 
@@ -44,25 +48,55 @@ def place(groups: Sequence[NodeGroup], pieces: Pieces) -> list[Placement]:
 
 
 def _place(group: NodeGroup, pieces: Pieces, load: list[int]) -> Placement:
-    index = pieces.group.index
-    numel = prod(pieces.shapes[group.fqns[0]])
-    features = numel if group.cut is None else numel // group.num_nodes
+    index, first = pieces.group.index, group.fqns[0]
+    order = pieces.order(first)
+    numel = order.numel
+    inside = group.cut is not None
+    features = FlatOrder((numel // group.num_nodes,)) if inside else order
     held = [pieces.held(fqn) for fqn in group.fqns]
+    here = speaks_for(pieces, first)
     if all(range_ == (0, numel) for ranges in held for range_ in ranges):
+        span = (0, features.numel)
+        return Placement(group=group, order=features, span=span, wanted=None, counts_here=here)
+    if not inside and all(ranges == held[0] for ranges in held):
+        _require_one_order(group, pieces)
+        span = held[0][index]
         return Placement(
-            group=group, features=features, span=(0, features), wanted=None, is_whole=True
+            group=group, order=features, span=span, wanted=None, is_cut=True, counts_here=here
         )
-    if group.cut is None:
-        aligned = all(ranges == held[0] for ranges in held)
-        wanted = None if aligned else even_slices(numel, len(load))
-        span = (held[0] if wanted is None else wanted)[index]
-        return Placement(group=group, features=features, span=span, wanted=wanted)
+    _require_disjoint(group, held)
+    if not inside:
+        _require_one_order(group, pieces)
+        wanted = even_slices(numel, len(load))
+        span = wanted[index]
+        return Placement(group=group, order=features, span=span, wanted=wanted, is_cut=True)
     owner = load.index(min(load))
     load[owner] += numel
     return Placement(
         group=group,
-        features=features,
-        span=(0, features if owner == index else 0),
+        order=features,
+        span=(0, features.numel if owner == index else 0),
         wanted=[(0, numel if rank == owner else 0) for rank in range(len(load))],
         is_owned=True,
     )
+
+
+def _require_one_order(group: NodeGroup, pieces: Pieces) -> None:
+    """Equal ranges must be equal entries."""
+    blocks = {pieces.order(fqn).column_blocks for fqn in group.fqns}
+    if len(blocks) > 1:
+        raise ConfigError(
+            f"the parameters of {group.name} are cut into {sorted(blocks)} blocks of columns, but "
+            "a filter over layers needs all of them cut alike; shard every layer in the same way"
+        )
+
+
+def _require_disjoint(group: NodeGroup, held: Sequence[Sequence[Range]]) -> None:
+    """What is exchanged must come from one rank, and go back to it alone."""
+    for fqn, ranges in zip(group.fqns, held, strict=True):
+        some = [range_ for range_ in ranges if range_[1]]
+        if len(set(some)) < len(some):
+            raise ConfigError(
+                f"several ranks hold the same part of {fqn}, whose nodes must be brought together; "
+                "set filter.nodes=layers"
+            )

@@ -4,7 +4,7 @@ Comparing gradients, and telling how far parameters have moved, takes a few thou
 entries. Sampling, unlike a projection, adds up nothing over ranks: no rounding depends on them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from torch import Tensor
 from spectral_scale.ops.keyed_random import keyed_uniform
 from spectral_scale.optim.filter.measure import Sums
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.pieces import Pieces, Range
+from spectral_scale.parallel.flat_order import FlatOrder
+from spectral_scale.parallel.pieces import Pieces, speaks_for
+from spectral_scale.parallel.ranges import Range
 
 DRIFT_ENTRIES = 1024
 """Entries of a parameter from which its drift is estimated."""
@@ -27,12 +29,41 @@ def sampled_entries(size: int, count: int, *key: object) -> Tensor:
     return bounds[:-1] + offsets.long()
 
 
-def held_part(entries: Tensor, span: Range) -> tuple[int, Tensor]:
-    """Of ascending positions those in a range: number of the first, and all relative to it."""
+class Sample:
+    """Entries drawn from a flat tensor, in the order in which they lie there: those in a range.
+
+    Args:
+        order: of the tensor.
+        span: the range.
+        count: entries to draw at most.
+        key: of the draw.
+    """
+
+    def __init__(self, order: FlatOrder, span: Range, count: int, *key: object) -> None:
+        self._order = order
+        self._drawn = sampled_entries(order.numel, count, *key)
+        places, self._by_place = order.places(self._drawn).sort()
+        self.first, self.index = held_part(places, span)
+        """Number of the first one in the range, and all of those relative to its start (int64)."""
+        self.total = len(places)
+        """Entries in the whole tensor."""
+
+    def read(self, read: ReadTensor, name: str, column_blocks: int, *rows: int) -> Tensor:
+        """Those in the range (last axis) of a checkpoint's (*rows, total), whose tensor lay in
+        another number of column blocks there."""
+        size = len(self.index)
+        if column_blocks == self._order.column_blocks:
+            return read(name, offset=(*(0 for _ in rows), self.first), shape=(*rows, size))
+        saved = FlatOrder(self._order.shape, column_blocks).places(self._drawn).argsort().argsort()
+        return read(name)[..., saved[self._by_place[self.first : self.first + size]]]
+
+
+def held_part(places: Tensor, span: Range) -> tuple[int, Tensor]:
+    """Of ascending places those in a range: number of the first, and all relative to it."""
     start, numel = span
-    inside = (entries >= start) & (entries < start + numel)
-    first = int((entries < start).sum())
-    return first, entries[inside] - start
+    inside = (places >= start) & (places < start + numel)
+    first = int((places < start).sum())
+    return first, places[inside] - start
 
 
 class Drift:
@@ -46,14 +77,14 @@ class Drift:
 
     def __init__(self, pieces: Pieces, fqns: list[str], *, seed: int) -> None:
         self._pieces = pieces
-        self._place: dict[str, tuple[int, int, Tensor]] = {}
+        self._samples: dict[str, Sample] = {}
+        self._index: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
         for fqn in fqns:
             span = pieces.held(fqn)[pieces.group.index]
-            size = torch.Size(pieces.shapes[fqn]).numel()
-            entries = sampled_entries(size, DRIFT_ENTRIES, seed, "drift", fqn)
-            first, kept = held_part(entries, span)
-            self._place[fqn] = (first, len(entries), kept.to(pieces.value(fqn).device))
+            sample = Sample(pieces.order(fqn), span, DRIFT_ENTRIES, seed, "drift", fqn)
+            self._samples[fqn] = sample
+            self._index[fqn] = sample.index.to(pieces.value(fqn).device)
         self.restart(fqns)
 
     def restart(self, fqns: list[str]) -> None:
@@ -63,27 +94,25 @@ class Drift:
 
     def add(self, fqn: str, sums: Sums) -> None:
         """Add the squared change of this rank's entries, and their squares at the start."""
-        if self._pieces.group.index and not spread(self._pieces, fqn):
+        if not speaks_for(self._pieces, fqn):
             return
         start = self._start[fqn].double()
         sums.add("drift", (self._now(fqn).double() - start).square().sum())
         sums.add("anchor", start.square().sum())
 
     def state_chunks(self, *, own: bool) -> Iterator[TensorChunk]:
-        """The starting values of this rank's entries; whole ones from the first rank, or all."""
+        """The starting values of this rank's entries: all, or those that no earlier rank holds."""
         for fqn, value in self._start.items():
-            first, total, _ = self._place[fqn]
-            mine = own or self._pieces.group.index == 0 or spread(self._pieces, fqn)
-            if value.numel() and mine:
-                yield TensorChunk(f"filter/drift/{fqn}", value, (total,), (first,))
+            sample = self._samples[fqn]
+            if value.numel() and (own or speaks_for(self._pieces, fqn)):
+                yield TensorChunk(f"filter/drift/{fqn}", value, (sample.total,), (sample.first,))
 
-    def load_state(self, read: ReadTensor) -> None:
-        """Overwrite them from a checkpoint."""
+    def load_state(self, read: ReadTensor, column_blocks: Mapping[str, int]) -> None:
+        """Overwrite them from a checkpoint whose parameters lay in so many blocks of columns."""
         for fqn, value in self._start.items():
-            first = self._place[fqn][0]
             if value.numel():
-                shape = (value.numel(),)
-                value.copy_(read(f"filter/drift/{fqn}", offset=(first,), shape=shape))
+                name, blocks = f"filter/drift/{fqn}", column_blocks[fqn]
+                value.copy_(self._samples[fqn].read(read, name, blocks))
 
     @property
     def nbytes(self) -> int:
@@ -92,10 +121,4 @@ class Drift:
 
     def _now(self, fqn: str) -> Tensor:
         """A copy of the sampled entries that this rank holds."""
-        return self._pieces.value(fqn)[self._place[fqn][2]]
-
-
-def spread(pieces: Pieces, fqn: str) -> bool:
-    """Whether ranks hold different parts of a parameter."""
-    size = torch.Size(pieces.shapes[fqn]).numel()
-    return any(numel != size for _, numel in pieces.held(fqn))
+        return self._pieces.value(fqn)[self._index[fqn]]

@@ -20,7 +20,7 @@ from spectral_scale.optim.filter.measure import Sums, measured, metrics
 from spectral_scale.optim.filter.nodes import Member, plan_groups
 from spectral_scale.optim.filter.operator import num_frequencies
 from spectral_scale.optim.filter.sampling import Drift
-from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
 from spectral_scale.parallel.pieces import Pieces
 
 logger = logging.getLogger(__name__)
@@ -127,13 +127,13 @@ class SpectralFilter:
         return [Sums(num_frequencies(g.num_nodes), self._pieces.device) for g in self._groups]
 
     def _sum_over_ranks(self, sums: Sequence[Sums]) -> None:
-        """One all-reduce; what every rank has whole counts once."""
+        """One all-reduce; what several ranks have counts once."""
         group = self._pieces.group
         if group.size == 1:
             return
-        once = [False] * len(sums) if self._blocks is None else self._blocks.counts_once
-        for of_group, everywhere in zip(sums, once, strict=True):
-            if everywhere and group.index:
+        here = [True] * len(sums) if self._blocks is None else self._blocks.counts_here
+        for of_group, counts in zip(sums, here, strict=True):
+            if not counts:
                 of_group.flat.zero_()
         flat = group.sum(torch.cat([of_group.flat for of_group in sums]))
         parts = flat.split([of_group.flat.numel() for of_group in sums])
@@ -179,6 +179,8 @@ class SpectralFilter:
             return
         if group.index == 0 or own:
             yield TensorChunk("filter/steps", torch.tensor(self.steps), (), ())
+            blocks = [self._pieces.order(fqn).column_blocks for fqn in sorted(self.fqns)]
+            yield whole("filter/column_blocks", torch.tensor(blocks))
         for part in self._stateful():
             yield from part.state_chunks(own=own)
 
@@ -186,8 +188,12 @@ class SpectralFilter:
     def load_state(self, read: ReadTensor) -> None:
         """Take over a checkpoint, of any number of ranks and any host."""
         self.steps = int(read("filter/steps"))
-        for part in self._stateful():
-            part.load_state(read)
+        blocks = dict(zip(sorted(self.fqns), read("filter/column_blocks").tolist(), strict=True))
+        self._drift.load_state(read, blocks)
+        if self._blocks is not None:
+            self._blocks.load_state(read, blocks)
+        if self._anchors is not None:
+            self._anchors.load_state(read)
 
     @property
     def nbytes(self) -> int:

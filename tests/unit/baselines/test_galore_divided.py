@@ -12,7 +12,9 @@ from spectral_scale.baselines.galore_divided import DividedGaLoreAdamW
 from spectral_scale.baselines.galore_rounds import plan_rounds
 from spectral_scale.optim.build import create_state, state_tensors
 from spectral_scale.parallel.collective import SingleProcess
-from spectral_scale.parallel.pieces import Range, ShardGroup, TensorPieces
+from spectral_scale.parallel.flat_order import FlatOrder
+from spectral_scale.parallel.pieces import ShardGroup, TensorPieces
+from spectral_scale.parallel.ranges import Range
 
 SHAPES = {"a": (9, 6), "b": (6, 9), "c": (7, 7), "bias": (6,)}
 
@@ -59,8 +61,13 @@ class Cut:
     group: ShardGroup
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
+    blocks: int = 1
+
     def held(self, fqn: str) -> list[Range]:
         return self.ranges[fqn]
+
+    def order(self, fqn: str) -> FlatOrder:
+        return FlatOrder(self.shapes[fqn], self.blocks)
 
 
 def cut_flat(matrices: int, ranks: int, rank: int) -> Cut:

@@ -33,6 +33,7 @@ def layout(dim: int | None, parts: int, index: int) -> Layout:
         copy_ranks=(index,),
         copy_group=None,
         copy_of=dict.fromkeys(ranks, 0),
+        piece_of={rank: rank for rank in ranks},
         rank=index,
     )
 
@@ -65,7 +66,7 @@ def test_pieces_of_equal_parts_tile_the_tensor(
     dim = 1 if other else 0
     cuts = (Cut(0, tensor, 1), Cut(dim, data, tensor))
     placements = (Shard(1) if other else _StridedShard(0, split_factor=tensor), Shard(0))
-    whole = Layout(cuts, ranks, None, (0,), None, dict.fromkeys(ranks, 0), 0)
+    whole = Layout(cuts, ranks, None, (0,), None, dict.fromkeys(ranks, 0), {r: r for r in ranks}, 0)
     boxes = [whole.rectangle(shape, i) for i in ranks]
     assert tiling_fault([b for b in boxes if b.numel], shape) is None
     for rank, box in enumerate(boxes):

@@ -140,7 +140,7 @@ def _finals(results: Mapping[str, Result]) -> Iterator[Trial]:
     for seed in declared.SEEDS:
         for variant in declared.VARIANTS:
             name = f"final-{variant.name}-seed_{seed}"
-            yield _after_tuning(results, name, "final", variant, {}, seed=seed)
+            yield _after_tuning(results, name, "final", variant, declared.FINAL, seed=seed)
 
 
 def _ablation(results: Mapping[str, Result], ablation: Ablation) -> Trial:

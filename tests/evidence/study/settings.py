@@ -152,8 +152,7 @@ def _rate(factor: float) -> Ablation:
 
 _LENGTH, _WARMUP = "steps between swaps (T3)", "warm-up after a swap"
 _WIDTH, _DRAW, _EPS = "learning rate by width", "how triplets are drawn", "Adam's epsilon"
-_SIGMA, _ROUND, _BITS = "which sigma train", "decomposition", "precision"
-_MOMENTS = "moments at a swap"
+_SIGMA, _MOMENTS = "which sigma train", "moments at a swap"
 _SCALING = "spectral.direction_lr_scaling"
 
 BASE = Ablation(name="base", question="-", title="as tuned (the run the others are held against)")
@@ -169,10 +168,11 @@ ABLATIONS: tuple[Ablation, ...] = (
     _change(_WIDTH, _SCALING, "width"),
     _change(_WIDTH, _SCALING, "width", rate_factor=0.5),
     *(_change(_EPS, "optimizer.eps", eps) for eps in (1e-12, 1e-6)),
-    _change(_ROUND, "spectral.iterations_per_round", 1),
-    _change(_BITS, "train.precision", "fp32"),
 )
 """In the order in which they are run."""
+
+FINAL: Settings = {"train.eval_interval": 1000}
+"""Of the final runs."""
 
 DIP: Settings = {
     "optimizer.lr": 2e-3,

@@ -7,7 +7,7 @@ bf16, as on the torch backend.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -135,21 +135,23 @@ class MegatronBackend:
 
     def store(self) -> MegatronStore:
         """Parameters by name, gathered to and scattered from their owners."""
-        return MegatronStore(self._model, self._host, self.collective)
+        return MegatronStore(self._model, self._host, self.collective, self._table)
 
-    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Gradients stay on each rank until the step."""
-        return nullcontext()
+    @contextmanager
+    def accumulate(self, *, last: bool) -> Iterator[None]:
+        """Gradients stay on each rank until the last micro-batch, then are summed."""
+        yield
+        if last:
+            finalize_model_grads([self._wrapped])
+            sum_partial_gradients(self._gpt.parameters(), self._tensor)
+            self._host.prepare_grads()
 
     def backward(self, loss: Tensor) -> None:
         """Every rank's gradients, into Megatron's buffers."""
         loss.backward()
 
     def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
-        """Sum over ranks, clip each kind of group by its own norm, step, and drop the gradients."""
-        finalize_model_grads([self._wrapped])
-        sum_partial_gradients(self._gpt.parameters(), self._tensor)
-        self._host.prepare_grads()
+        """Clip each kind of group by its own norm, step, and drop the gradients."""
         norms = self._norms()
         applied = accept is None or accept(norms)
         if applied:

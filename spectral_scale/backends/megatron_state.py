@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectral_scale.backends.base import Replicated
+from spectral_scale.megatron.cuts import cut_of
 from spectral_scale.megatron.optimizer import Masters
-from spectral_scale.megatron.store import cut_of
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.ranges import rectangles_of_range
 from spectral_scale.parallel.rectangles import Rectangle

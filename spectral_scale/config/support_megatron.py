@@ -5,9 +5,10 @@ from spectral_scale.config.support import No, Support, Yes
 _TRAIN = "tests/distributed/test_megatron_train.py::"
 _EQUAL = Yes(f"{_TRAIN}test_equals_one_process")
 _RESUME = Yes(f"{_TRAIN}test_checkpoints_move_between_layouts_and_backends")
-_FILTER = No(
-    "it reaches whole rows of torch's parameters, and Megatron's optimizer keeps flat pieces of "
-    "fused ones; set parallel.backend=fsdp2"
+_FILTER = Yes("tests/distributed/test_megatron_filter.py::test_equals_one_process")
+_NO_MATRIX = No(
+    "all linears of its blocks are converted, so that no dense matrix trains; set "
+    "filter.nodes=layers, or parallel.backend=fsdp2"
 )
 
 MEGATRON: dict[str, Support] = {
@@ -24,8 +25,8 @@ MEGATRON: dict[str, Support] = {
         "set parallel.backend=fsdp2, with parallel.tensor_parallel if wanted"
     ),
     "filter=layers": _FILTER,
-    "filter=rows": _FILTER,
-    "filter=heads": _FILTER,
+    "filter=rows": _NO_MATRIX,
+    "filter=heads": _NO_MATRIX,
     "filter=block_gains": _FILTER,
     "joint_loss": _FILTER,
     "storage=residual": _EQUAL,

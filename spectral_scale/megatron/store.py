@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from spectral_scale.errors import ConfigError
 from spectral_scale.layers.convert import spectral_layers
+from spectral_scale.megatron.cuts import cut_of
 from spectral_scale.megatron.matrix import SpectralMatrix
 from spectral_scale.megatron.optimizer import Masters
+from spectral_scale.megatron.pieces import MegatronPieces
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into, unpack
+from spectral_scale.parallel.pieces import Pieces
 from spectral_scale.parallel.store import MOMENTS
+from spectral_scale.parallel.table import ParameterTable
 from spectral_scale.spectral.owners import assign_owners
 
 
@@ -29,12 +33,18 @@ class MegatronStore:
         model: not wrapped; its parameters carry Megatron's marks of how they are cut.
         optimizer: a torch AdamW, or Megatron's around one; None: there are no moments to reset.
         collective: all ranks of the model; by default those of the default process group.
+        table: the parameters' whole shapes; for `pieces`.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any | None, collective: Collective | None = None
+        self,
+        model: nn.Module,
+        optimizer: Any | None,
+        collective: Collective | None = None,
+        table: ParameterTable | None = None,
     ) -> None:
         self.collective = collective or present_group()
+        self._table = table
         self._layers = spectral_layers(model)
         self._parameters = dict(model.named_parameters())
         self._cuts = {fqn: cut_of(p) for fqn, p in self._parameters.items()}
@@ -113,6 +123,14 @@ class MegatronStore:
         for fqn in fqns:
             self._parameters[fqn].clamp_min_(0)
 
+    def pieces(self) -> Pieces:
+        """Flat pieces of what the optimizer steps. Collective. Raises ConfigError without one."""
+        if self._masters is None or self._table is None:
+            raise ConfigError("a MegatronStore has pieces only if it was given optimizer and table")
+        return MegatronPieces(
+            self._parameters, self._table, self._masters, self._tensor, self._data
+        )
+
     def initial_weights(self) -> Callable[[str], Tensor]:
         """Dense weights of a converted model, each gathered to its owner, for the controller.
 
@@ -188,10 +206,3 @@ class MegatronStore:
             for part, piece in zip(parts, value.chunk(len(parts), dim=dim), strict=True):
                 part.append(piece.to(target).reshape(-1))
         return [torch.cat(part) for part in parts]
-
-
-def cut_of(parameter: Tensor) -> int | None:
-    """The dimension along which Megatron's marks say a parameter is cut; None: whole."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    return int(parameter.partition_dim)  # type: ignore[attr-defined]

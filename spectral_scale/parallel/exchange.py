@@ -17,28 +17,40 @@ class Exchange:
     """One all-to-all there, one back, for many tensors at once; what stays is copied, not sent.
 
     Args:
-        held: where the elements are; the ranges of a tensor are disjoint and cover `wanted`.
-        wanted: where they are needed, disjoint too.
+        held: where the elements are; they cover `wanted`. Ranges of a tensor are the same or have
+            no element in common.
+        wanted: where they are needed; no element twice.
         group: the ranks.
 
-    A rank sends the elements that it holds and another wants: at most what it holds.
+    There, the first rank that holds an element sends it: at most what it holds. Back, every rank
+    that holds it gets it.
     """
 
     def __init__(self, held: Ranges, wanted: Ranges, group: ShardGroup) -> None:
         self._group = group
-        self._held = [ranges[group.index] for ranges in held]
-        self._wanted = [ranges[group.index] for ranges in wanted]
+        sent = [_first_of_equals(ranges) for ranges in held]
+        self._held, self._sent, self._wanted = (
+            [ranges[group.index] for ranges in table] for table in (held, sent, wanted)
+        )
         others = range(group.size)
-        self._out = [_common(self._held, [w[r] for w in wanted]) for r in others]
-        self._in = [_common([h[r] for h in held], self._wanted) for r in others]
+        wants, holds, sends = ([[t[r] for t in x] for r in others] for x in (wanted, held, sent))
+        self._there = (
+            [_common(self._sent, of_rank) for of_rank in wants],
+            [_common(of_rank, self._wanted) for of_rank in sends],
+        )
+        self._back = (
+            [_common(self._wanted, of_rank) for of_rank in holds],
+            [_common(of_rank, self._held) for of_rank in wants],
+        )
 
     def forward(self, parts: Sequence[Tensor], *, dtype: torch.dtype) -> list[Tensor]:
         """Held ranges, 1-D tensors in order, to wanted ranges. Collective over the group."""
-        return self._move(parts, self._held, self._wanted, self._out, self._in, dtype)
+        own = [part[:n] for part, (_, n) in zip(parts, self._sent, strict=True)]
+        return self._move(own, self._sent, self._wanted, *self._there, dtype)
 
     def backward(self, parts: Sequence[Tensor], *, dtype: torch.dtype) -> list[Tensor]:
         """Wanted ranges back to held ones. Collective over the group."""
-        return self._move(parts, self._wanted, self._held, self._in, self._out, dtype)
+        return self._move(parts, self._wanted, self._held, *self._back, dtype)
 
     def _move(
         self,
@@ -89,6 +101,14 @@ def even_slices(numel: int, parts: int) -> list[Range]:
     """`numel` elements in `parts` consecutive ranges whose lengths differ by at most one."""
     bounds = [numel * index // parts for index in range(parts + 1)]
     return [(start, stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+def _first_of_equals(ranges: Sequence[Range]) -> list[Range]:
+    """The ranges, those that an earlier rank holds, too, left empty."""
+    return [
+        range_ if ranges.index(range_) == rank else (range_[0], 0)
+        for rank, range_ in enumerate(ranges)
+    ]
 
 
 def _common(first: Sequence[Range], second: Sequence[Range]) -> list[Range]:

@@ -7,7 +7,7 @@ some of them, or every rank holds everything.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -83,6 +83,14 @@ class Pieces(Protocol):
 
     def part(self, fqn: str, tensor: Tensor) -> Tensor:
         """This rank's range in that, or in its gradient while it is stepped, a 1-D view."""
+
+
+@runtime_checkable
+class PiecesMaker(Protocol):
+    """A `ParameterStore` that knows its host's pieces."""
+
+    def pieces(self) -> Pieces:
+        """Those of the trained parameters. Collective."""
 
 
 class TensorPieces:

@@ -64,7 +64,6 @@ def _place(group: NodeGroup, pieces: Pieces, load: list[int]) -> Placement:
         return Placement(
             group=group, order=features, span=span, wanted=None, is_cut=True, counts_here=here
         )
-    _require_disjoint(group, held)
     if not inside:
         _require_one_order(group, pieces)
         wanted = even_slices(numel, len(load))
@@ -89,14 +88,3 @@ def _require_one_order(group: NodeGroup, pieces: Pieces) -> None:
             f"the parameters of {group.name} are cut into {sorted(blocks)} blocks of columns, but "
             "a filter over layers needs all of them cut alike; shard every layer in the same way"
         )
-
-
-def _require_disjoint(group: NodeGroup, held: Sequence[Sequence[Range]]) -> None:
-    """What is exchanged must come from one rank, and go back to it alone."""
-    for fqn, ranges in zip(group.fqns, held, strict=True):
-        some = [range_ for range_ in ranges if range_[1]]
-        if len(set(some)) < len(some):
-            raise ConfigError(
-                f"several ranks hold the same part of {fqn}, whose nodes must be brought together; "
-                "set filter.nodes=layers"
-            )

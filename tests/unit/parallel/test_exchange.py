@@ -55,6 +55,35 @@ def there_and_back(world: int) -> list[Any]:
     return found
 
 
+def copies_there_and_back(world: int) -> list[Any]:
+    """Ranks 0 and 2 hold the first half of a tensor, 1 and 3 the second; rank 1 needs all of it."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    group = ShardGroup(index=rank, size=world, handle=dist.group.WORLD)
+    exchange = Exchange(
+        [[(0, 3), (3, 2)] * 2], [[(0, 5 if r == 1 else 0) for r in range(4)]], group
+    )
+    part = torch.arange(5.0)[:3] if rank % 2 == 0 else torch.arange(5.0)[3:]
+    with TrafficCounter() as counter:
+        got = exchange.forward(
+            [part + 10 * (rank > 1)], dtype=torch.float32
+        )  # of copies, the first
+        sent = counter.payload_bytes["alltoall_base"]
+        back = exchange.backward([2 * got[0]], dtype=torch.float32)
+    dist.barrier()
+    dist.destroy_process_group()
+    return [got[0].tolist(), back[0].tolist() == (2 * part).tolist(), sent]
+
+
+def test_of_copies_the_first_is_sent_and_all_get_it_back() -> None:
+    found = run_distributed(copies_there_and_back, 4, 4)
+    assert found[1][0] == [0, 1, 2, 3, 4] and all(f[0] == [] for f in found[:1] + found[2:])
+    assert all(returned for _, returned, _ in found)
+    assert [sent for _, _, sent in found] == [12, 0, 0, 0]
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_element_arrives_and_returns(world: int) -> None:
     for sliced, calls, owned, more in run_distributed(there_and_back, world, world):

@@ -11,6 +11,7 @@ from spectral_scale.optim.filter.block_filter import SKETCH_ENTRIES
 from spectral_scale.optim.filter.nodes import Member, NodeGroup, plan_groups
 from spectral_scale.optim.filter.operator import EXACT_NODES
 from spectral_scale.optim.filter.sampling import DRIFT_ENTRIES
+from spectral_scale.parallel.tensor_parallel import cut_dimension
 from spectral_scale.plan.inventory import Inventory
 
 
@@ -28,7 +29,7 @@ class FilterNeeds:
     """Of all-to-alls that a rank sends in an optimizer step, at most: graphs that lie on one rank
     stay there."""
     reduced: int = 0
-    """Of all-reduces in an optimizer step that is not measured."""
+    """Of all-reduces that a rank sends in an optimizer step that is not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +37,16 @@ class _Cut:
     """How a host cuts what the filter reaches."""
 
     ranks: int
-    """Over which a parameter and its gradient are spread."""
+    """Over which the model is spread."""
     aligned: bool
     """Whether a rank holds the same entries of every layer."""
+    line: int = 1
+    """Tensor-parallel ranks among them, all of which hold what tensor parallelism does not cut."""
+
+    def parts(self, fqn: str) -> int:
+        """Ranks over which a parameter and its gradient are spread."""
+        whole = self.line > 1 and cut_dimension(fqn) is None
+        return self.ranks // self.line if whole else self.ranks
 
 
 def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) -> FilterNeeds:
@@ -52,38 +60,46 @@ def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) ->
     groups = plan_groups(members, settings, head_size=head_size)
     numels = {fqn: prod(members[fqn].shape) for group in groups for fqn in group.fqns}
     itemsize = 8 if config.train.precision == "fp64" else 4
-    drift = itemsize * sum(min(n, DRIFT_ENTRIES) for n in numels.values())
-    anchors = itemsize * sum(numels.values()) if settings.joint_loss_mu else 0
+    kept_by_name = {
+        fqn: itemsize * (min(n, DRIFT_ENTRIES) + (n if settings.joint_loss_mu else 0))
+        for fqn, n in numels.items()
+    }
     cut = _cut(config, world_size)
-    resting = _share(drift, cut.ranks) + _share(anchors, cut.ranks)
+    resting = sum(_share(size, cut.parts(fqn)) for fqn, size in kept_by_name.items())
+    of_pieces = sum(kept_by_name.values())
     if settings.nodes == "block_gains":
-        reduced = 8 * len(numels) if cut.ranks > 1 else 0
-        return FilterNeeds(kept=resting, saved=drift + anchors, reduced=reduced)
+        reduced = round(2 * 8 * len(numels) * (cut.ranks - 1) / cut.ranks)
+        return FilterNeeds(kept=resting, saved=of_pieces, reduced=reduced)
     means = [itemsize * _sampled(group, settings.nodes, numels) for group in groups]
     graphs = [_graph_bytes(config, group.num_nodes, itemsize) for group in groups]
-    saved = drift + anchors + (sum(means) if settings.graph == "knn" else 0)
+    saved = of_pieces + (sum(means) if settings.graph == "knn" else 0)
     if cut.ranks == 1 or settings.nodes == "layers":
-        kept = resting + sum(graphs) + _share(sum(means), cut.ranks)
+        shares = (_share(m, cut.parts(g.fqns[0])) for m, g in zip(means, groups, strict=True))
+        kept = resting + sum(graphs) + sum(shares)
     else:
         both = [mean + graph for mean, graph in zip(means, graphs, strict=True)]
         kept = resting + max(_loads(groups, numels, both, cut.ranks))
     moved = cut.ranks > 1 and not (settings.nodes == "layers" and cut.aligned)
-    change = _largest_change(groups, numels) if anchors else 0
-    workspace = itemsize * _share(change, cut.ranks)
+    workspace = itemsize * _largest_change(groups, numels, cut) if settings.joint_loss_mu else 0
     exchanged = 0
     if moved:
-        held = _share(sum(numels.values()), cut.ranks)
+        held = sum(_share(n, cut.parts(fqn)) for fqn, n in numels.items())
         wanted = max(_loads(groups, numels, None, cut.ranks)) if settings.nodes != "layers" else 0
         gradient = 2 if config.train.precision in ("bf16", "fp16") else itemsize
-        extra = itemsize if anchors else 0
+        extra = itemsize if settings.joint_loss_mu else 0
         workspace = (4 * gradient + extra) * max(held, wanted)
         exchanged = round((2 * gradient + extra) * held * (cut.ranks - 1) / cut.ranks)
     return FilterNeeds(kept=kept, workspace=workspace, saved=saved, exchanged=exchanged)
 
 
 def _cut(config: RunConfig, world_size: int) -> _Cut:
+    line = config.parallel.tensor_parallel
     if config.parallel.backend == "fsdp2":
-        return _Cut(ranks=shard_group_size(config.parallel, world_size), aligned=True)
+        ranks = shard_group_size(config.parallel, world_size)
+        return _Cut(ranks=ranks, aligned=True, line=line)
+    if config.parallel.backend == "megatron":
+        sharded = config.parallel.distributed_optimizer and world_size > line
+        return _Cut(ranks=world_size if sharded else line, aligned=not sharded, line=line)
     if config.parallel.backend == "deepspeed" and (stage := zero_stage(config.parallel)):
         return _Cut(ranks=world_size, aligned=stage == 3)
     return _Cut(ranks=1, aligned=True)
@@ -123,8 +139,9 @@ def _loads(
     return found
 
 
-def _largest_change(groups: Sequence[NodeGroup], numels: dict[str, int]) -> int:
-    return max(sum(numels[fqn] for fqn in group.fqns) for group in groups)
+def _largest_change(groups: Sequence[NodeGroup], numels: dict[str, int], cut: _Cut) -> int:
+    """Elements of the largest group that a rank holds."""
+    return max(sum(_share(numels[fqn], cut.parts(fqn)) for fqn in g.fqns) for g in groups)
 
 
 def _share(size: int, ranks: int) -> int:

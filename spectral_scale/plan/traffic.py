@@ -41,6 +41,7 @@ class Payload:
 def traffic_of(config: RunConfig, inventory: Inventory, *, world_size: int) -> Traffic:
     """The bytes for the run's backend; nothing for one process."""
     group = shard_group_size(config.parallel, world_size)
+    filtered = filter_needs(config, inventory, world_size=world_size)
     if config.parallel.backend == "megatron":
         world_size //= config.parallel.tensor_parallel
     if config.parallel.backend != "fsdp2":
@@ -49,9 +50,8 @@ def traffic_of(config: RunConfig, inventory: Inventory, *, world_size: int) -> T
     copies = world_size // group if config.parallel.backend == "fsdp2" else world_size
     shares = (group - 1) / group, (copies - 1) / copies
     reduced = 2 * shares[1] * payload.all_reduce
-    filtered = filter_needs(config, inventory, world_size=world_size)
     moved = shares[0] * (payload.all_gather + payload.reduce_scatter) + reduced
-    moved += filtered.exchanged + 2 * shares[0] * filtered.reduced
+    moved += filtered.exchanged + filtered.reduced
     spread = (world_size - 1) / world_size
     boundary = spread * boundary_payload(config, inventory)
     if config.spectral.method == "galore":

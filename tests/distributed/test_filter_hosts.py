@@ -217,11 +217,11 @@ def keep_the_gradient(patch: pytest.MonkeyPatch) -> None:
 def sample_by_rank(patch: pytest.MonkeyPatch) -> None:
     import torch.distributed as dist
 
-    from spectral_scale.optim.filter import block_filter
+    from spectral_scale.optim.filter import sampling
 
-    plain = block_filter.held_part
+    plain = sampling.held_part
     patch.setattr(
-        block_filter,
+        sampling,
         "held_part",
         lambda entries, span: plain((entries + dist.get_rank()).clamp_max(entries[-1]), span),
     )

@@ -103,13 +103,16 @@ def assert_same_measures(found: list[Any], expected: list[Any], where: str) -> N
     assert compared > STEPS, where
 
 
-def traffic(configs: list[Any]) -> list[dict[str, int]]:
-    """Collectives of the filter in a step that is not measured."""
+def traffic(configs: list[Any]) -> list[dict[str, Any]]:
+    """Collectives of the filter in a step that is not measured; bytes that it keeps, and plans."""
+    from spectral_scale.config.check import check_config
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.engine.run_folder import create_run_folder
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.plan.filter_needs import filter_needs
+    from spectral_scale.plan.inventory import take_inventory
     from spectral_scale.testing.traffic import TrafficCounter
 
     found = []
@@ -121,20 +124,26 @@ def traffic(configs: list[Any]) -> list[dict[str, int]]:
             loop._forward_backward(next(iter(run.loader.steps(0, 1))))
             with TrafficCounter() as counter:
                 run.gradient_filter.apply()
-            found.append(dict(counter.calls))
+            inventory = take_inventory(config, check_config(config, world_size=2))
+            needs = filter_needs(config, inventory, world_size=2)
+            kept = run.gradient_filter.nbytes
+            found.append({"calls": dict(counter.calls), "kept": kept, "needs": needs})
     return found
 
 
 def test_traffic(corpus: Path, tmp_path: Path) -> None:
     """Nothing for layers, of dense matrices or of sigma; one all-to-all there and one back for
-    rows, which lie on several ranks."""
-    cases: list[dict[str, Any]] = [{}, SST, {"filter__nodes": "rows"}]
+    rows, which lie on several ranks. `spectral-scale plan` says so, and what is kept."""
+    cases = [KNN | JOINT, SST | KNN | JOINT, {"filter__nodes": "rows"}]
     configs = [
         tiny_config(corpus, tmp_path / str(i), **(SETTINGS | case | shared(2, 2)))
         for i, case in enumerate(cases)
     ]
     for rank in run_distributed(traffic, 2, configs, timeout_seconds=200):
-        assert rank == [{}, {}, {"alltoall_base": 2}]
+        assert [found["calls"] for found in rank] == [{}, {}, {"alltoall_base": 2}]
+        assert [found["needs"].exchanged > 0 for found in rank] == [False, False, True]
+        graphs = 6 * 3 * 8 * 3**2  # of three nodes, in three matrices; not there yet
+        assert [found["needs"].kept - found["kept"] for found in rank[:2]] == [graphs, graphs]
 
 
 def test_state_moves(corpus: Path, tmp_path: Path) -> None:

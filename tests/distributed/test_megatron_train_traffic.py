@@ -1,6 +1,7 @@
 """What a step on megatron-core sends over which group, counted, against formulas."""
 
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def traffic(configs: list[Any]) -> list[dict[str, Any]]:
             batch = next(iter(run.loader.steps(0, 1))).micro_batches[0]
             parts: dict[str, Any] = {"trained": run.model.parameters()}
             parts["trained"] = sum(p.numel() for p in parts["trained"] if p.requires_grad)
+            micro_batch = ExitStack()
+            micro_batch.enter_context(run.backend.accumulate(last=True))
             with TrafficByGroup(names) as counter:
                 loss = token_loss_sum(run.forward, batch)
             parts["forward"] = dict(counter.by_group)
@@ -79,6 +82,7 @@ def traffic(configs: list[Any]) -> list[dict[str, Any]]:
                 run.backend.backward(loss)
             parts["backward"] = dict(counter.by_group)
             with TrafficByGroup(names) as counter:
+                micro_batch.close()  # sums gradients
                 run.backend.step(clip_grad_norm=1.0)
             parts["step"] = dict(counter.by_group)
             with TrafficByGroup(names) as counter:

@@ -10,6 +10,7 @@ from spectral_scale.config.schema import RunConfig
 from spectral_scale.optim.filter.block_filter import SKETCH_ENTRIES
 from spectral_scale.optim.filter.nodes import Member, NodeGroup, plan_groups
 from spectral_scale.optim.filter.operator import EXACT_NODES
+from spectral_scale.optim.filter.placement import owners_by_size
 from spectral_scale.optim.filter.sampling import DRIFT_ENTRIES
 from spectral_scale.parallel.tensor_parallel import cut_dimension
 from spectral_scale.plan.inventory import Inventory
@@ -78,13 +79,16 @@ def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) ->
         kept = resting + sum(graphs) + sum(shares)
     else:
         both = [mean + graph for mean, graph in zip(means, graphs, strict=True)]
-        kept = resting + max(_loads(groups, numels, both, cut.ranks))
+        kept = resting + _fullest(groups, numels, both, cut.ranks)
     moved = cut.ranks > 1 and not (settings.nodes == "layers" and cut.aligned)
     workspace = itemsize * _largest_change(groups, numels, cut) if settings.joint_loss_mu else 0
     exchanged = 0
     if moved:
         held = sum(_share(n, cut.parts(fqn)) for fqn, n in numels.items())
-        wanted = max(_loads(groups, numels, None, cut.ranks)) if settings.nodes != "layers" else 0
+        wanted = 0
+        if settings.nodes != "layers":
+            whole = [numels[group.fqns[0]] for group in groups]
+            wanted = _fullest(groups, numels, whole, cut.ranks)
         gradient = 2 if config.train.precision in ("bf16", "fp16") else itemsize
         extra = itemsize if settings.joint_loss_mu else 0
         workspace = (4 * gradient + extra) * max(held, wanted)
@@ -122,21 +126,15 @@ def _graph_bytes(config: RunConfig, nodes: int, itemsize: int) -> int:
     return sparse * (1 if passive else 2)
 
 
-def _loads(
-    groups: Sequence[NodeGroup],
-    numels: dict[str, int],
-    sizes: Sequence[int] | None,
-    ranks: int,
-) -> list[int]:
-    """By rank, the sum of its matrices' sizes (elements without them), dealt out as `place` does:
-    each to the rank that has fewest elements so far."""
-    elements, found = [0] * ranks, [0] * ranks
-    for index, group in enumerate(groups):
-        numel = numels[group.fqns[0]]
-        owner = elements.index(min(elements))
-        elements[owner] += numel
-        found[owner] += numel if sizes is None else sizes[index]
-    return found
+def _fullest(
+    groups: Sequence[NodeGroup], numels: dict[str, int], sizes: Sequence[int], ranks: int
+) -> int:
+    """The largest sum of a rank's matrices' sizes, dealt out as the filter does."""
+    owners = owners_by_size([numels[group.fqns[0]] for group in groups], ranks)
+    found = [0] * ranks
+    for owner, size in zip(owners, sizes, strict=True):
+        found[owner] += size
+    return max(found)
 
 
 def _largest_change(groups: Sequence[NodeGroup], numels: dict[str, int], cut: _Cut) -> int:

@@ -43,11 +43,29 @@ def place(groups: Sequence[NodeGroup], pieces: Pieces) -> list[Placement]:
     holds the same range of each (whole parameters, ZeRO-3, FSDP2); elsewhere each rank gets a slice
     of all. Nodes inside a matrix that is cut go to one rank, the one with the least to do so far.
     """
-    load = [0] * pieces.group.size
-    return [_place(group, pieces, load) for group in groups]
+    moved = [group for group in groups if group.cut is not None and not _is_whole(group, pieces)]
+    numels = [pieces.order(group.fqns[0]).numel for group in moved]
+    owners = owners_by_size(numels, pieces.group.size)
+    owner_of = {group.name: owner for group, owner in zip(moved, owners, strict=True)}
+    return [_place(group, pieces, owner_of.get(group.name, 0)) for group in groups]
 
 
-def _place(group: NodeGroup, pieces: Pieces, load: list[int]) -> Placement:
+def owners_by_size(numels: Sequence[int], ranks: int) -> list[int]:
+    """Deal matrices out in their order: each to the rank with the fewest elements so far."""
+    load, owners = [0] * ranks, []
+    for numel in numels:
+        owners.append(load.index(min(load)))
+        load[owners[-1]] += numel
+    return owners
+
+
+def _is_whole(group: NodeGroup, pieces: Pieces) -> bool:
+    """Whether every rank holds all of it."""
+    numel = pieces.order(group.fqns[0]).numel
+    return all(range_ == (0, numel) for fqn in group.fqns for range_ in pieces.held(fqn))
+
+
+def _place(group: NodeGroup, pieces: Pieces, owner: int) -> Placement:
     index, first = pieces.group.index, group.fqns[0]
     order = pieces.order(first)
     numel = order.numel
@@ -55,7 +73,7 @@ def _place(group: NodeGroup, pieces: Pieces, load: list[int]) -> Placement:
     features = FlatOrder((numel // group.num_nodes,)) if inside else order
     held = [pieces.held(fqn) for fqn in group.fqns]
     here = speaks_for(pieces, first)
-    if all(range_ == (0, numel) for ranges in held for range_ in ranges):
+    if _is_whole(group, pieces):
         span = (0, features.numel)
         return Placement(group=group, order=features, span=span, wanted=None, counts_here=here)
     if not inside and all(ranges == held[0] for ranges in held):
@@ -66,16 +84,14 @@ def _place(group: NodeGroup, pieces: Pieces, load: list[int]) -> Placement:
         )
     if not inside:
         _require_one_order(group, pieces)
-        wanted = even_slices(numel, len(load))
+        wanted = even_slices(numel, pieces.group.size)
         span = wanted[index]
         return Placement(group=group, order=features, span=span, wanted=wanted, is_cut=True)
-    owner = load.index(min(load))
-    load[owner] += numel
     return Placement(
         group=group,
         order=features,
         span=(0, features.numel if owner == index else 0),
-        wanted=[(0, numel if rank == owner else 0) for rank in range(len(load))],
+        wanted=[(0, numel if rank == owner else 0) for rank in range(pieces.group.size)],
         is_owned=True,
     )
 

@@ -116,8 +116,8 @@ def _points(
 
 
 def _draw_ablations(figure: Any, results: Mapping[str, Result]) -> bool:
-    base = results.get(f"ablation-{declared.BASE.name}")
-    runs = [(a.title, results.get(f"ablation-{a.name}")) for a in declared.ABLATIONS[1:]]
+    base = results.get(declared.BASE.run(declared.SEEDS[0]))
+    runs = [(a.title, results.get(a.run(declared.SEEDS[0]))) for a in declared.ABLATIONS[1:]]
     found = [(title, run) for title, run in runs if run is not None and not run.diverged]
     if base is None or base.diverged or not found:
         return False

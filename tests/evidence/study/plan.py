@@ -44,7 +44,7 @@ def all_trials(results: Mapping[str, Result]) -> list[Trial]:
     """Every run in order, done or not. Raises StudyError if a result has other settings."""
     trials = [
         *_tuning(results),
-        *(_ablation(results, ablation) for ablation in declared.ABLATIONS),
+        *_ablations(results),
         *_finals(results),
     ]
     for trial in trials:
@@ -143,13 +143,22 @@ def _finals(results: Mapping[str, Result]) -> Iterator[Trial]:
             yield _after_tuning(results, name, "final", variant, declared.FINAL, seed=seed)
 
 
-def _ablation(results: Mapping[str, Result], ablation: Ablation) -> Trial:
+def _ablations(results: Mapping[str, Result]) -> Iterator[Trial]:
+    first, other = declared.SEEDS[0], declared.SEEDS[-1]
+    yield from (_ablation(results, ablation, first) for ablation in declared.ABLATIONS)
+    for ablation in declared.ABLATIONS:
+        if ablation.name in declared.CONFIRMED and other != first:
+            yield _ablation(results, ablation, other)
+
+
+def _ablation(results: Mapping[str, Result], ablation: Ablation, seed: int) -> Trial:
     return _after_tuning(
         results,
-        f"ablation-{ablation.name}",
+        ablation.run(seed),
         "ablation",
         declared.SST,
         ablation.settings,
+        seed=seed,
         rate_factor=ablation.rate_factor,
     )
 

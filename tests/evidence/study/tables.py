@@ -88,14 +88,16 @@ def curve_table(results: Mapping[str, Result]) -> str:
 
 
 def ablation_table(results: Mapping[str, Result]) -> str:
-    """Loss of each change and its difference to the unchanged run of the same length."""
-    base = results.get(f"ablation-{declared.BASE.name}")
+    """Loss of each change and its difference to the unchanged run of the same length and seed."""
     rows = []
     for ablation in declared.ABLATIONS:
-        run = results.get(f"ablation-{ablation.name}")
-        difference = _difference(_loss_of(run), _loss_of(base))
-        rows.append([ablation.question, ablation.title, _loss(run), difference])
-    return _table(["question", "change", "loss", "loss - base"], rows)
+        cells = [ablation.question, ablation.title]
+        for seed in declared.SEEDS:
+            run, base = (results.get(a.run(seed)) for a in (ablation, declared.BASE))
+            cells += [_loss(run), _difference(_loss_of(run), _loss_of(base))]
+        rows.append(cells)
+    columns = (text for seed in declared.SEEDS for text in (f"loss, seed {seed}", "- base"))
+    return _table(["question", "change", *columns], rows)
 
 
 def dip_table(results: Mapping[str, Result]) -> str:

@@ -117,7 +117,11 @@ def _points(
 
 def _draw_ablations(figure: Any, results: Mapping[str, Result]) -> bool:
     base = results.get(declared.BASE.run(declared.SEEDS[0]))
-    runs = [(a.title, results.get(a.run(declared.SEEDS[0]))) for a in declared.ABLATIONS[1:]]
+    runs = [
+        (a.title, results.get(a.run(declared.SEEDS[0])))
+        for a in declared.ABLATIONS[1:]
+        if a.of is declared.SST
+    ]
     found = [(title, run) for title, run in runs if run is not None and not run.diverged]
     if base is None or base.diverged or not found:
         return False

@@ -156,7 +156,7 @@ def _ablation(results: Mapping[str, Result], ablation: Ablation, seed: int) -> T
         results,
         ablation.run(seed),
         "ablation",
-        declared.SST,
+        ablation.of,
         ablation.settings,
         seed=seed,
         rate_factor=ablation.rate_factor,

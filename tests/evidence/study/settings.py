@@ -117,7 +117,7 @@ VARIANTS: tuple[Variant, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """One change to the tuned SST residual run."""
+    """One change to a tuned run."""
 
     name: str
     """In the name of its run."""
@@ -128,7 +128,9 @@ class Ablation:
     settings: Settings = field(default_factory=dict)
     """The change."""
     rate_factor: float = 1.0
-    """On the tuned spectral learning rate."""
+    """On the tuned learning rate."""
+    of: Variant = SST
+    """Whose run is changed."""
 
     def run(self, seed: int) -> str:
         """The name of its run."""
@@ -160,6 +162,9 @@ _SIGMA, _MOMENTS = "which sigma train", "moments at a swap"
 _SCALING = "spectral.direction_lr_scaling"
 
 BASE = Ablation(name="base", question="-", title="as tuned (the run the others are held against)")
+FULL_BASE = Ablation(name="full_base", question="-", title="full rank as tuned", of=FULL)
+BASES = {variant.name: base for variant, base in ((SST, BASE), (FULL, FULL_BASE))}
+"""Variant -> its unchanged run."""
 ABLATIONS: tuple[Ablation, ...] = (
     BASE,
     *(_change(_LENGTH, "spectral.steps_per_iteration", t3) for t3 in (50, 400)),
@@ -172,6 +177,14 @@ ABLATIONS: tuple[Ablation, ...] = (
     _change(_WIDTH, _SCALING, "width"),
     _change(_WIDTH, _SCALING, "width", rate_factor=0.5),
     *(_change(_EPS, "optimizer.eps", eps) for eps in (1e-12, 1e-6)),
+    FULL_BASE,
+    Ablation(
+        name="full_eps_1e-06",
+        question=_EPS,
+        title="full rank, `eps: 1e-06`",
+        settings={"optimizer.eps": 1e-6},
+        of=FULL,
+    ),
 )
 """In the order in which they are run."""
 CONFIRMED = ("base", "steps_per_iteration_400", "eps_1e-06")

@@ -93,7 +93,8 @@ def ablation_table(results: Mapping[str, Result]) -> str:
     for ablation in declared.ABLATIONS:
         cells = [ablation.question, ablation.title]
         for seed in declared.SEEDS:
-            run, base = (results.get(a.run(seed)) for a in (ablation, declared.BASE))
+            pair = (ablation, declared.BASES[ablation.of.name])
+            run, base = (results.get(a.run(seed)) for a in pair)
             cells += [_loss(run), _difference(_loss_of(run), _loss_of(base))]
         rows.append(cells)
     columns = (text for seed in declared.SEEDS for text in (f"loss, seed {seed}", "- base"))

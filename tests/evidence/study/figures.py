@@ -65,7 +65,7 @@ def _method(variant: Variant) -> str:
 
 def _draw_tuning(figure: Any, results: Mapping[str, Result]) -> bool:
     axes = figure.add_subplot()
-    for variant in declared.VARIANTS:
+    for variant in (v for v in declared.VARIANTS if v.tuned_as is None):
         losses = sorted(tuned_rates(results, variant).items())
         points = [(rate, loss) for rate, loss in losses if math.isfinite(loss)]
         if points:

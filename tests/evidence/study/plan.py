@@ -98,7 +98,7 @@ def settings_of(variant: Variant, rate: float, dense_rate: float | None) -> Sett
 
 def _tuning(results: Mapping[str, Result]) -> Iterator[Trial]:
     """The dense rate first, since all others train their dense part with it; then by turns."""
-    full, *others = declared.VARIANTS
+    full, *others = (variant for variant in declared.VARIANTS if variant.tuned_as is None)
     yield from (_tune(results, full, turn) for turn in range(declared.TUNING_RUNS))
     yield from (_dip(variant) for variant in declared.DIP_VARIANTS)
     for turn in range(declared.TUNING_RUNS):
@@ -124,7 +124,7 @@ def _tune(results: Mapping[str, Result], variant: Variant, turn: int) -> Trial:
 
 
 def _tune_name(variant: Variant, rate: float) -> str:
-    return f"tune-{variant.name}-lr_{rate:g}"
+    return f"tune-{variant.tuned_as or variant.name}-lr_{rate:g}"
 
 
 def _dip(variant: Variant) -> Trial:
@@ -137,8 +137,10 @@ def _dip(variant: Variant) -> Trial:
 
 
 def _finals(results: Mapping[str, Result]) -> Iterator[Trial]:
-    for seed in declared.SEEDS:
-        for variant in declared.VARIANTS:
+    """One seed after the other; what has not every seed comes last."""
+    runs = [(seed, variant) for seed in declared.SEEDS for variant in declared.VARIANTS]
+    for seed, variant in sorted(runs, key=lambda run: run[1].seeds != declared.SEEDS):
+        if seed in variant.seeds:
             name = f"final-{variant.name}-seed_{seed}"
             yield _after_tuning(results, name, "final", variant, declared.FINAL, seed=seed)
 

@@ -1,6 +1,6 @@
 """What the study compares and with which settings: declared data, nothing is computed here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Settings = dict[str, Any]
@@ -56,6 +56,10 @@ class Variant:
     """Triplets, or rank of the factors or of the projection; None for dense training."""
     settings: Settings = field(default_factory=dict)
     """What makes it this variant."""
+    seeds: tuple[int, ...] = SEEDS
+    """Of its final runs."""
+    tuned_as: str | None = None
+    """Another variant whose learning rate it takes; None: it is tuned itself."""
 
 
 def _ranked(name: str, title: str, rank: int, first_rate: float, **spectral: str) -> Variant:
@@ -110,7 +114,15 @@ VARIANTS: tuple[Variant, ...] = (
     ),
     _sst_residual(SMALL_RANK),
     _lora(SMALL_RANK),
-    _sst_factored(SMALL_RANK),
+    replace(_sst_factored(SMALL_RANK), seeds=()),
+    replace(
+        SST,
+        name=f"{SST.name}_eps",
+        title=f"SST residual, eps 1e-6, r = {RANK}",
+        settings=SST.settings | {"optimizer.eps": 1e-6},
+        seeds=SEEDS[:1],
+        tuned_as=SST.name,
+    ),
 )
 """In the order in which they are run and shown."""
 

@@ -43,6 +43,8 @@ def tuning_table(results: Mapping[str, Result]) -> str:
     """Validation loss at every learning rate tried; the chosen one in bold."""
     rows = []
     for variant in declared.VARIANTS:
+        if variant.tuned_as is not None:
+            continue
         losses = tuned_rates(results, variant)
         chosen = chosen_rate(results, variant)
         cells = [_tried(rate, loss, rate == chosen) for rate, loss in losses.items()]
@@ -56,7 +58,7 @@ def finals_table(results: Mapping[str, Result]) -> str:
     """Validation loss and perplexity at the end, by seed; the difference to full rank."""
     full = mean_loss(results, declared.FULL)
     rows = []
-    for variant in declared.VARIANTS:
+    for variant in (v for v in declared.VARIANTS if v.seeds):
         runs = [final(results, variant, seed) for seed in declared.SEEDS]
         mean = mean_loss(results, variant)
         rows.append(
@@ -78,7 +80,7 @@ def curve_table(results: Mapping[str, Result]) -> str:
     """Mean validation loss of the final runs at each quarter of the tokens."""
     quarters = [declared.FINAL_STEPS * n // 4 for n in (1, 2, 3, 4)]
     rows = []
-    for variant in declared.VARIANTS:
+    for variant in (v for v in declared.VARIANTS if v.seeds):
         curves = [
             run.validation for seed in declared.SEEDS if (run := final(results, variant, seed))
         ]

@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectral_scale.backends.base import Replicated
-from spectral_scale.megatron.cuts import cut_of
+from spectral_scale.megatron.cuts import cut_of, flat_place
 from spectral_scale.megatron.optimizer import Masters
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.ranges import rectangles_of_range
+from spectral_scale.parallel.pieces import range_chunks
 from spectral_scale.parallel.rectangles import Rectangle
 from spectral_scale.parallel.store import MOMENTS
 from spectral_scale.parallel.table import ParameterTable
@@ -93,9 +93,6 @@ class MegatronState:
 
     def _pieces(self, name: str, fqn: str, held: Tensor, start: int) -> Iterator[TensorChunk]:
         """Elements [start, ...) of this rank's part, as views that are rectangles of the whole."""
-        box, flat, done = self._box(fqn), held.view(-1), 0
-        for part in rectangles_of_range(start, flat.numel(), box.shape):
-            offset = tuple(a + b for a, b in zip(box.offset, part.offset, strict=True))
-            tensor = flat[done : done + part.numel].view(part.shape)
-            yield TensorChunk(name, tensor, self._table[fqn].global_shape, offset)
-            done += part.numel
+        shape = self._table[fqn].global_shape
+        order, first = flat_place(self._parameters[fqn], shape, self._tensor)
+        return range_chunks(name, held.view(-1), first + start, order)

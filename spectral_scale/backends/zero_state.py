@@ -14,8 +14,8 @@ from spectral_scale.backends.zero_steps import get_step, set_step
 from spectral_scale.backends.zero_store import ZeroStore
 from spectral_scale.errors import CheckpointError
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.ranges import rectangles_of_range
-from spectral_scale.parallel.rectangles import Shape
+from spectral_scale.parallel.flat_order import FlatOrder
+from spectral_scale.parallel.pieces import range_chunks, read_range
 from spectral_scale.parallel.store import MOMENTS
 
 
@@ -54,13 +54,14 @@ def load_state(store: ZeroStore, read: ReadTensor) -> None:
     for fqn, fragment in store.fragments.items():
         parameter = store.parameters[fqn]
         start, numel = store.layout.weight_range(parameter)
-        part = _read_range(read, f"model/{fqn}", start, numel, store.layout.shape(parameter))
+        order = FlatOrder(store.layout.shape(parameter))
+        part = read_range(read, f"model/{fqn}", start, numel, order)
         store.write(fqn, part.to(store.device))
         if fragment is None:
             continue
         for key, moments in _moments(store, fragment):
             name = f"optimizer/{fqn}/{key}"
-            moments.copy_(_read_range(read, name, fragment.start, fragment.numel, fragment.shape))
+            moments.copy_(read_range(read, name, fragment.start, fragment.numel, order))
     for flat in store.layout.flats():
         set_step(store.inner, flat.tensor, _common_step(store, flat, read))
 
@@ -74,16 +75,7 @@ def _moments(store: ZeroStore, fragment: Fragment) -> Iterator[tuple[str, Tensor
 
 
 def _chunks(name: str, part: Tensor, fragment: Fragment) -> Iterator[TensorChunk]:
-    done = 0
-    for box in rectangles_of_range(fragment.start, fragment.numel, fragment.shape):
-        piece = part[done : done + box.numel].view(box.shape)
-        yield TensorChunk(name, piece, fragment.shape, box.offset)
-        done += box.numel
-
-
-def _read_range(read: ReadTensor, name: str, start: int, numel: int, shape: Shape) -> Tensor:
-    pieces = [read(name, b.offset, b.shape) for b in rectangles_of_range(start, numel, shape)]
-    return torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else torch.empty(0)
+    return range_chunks(name, part, fragment.start, FlatOrder(fragment.shape))
 
 
 def _common_step(store: ZeroStore, flat: Flat, read: ReadTensor) -> float:

@@ -25,7 +25,7 @@ from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.optim.build import adamw_state
 from spectral_scale.parallel.chunks import ReadTensor, overwrite
 from spectral_scale.parallel.collective import Collective
-from spectral_scale.parallel.pieces import Pieces
+from spectral_scale.parallel.pieces import SteppedPieces
 from spectral_scale.parallel.ranges import Range
 from spectral_scale.parallel.store import MOMENTS
 from spectral_scale.spectral.owners import assign_owners
@@ -49,12 +49,12 @@ class DividedGaLoreAdamW(ProjectedAdamW):
     ) -> None:
         super().__init__(params, **adamw)
         self._collective = collective
-        self._pieces: Pieces
+        self._pieces: SteppedPieces
         self._owners: dict[str, int] = {}
         self._states: dict[str, dict[str, Tensor]] = {}
         self._rounds: dict[tuple[str, ...], list[Round]] = {}
 
-    def bind(self, pieces: Pieces) -> None:
+    def bind(self, pieces: SteppedPieces) -> None:
         """Reach parameters through the host's pieces, and create the state of owned matrices.
 
         Raises ConfigError for matrices that are cut into columns.
@@ -232,7 +232,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         self.stats.overlaps += [] if first else overlaps
 
 
-def _require_rows(pieces: Pieces, fqns: Iterable[str]) -> None:
+def _require_rows(pieces: SteppedPieces, fqns: Iterable[str]) -> None:
     """Owners put ranges of rows together."""
     for fqn in fqns:
         if pieces.order(fqn).column_blocks > 1:

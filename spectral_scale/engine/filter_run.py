@@ -6,6 +6,7 @@ from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.engine.pieces import pieces_of
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
+from spectral_scale.parallel.pieces import Pieces, PiecesMaker
 from spectral_scale.parallel.store import ParameterStore
 from spectral_scale.parallel.table import ParameterTable
 
@@ -18,12 +19,17 @@ def open_filter(
     store: ParameterStore,
 ) -> SpectralFilter | None:
     """The run's filter, or None if it has none; after the method gave all parameters values.
+    Collective.
 
     Raises ConfigError for a host whose gradients are not reached, or if nothing can be filtered.
     """
     if not config.filter.enabled:
         return None
-    pieces = pieces_of(store, model, what="the spectral filter", remedy="set filter.kind=none")
+    pieces: Pieces
+    if isinstance(store, PiecesMaker):
+        pieces = store.pieces()
+    else:
+        pieces = pieces_of(store, model, what="the spectral filter", remedy="set filter.kind=none")
     return SpectralFilter(
         pieces,
         {fqn: table[fqn].role for fqn in pieces.shapes},

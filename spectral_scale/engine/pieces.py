@@ -6,12 +6,12 @@ from spectral_scale.backends.zero_pieces import ZeroPieces
 from spectral_scale.backends.zero_store import ZeroStore
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.fsdp2_store import FSDP2Store
-from spectral_scale.parallel.pieces import Pieces, PiecesMaker, TensorPieces
+from spectral_scale.parallel.pieces import SteppedPieces, TensorPieces
 from spectral_scale.parallel.store import ParameterStore, TorchStore
 
 
-def pieces_of(store: ParameterStore, model: nn.Module, *, what: str, remedy: str) -> Pieces:
-    """The pieces behind a store. Collective.
+def pieces_of(store: ParameterStore, model: nn.Module, *, what: str, remedy: str) -> SteppedPieces:
+    """The pieces behind a store.
 
     Args:
         store: of the run's backend.
@@ -21,8 +21,6 @@ def pieces_of(store: ParameterStore, model: nn.Module, *, what: str, remedy: str
 
     Raises ConfigError for a host whose gradients are not reached.
     """
-    if isinstance(store, PiecesMaker):
-        return store.pieces()
     if isinstance(store, ZeroStore):
         return ZeroPieces(store)
     if isinstance(store, TorchStore | FSDP2Store):

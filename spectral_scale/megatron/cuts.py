@@ -1,6 +1,10 @@
-"""How Megatron marks a parameter that tensor parallelism cuts."""
+"""How Megatron marks a parameter that tensor parallelism cuts, and where the parts lie."""
 
+import torch.distributed as dist
 from torch import Tensor
+
+from spectral_scale.parallel.flat_order import FlatOrder
+from spectral_scale.parallel.rectangles import Shape
 
 
 def cut_of(parameter: Tensor) -> int | None:
@@ -8,3 +12,13 @@ def cut_of(parameter: Tensor) -> int | None:
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
     return int(parameter.partition_dim)  # type: ignore[attr-defined]
+
+
+def flat_place(
+    parameter: Tensor, global_shape: Shape, group: dist.ProcessGroup
+) -> tuple[FlatOrder, int]:
+    """The order in which the parts of a tensor-parallel group lie one after the other, and where
+    this rank's begins in it."""
+    dim = cut_of(parameter)
+    order = FlatOrder(global_shape, group.size() if dim == 1 else 1)
+    return order, 0 if dim is None else group.rank() * parameter.numel()

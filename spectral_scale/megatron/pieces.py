@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spectral_scale.megatron.cuts import cut_of
+from spectral_scale.megatron.cuts import flat_place
 from spectral_scale.megatron.optimizer import Masters
 from spectral_scale.parallel.flat_order import FlatOrder
 from spectral_scale.parallel.pieces import ShardGroup
@@ -39,20 +39,19 @@ class MegatronPieces:
     ) -> None:
         self._masters = masters
         self._parameters = {n: p for n, p in parameters.items() if p.requires_grad}
-        self._names: dict[int, str] = {}
         self.shapes: Mapping[str, Shape] = {n: table[n].global_shape for n in self._parameters}
         self.device = next(iter(self._parameters.values())).device
-        self._orders = {
-            fqn: FlatOrder(self.shapes[fqn], tensor.size() if cut_of(parameter) == 1 else 1)
+        self._places = {
+            fqn: flat_place(parameter, self.shapes[fqn], tensor)
             for fqn, parameter in self._parameters.items()
         }
         self.group = _group(tensor, data, sharded=masters.sharded)
-        mine = [self._range(fqn, tensor.rank()) for fqn in self._parameters]
+        mine = [self._range(fqn) for fqn in self._parameters]
         self._held = dict(zip(self._parameters, self._of_all_ranks(mine), strict=True))
 
     def order(self, fqn: str) -> FlatOrder:
         """By blocks of columns where tensor parallelism cuts columns."""
-        return self._orders[fqn]
+        return self._places[fqn][0]
 
     def held(self, fqn: str) -> list[Range]:
         """What each rank's optimizer steps."""
@@ -72,25 +71,10 @@ class MegatronPieces:
             return torch.empty(0, device=self.device)
         return found[0].detach().view(-1)
 
-    def members(self, parameter: Tensor) -> list[str]:
-        """The name of what is stepped."""
-        if not self._names:
-            stepped = ((n, self._masters.held(p)) for n, p in self._parameters.items())
-            self._names = {id(found[0]): n for n, found in stepped if found is not None}
-        return [self._names[id(parameter)]]
-
-    def part(self, fqn: str, tensor: Tensor) -> Tensor:
-        """All of it: a parameter is stepped by itself."""
-        return tensor.detach().view(-1)
-
-    def _range(self, fqn: str, tensor_rank: int) -> Range:
+    def _range(self, fqn: str) -> Range:
         """This rank's, in the order of the whole parameter."""
-        parameter = self._parameters[fqn]
-        found = self._masters.held(parameter)
-        if found is None:
-            return 0, 0
-        before = 0 if cut_of(parameter) is None else tensor_rank * parameter.numel()
-        return before + found[1], found[0].numel()
+        found = self._masters.held(self._parameters[fqn])
+        return (0, 0) if found is None else (self._places[fqn][1] + found[1], found[0].numel())
 
     def _of_all_ranks(self, mine: list[Range]) -> list[list[Range]]:
         """[parameter][rank of the group] -> range: a few numbers, gathered once."""

@@ -78,6 +78,10 @@ class Pieces(Protocol):
     def value(self, fqn: str) -> Tensor:
         """The full-precision value of this rank's range, a 1-D view."""
 
+
+class SteppedPieces(Pieces, Protocol):
+    """Pieces for an optimizer that steps parts of what its host gave it by itself."""
+
     def members(self, parameter: Tensor) -> list[str]:
         """Trained parameters that lie in what the host's optimizer calls one, on any rank."""
 
@@ -127,6 +131,7 @@ class TensorPieces:
                     "trained parameters are spread over different groups of ranks; one group is "
                     "required: give all calls of fully_shard the same mesh"
                 )
+        self._held = {fqn: self._ranges(fqn) for fqn in self._parameters}
         self._names = {id(parameter): fqn for fqn, parameter in self._parameters.items()}
 
     def order(self, fqn: str) -> FlatOrder:
@@ -135,11 +140,7 @@ class TensorPieces:
 
     def held(self, fqn: str) -> list[Range]:
         """Whole rows, of everything or of a block of columns."""
-        layout, shape, order = self._layouts[fqn], self.shapes[fqn], self._orders[fqn]
-        if layout is None:
-            return [(0, order.numel)] * self.group.size
-        pieces = [layout.piece_of[rank] for rank in self._ranks]
-        return [order.range_of(layout.rectangle(shape, piece)) for piece in pieces]
+        return self._held[fqn]
 
     def gradient(self, fqn: str) -> Tensor | None:
         """A view of `.grad`, which is made contiguous if it is not."""
@@ -161,6 +162,13 @@ class TensorPieces:
     def part(self, fqn: str, tensor: Tensor) -> Tensor:
         """All of it that is here. Raises RuntimeError if it is not contiguous."""
         return local(tensor).view(-1)
+
+    def _ranges(self, fqn: str) -> list[Range]:
+        layout, shape, order = self._layouts[fqn], self.shapes[fqn], self._orders[fqn]
+        if layout is None:
+            return [(0, order.numel)] * self.group.size
+        pieces = [layout.piece_of[rank] for rank in self._ranks]
+        return [order.range_of(layout.rectangle(shape, piece)) for piece in pieces]
 
 
 def _order(fqn: str, shape: Shape, layout: Layout | None) -> FlatOrder:

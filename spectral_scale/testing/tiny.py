@@ -129,6 +129,21 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
     }  # fmt: skip
 
 
+def run_with_gradients(config: RunConfig) -> Any:
+    """A `Run` in the middle of its first step: after the last backward pass, before the filter,
+    clipping and the optimizer."""
+    from spectral_scale.engine.build import build_run
+    from spectral_scale.engine.loop import TrainingLoop
+    from spectral_scale.engine.run_folder import create_run_folder
+    from spectral_scale.metrics.sinks import NullLog
+    from spectral_scale.parallel.facts import detect_rank_facts
+
+    create_run_folder(Path(config.train.run_dir))
+    run = build_run(config, detect_rank_facts())
+    TrainingLoop(run, NullLog(), None)._forward_backward(next(iter(run.loader.steps(0, 1))))
+    return run
+
+
 def train_in_turn(runs: Sequence[tuple[RunConfig, int | None]]) -> list[dict[str, Any]]:
     """`train_tiny` of several runs: configurations, and after how many steps each stops (None: at
     its end). Processes and hosts take seconds to start, the runs milliseconds a step."""

@@ -11,7 +11,13 @@ import pytest
 from spectral_scale.errors import CheckpointError
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import assemble, distance
-from spectral_scale.testing.tiny import one_process_group, tiny_config, train_in_turn, train_tiny
+from spectral_scale.testing.tiny import (
+    one_process_group,
+    run_with_gradients,
+    tiny_config,
+    train_in_turn,
+    train_tiny,
+)
 
 WORLD, STEPS, STOP = 2, 5, 3
 SETTINGS: dict[str, Any] = {
@@ -52,20 +58,12 @@ def config_of(corpus: Path, folder: Path, host: str, **changes: Any) -> Any:
 
 def traffic(configs: list[Any]) -> list[dict[str, Any]]:
     """Calls and payload bytes of the filter in one step, measured and not; elements filtered."""
-    from spectral_scale.engine.build import build_run
-    from spectral_scale.engine.loop import TrainingLoop
-    from spectral_scale.engine.run_folder import create_run_folder
-    from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.facts import detect_rank_facts
     from spectral_scale.testing.traffic import TrafficCounter
 
     found = []
     with one_process_group():
         for config in configs:
-            create_run_folder(Path(config.train.run_dir))
-            run = build_run(config, detect_rank_facts())
-            loop = TrainingLoop(run, NullLog(), None)
-            loop._forward_backward(next(iter(run.loader.steps(0, 1))))
+            run = run_with_gradients(config)
             counts: dict[str, Any] = {}
             for measure in (False, True):
                 with TrafficCounter() as counter:

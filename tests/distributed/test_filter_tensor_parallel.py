@@ -13,27 +13,25 @@ import pytest
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import distance
-from spectral_scale.testing.tiny import one_process_group, tiny_config, train_in_turn, train_tiny
+from spectral_scale.testing.filters import JOINT, KNN, compare_measures
+from spectral_scale.testing.filters import SETTINGS as FILTERED
+from spectral_scale.testing.tiny import (
+    one_process_group,
+    run_with_gradients,
+    tiny_config,
+    train_in_turn,
+    train_tiny,
+)
 
 STEPS, BATCH = 4, 24
-SETTINGS: dict[str, Any] = {
-    "model__num_layers": 3,
+SETTINGS: dict[str, Any] = FILTERED | {
     "model__num_heads": 4,
     "spectral__method": "full",
     "train__steps": STEPS,
     "train__precision": "fp64",
     "train__global_batch_size": BATCH,
     "train__eval_interval": STEPS,
-    "data__validation_sequences": 1,
-    "optimizer__eps": 1e-5,  # above rounding, which Adam would blow up to full steps
-    "optimizer__clip_grad_norm": 0.1,  # below most norms: the filter must come first
-    "optimizer__spectral_lr": 1e-4,
-    "spectral__steps_per_iteration": 2,  # a swap after 2
-    "filter__kind": "rational",
-    "filter__strength": 2.0,
 }
-KNN = {"filter__graph": "knn", "filter__neighbors": 1, "filter__refresh_steps": 2}
-JOINT = {"filter__joint_loss_mu": 0.1, "filter__anchor_steps": 2}
 SST = {"spectral__method": "sst"}
 WIDE = {"model__hidden_size": 64}  # more entries a matrix than are sampled
 CASES: dict[str, dict[str, Any]] = {
@@ -90,27 +88,14 @@ def test_equals_one_process(corpus: Path, tmp_path: Path) -> None:
 
 
 def assert_same_measures(found: list[Any], expected: list[Any], where: str) -> None:
-    """What was removed, frequencies and drift at every step. Energies add up, but equal frequencies
-    share theirs as rounding has it."""
-    compared = 0
-    for (_, line), (_, reference) in zip(found, expected, strict=True):
-        for key in (key for key in reference if key.startswith("filter/")):
-            if key.startswith("filter/energy"):
-                assert sum(line[key]) == pytest.approx(sum(reference[key]), rel=1e-6), (where, key)
-            else:
-                assert line[key] == pytest.approx(reference[key], rel=1e-6, abs=1e-9), (where, key)
-            compared += 1
-    assert compared > STEPS, where
+    """What was removed, frequencies and drift at every step."""
+    compared, different = compare_measures(found, expected, rel=1e-6, abs_=1e-9, energy_rel=1e-6)
+    assert compared > STEPS and not different, (where, different[:3])
 
 
 def traffic(configs: list[Any]) -> list[dict[str, Any]]:
     """Collectives of the filter in a step that is not measured; bytes that it keeps, and plans."""
     from spectral_scale.config.check import check_config
-    from spectral_scale.engine.build import build_run
-    from spectral_scale.engine.loop import TrainingLoop
-    from spectral_scale.engine.run_folder import create_run_folder
-    from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.facts import detect_rank_facts
     from spectral_scale.plan.filter_needs import filter_needs
     from spectral_scale.plan.inventory import take_inventory
     from spectral_scale.testing.traffic import TrafficCounter
@@ -118,10 +103,7 @@ def traffic(configs: list[Any]) -> list[dict[str, Any]]:
     found = []
     with one_process_group():
         for config in configs:
-            create_run_folder(Path(config.train.run_dir))
-            run = build_run(config, detect_rank_facts())
-            loop = TrainingLoop(run, NullLog(), None)
-            loop._forward_backward(next(iter(run.loader.steps(0, 1))))
+            run = run_with_gradients(config)
             with TrafficCounter() as counter:
                 run.gradient_filter.apply()
             inventory = take_inventory(config, check_config(config, world_size=2))

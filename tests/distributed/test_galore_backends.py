@@ -16,7 +16,13 @@ from spectral_scale.plan.build import plan_run
 from spectral_scale.testing.deepspeed import allow_fp16
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import assemble, distance
-from spectral_scale.testing.tiny import one_process_group, tiny_config, train_in_turn, train_tiny
+from spectral_scale.testing.tiny import (
+    one_process_group,
+    run_with_gradients,
+    tiny_config,
+    train_in_turn,
+    train_tiny,
+)
 
 STEPS, STOP, BATCH = 6, 3, 24  # projectors are renewed in steps 1 and 5
 MATRICES = 12
@@ -274,14 +280,9 @@ def train_twins(configs: list[Any]) -> list[Any]:
 
 
 def error_of_a_step(config: Any) -> str:
-    from spectral_scale.engine.build import build_run
-    from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.errors import SpectralError
-    from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.facts import detect_rank_facts
 
-    run = build_run(config, detect_rank_facts())
-    TrainingLoop(run, NullLog(), None)._forward_backward(next(iter(run.loader.steps(0, 1))))
+    run = run_with_gradients(config)
     with pytest.raises(SpectralError) as caught:
         run.backend.step(clip_grad_norm=0.0)
         run.controller.after_step()

@@ -12,32 +12,24 @@ import pytest
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import assemble, distance
+from spectral_scale.testing.filters import JOINT, KNN, compare_measures
+from spectral_scale.testing.filters import SETTINGS as FILTERED
 from spectral_scale.testing.megatron import train_in_turn_on_cpu
-from spectral_scale.testing.tiny import tiny_config, train_in_turn
+from spectral_scale.testing.tiny import run_with_gradients, tiny_config, train_in_turn, train_tiny
 
 STEPS, BATCH, STOP = 4, 16, 3
-SETTINGS: dict[str, Any] = {
+SETTINGS: dict[str, Any] = FILTERED | {
     # No positions and a large rank, so that the DistributedOptimizer cuts between layers.
     "model__name": "llama-60m",
     "spectral__spectral_rank": 20,
-    "model__num_layers": 3,
     "model__num_heads": 4,
     "model__ffn_size": 96,
     "train__steps": STEPS,
     "train__global_batch_size": BATCH,
     "train__eval_interval": STEPS,
-    "data__validation_sequences": 1,
-    "optimizer__eps": 1e-5,  # above rounding, which Adam would blow up to full steps
-    "optimizer__clip_grad_norm": 0.1,  # below most norms: the filter must come first
-    "optimizer__spectral_lr": 1e-4,
-    "spectral__steps_per_iteration": 2,  # a swap after 2
-    "filter__kind": "rational",
-    "filter__strength": 2.0,
 }
-KNN = {"filter__graph": "knn", "filter__neighbors": 1, "filter__refresh_steps": 2}
-JOINT = {"filter__joint_loss_mu": 0.1, "filter__anchor_steps": 0}
 CASES: dict[str, dict[str, Any]] = {
-    "layers": KNN | JOINT,
+    "layers": KNN | JOINT | {"filter__anchor_steps": 0},
     "block_gains": {"filter__nodes": "block_gains"},
 }
 PLAIN_ADAM = {"parallel__distributed_optimizer": False}
@@ -88,13 +80,8 @@ def test_equals_one_process(corpus: Path, tmp_path: Path) -> None:
 
 def assert_same_measures(found: list[Any], expected: list[Any], where: str) -> None:
     """What was removed, frequencies, drift and the joint loss, at every step."""
-    compared = 0
-    for (_, line), (_, reference) in zip(found, expected, strict=True):
-        keys = [k for k in reference if k.startswith("filter/") and "energy" not in k]
-        for key in keys:
-            assert line[key] == pytest.approx(reference[key], rel=5e-3, abs=1e-5), (where, key)
-        compared += len(keys)
-    assert compared > STEPS, where
+    compared, different = compare_measures(found, expected, rel=5e-3, abs_=1e-5, energy_rel=5e-3)
+    assert compared > STEPS and not different, (where, different[:3])
 
 
 def assert_same_state(ranks: list[Any], alone: dict[str, Any], where: str) -> None:
@@ -126,24 +113,15 @@ def test_resume_is_bit_exact(corpus: Path, tmp_path: Path) -> None:
 
 def traffic_and_twins(configs: list[Any], broken: list[Any]) -> tuple[list[Any], list[Any]]:
     """Collectives of the filter in a step that is not measured; results of the broken runs."""
-    from spectral_scale.engine.build import build_run
-    from spectral_scale.engine.loop import TrainingLoop
-    from spectral_scale.engine.run_folder import create_run_folder
-    from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.optim.filter import gains
     from spectral_scale.parallel.exchange import Exchange
-    from spectral_scale.parallel.facts import detect_rank_facts
     from spectral_scale.testing.megatron import megatron_in_one_group
-    from spectral_scale.testing.tiny import train_tiny
     from spectral_scale.testing.traffic import TrafficCounter
 
     counts, results = [], []
     with megatron_in_one_group(), pytest.MonkeyPatch.context() as patch:
         for config in configs:
-            create_run_folder(Path(config.train.run_dir))
-            run = build_run(config, detect_rank_facts())
-            loop = TrainingLoop(run, NullLog(), None)
-            loop._forward_backward(next(iter(run.loader.steps(0, 1))))
+            run = run_with_gradients(config)
             with TrafficCounter() as counter:
                 run.gradient_filter.apply()
             counts.append(dict(counter.calls))

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator
 from spectral_scale.metrics.plots import RUN_COLORS
 from study import settings as declared
 from study.dip import boundaries, trained_norms
-from study.plan import tuned_rates
+from study.plan import tuned_rates, tuned_variants
 from study.results import Result
 from study.settings import TOKENS_PER_STEP, Variant
 from study.tables import final
@@ -65,7 +65,7 @@ def _method(variant: Variant) -> str:
 
 def _draw_tuning(figure: Any, results: Mapping[str, Result]) -> bool:
     axes = figure.add_subplot()
-    for variant in (v for v in declared.VARIANTS if v.tuned_as is None):
+    for variant in tuned_variants():
         losses = sorted(tuned_rates(results, variant).items())
         points = [(rate, loss) for rate, loss in losses if math.isfinite(loss)]
         if points:

@@ -68,6 +68,11 @@ def require_settings(trial: Trial, found: Settings, what: str) -> None:
         )
 
 
+def tuned_variants() -> list[Variant]:
+    """Those with learning rates of their own, full rank first."""
+    return [variant for variant in declared.VARIANTS if variant.tuned_as is None]
+
+
 def tuned_rates(results: Mapping[str, Result], variant: Variant) -> dict[float, float]:
     """Validation loss by learning rate of the variant's tuning runs so far, in the order tried."""
     losses: dict[float, float] = {}
@@ -98,7 +103,7 @@ def settings_of(variant: Variant, rate: float, dense_rate: float | None) -> Sett
 
 def _tuning(results: Mapping[str, Result]) -> Iterator[Trial]:
     """The dense rate first, since all others train their dense part with it; then by turns."""
-    full, *others = (variant for variant in declared.VARIANTS if variant.tuned_as is None)
+    full, *others = tuned_variants()
     yield from (_tune(results, full, turn) for turn in range(declared.TUNING_RUNS))
     yield from (_dip(variant) for variant in declared.DIP_VARIANTS)
     for turn in range(declared.TUNING_RUNS):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from study import settings as declared
 from study.dip import DIP_WINDOW, dip_ratios
-from study.plan import STAGES, all_trials, chosen_rate, tuned_rates
+from study.plan import STAGES, all_trials, chosen_rate, tuned_rates, tuned_variants
 from study.results import Result
 from study.settings import TOKENS_PER_STEP, Variant
 from study.tuning import at_edge, best_rate
@@ -42,9 +42,7 @@ def missing_runs(results: Mapping[str, Result]) -> str:
 def tuning_table(results: Mapping[str, Result]) -> str:
     """Validation loss at every learning rate tried; the chosen one in bold."""
     rows = []
-    for variant in declared.VARIANTS:
-        if variant.tuned_as is not None:
-            continue
+    for variant in tuned_variants():
         losses = tuned_rates(results, variant)
         chosen = chosen_rate(results, variant)
         cells = [_tried(rate, loss, rate == chosen) for rate, loss in losses.items()]
@@ -58,7 +56,7 @@ def finals_table(results: Mapping[str, Result]) -> str:
     """Validation loss and perplexity at the end, by seed; the difference to full rank."""
     full = mean_loss(results, declared.FULL)
     rows = []
-    for variant in (v for v in declared.VARIANTS if v.seeds):
+    for variant in _final_variants():
         runs = [final(results, variant, seed) for seed in declared.SEEDS]
         mean = mean_loss(results, variant)
         rows.append(
@@ -80,7 +78,7 @@ def curve_table(results: Mapping[str, Result]) -> str:
     """Mean validation loss of the final runs at each quarter of the tokens."""
     quarters = [declared.FINAL_STEPS * n // 4 for n in (1, 2, 3, 4)]
     rows = []
-    for variant in (v for v in declared.VARIANTS if v.seeds):
+    for variant in _final_variants():
         curves = [
             run.validation for seed in declared.SEEDS if (run := final(results, variant, seed))
         ]
@@ -115,6 +113,10 @@ def dip_table(results: Mapping[str, Result]) -> str:
             rows.append([variant.title, str(len(first)), _range(first), _range(window)])
     head = ["variant", "boundaries", "first step after", f"mean of {DIP_WINDOW} steps after"]
     return _table(head, rows)
+
+
+def _final_variants() -> list[Variant]:
+    return [variant for variant in declared.VARIANTS if variant.seeds]
 
 
 def final(results: Mapping[str, Result], variant: Variant, seed: int) -> Result | None:

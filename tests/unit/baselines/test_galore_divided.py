@@ -10,6 +10,7 @@ from torch import nn
 from spectral_scale.baselines.galore import GaLoreAdamW
 from spectral_scale.baselines.galore_divided import DividedGaLoreAdamW
 from spectral_scale.baselines.galore_rounds import plan_rounds
+from spectral_scale.errors import ConfigError
 from spectral_scale.optim.build import create_state, state_tensors
 from spectral_scale.parallel.collective import SingleProcess
 from spectral_scale.parallel.flat_order import FlatOrder
@@ -60,7 +61,6 @@ class Cut:
     ranges: dict[str, list[Range]]
     group: ShardGroup
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-
     blocks: int = 1
 
     def held(self, fqn: str) -> list[Range]:
@@ -114,3 +114,11 @@ def test_copies_share_the_decompositions() -> None:
     plan = plan_rounds(list(piece.shapes), dict.fromkeys(piece.shapes, 0), piece)  # type: ignore[arg-type]
     assert [len(turn.fqns) for turn in plan] == [2, 2, 1]
     assert all(sorted(turn.mine.values()) == [0, 1] for turn in plan[:2])
+
+
+def test_matrices_in_columns_are_refused() -> None:
+    parameters = {fqn: nn.Parameter(torch.zeros(shape)) for fqn, shape in SHAPES.items()}
+    divided = DividedGaLoreAdamW(groups_of(parameters), collective=SingleProcess(), lr=1e-2)
+    piece = Cut({}, ShardGroup(size=2), SHAPES, blocks=2)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="owner of a needs ranges of its rows"):
+        divided.bind(piece)  # type: ignore[arg-type]

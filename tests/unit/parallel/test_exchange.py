@@ -62,14 +62,12 @@ def copies_there_and_back(world: int) -> list[Any]:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     group = ShardGroup(index=rank, size=world, handle=dist.group.WORLD)
-    exchange = Exchange(
-        [[(0, 3), (3, 2)] * 2], [[(0, 5 if r == 1 else 0) for r in range(4)]], group
-    )
+    held, wanted = [(0, 3), (3, 2)] * 2, [(0, 0), (0, 5), (0, 0), (0, 0)]
+    exchange = Exchange([held], [wanted], group)
     part = torch.arange(5.0)[:3] if rank % 2 == 0 else torch.arange(5.0)[3:]
+    given = part if rank < 2 else part + 10  # so that it shows whose was sent
     with TrafficCounter() as counter:
-        got = exchange.forward(
-            [part + 10 * (rank > 1)], dtype=torch.float32
-        )  # of copies, the first
+        got = exchange.forward([given], dtype=torch.float32)
         sent = counter.payload_bytes["alltoall_base"]
         back = exchange.backward([2 * got[0]], dtype=torch.float32)
     dist.barrier()

@@ -142,12 +142,12 @@ def _dip(variant: Variant) -> Trial:
 
 
 def _finals(results: Mapping[str, Result]) -> Iterator[Trial]:
-    """One seed after the other; what has not every seed comes last."""
-    runs = [(seed, variant) for seed in declared.SEEDS for variant in declared.VARIANTS]
-    for seed, variant in sorted(runs, key=lambda run: run[1].seeds != declared.SEEDS):
-        if seed in variant.seeds:
-            name = f"final-{variant.name}-seed_{seed}"
-            yield _after_tuning(results, name, "final", variant, declared.FINAL, seed=seed)
+    """One seed after the other."""
+    for seed in declared.SEEDS:
+        for variant in declared.VARIANTS:
+            if seed in variant.seeds:
+                name = f"final-{variant.name}-seed_{seed}"
+                yield _after_tuning(results, name, "final", variant, declared.FINAL, seed=seed)
 
 
 def _ablations(results: Mapping[str, Result]) -> Iterator[Trial]:

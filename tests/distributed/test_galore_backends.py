@@ -389,7 +389,9 @@ def test_costs(world: int, hosts: tuple[str, ...], corpus: Path, tmp_path: Path)
         assert first["allreduce"] - second["allreduce"] <= world * (4 + 2 * 8) * (MATRICES + 1)
         for f in found:
             assert f["states"] == pytest.approx(f["owned"] + 8 * f["rest"] / group, rel=0.03), host
-            assert f["peak"] <= (5 if group > 1 else 2.1) * 4 * max(SIZES), host
+            # A thread of Gloo may hold the buffers of the exchange before for some microseconds
+            # after it is complete: what a rank sends and receives of the others, at most 1.5.
+            assert f["peak"] <= (5 + 1.5 if group > 1 else 2.1) * 4 * max(SIZES), host
         assert sum(f["owned"] for f in found) == 4 * LOW * copies, host
         assert_planned(configs[index], world, found)
 

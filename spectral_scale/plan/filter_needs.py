@@ -89,10 +89,9 @@ def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) ->
         if settings.nodes != "layers":
             whole = [numels[group.fqns[0]] for group in groups]
             wanted = _fullest(groups, numels, whole, cut.ranks)
-        gradient = 2 if config.train.precision in ("bf16", "fp16") else itemsize
-        extra = itemsize if settings.joint_loss_mu else 0
-        workspace = (4 * gradient + extra) * max(held, wanted)
-        exchanged = round((2 * gradient + extra) * held * (cut.ranks - 1) / cut.ranks)
+        extra = 1 if settings.joint_loss_mu else 0
+        workspace = (4 + extra) * itemsize * max(held, wanted)
+        exchanged = round((2 + extra) * itemsize * held * (cut.ranks - 1) / cut.ranks)
     return FilterNeeds(kept=kept, workspace=workspace, saved=saved, exchanged=exchanged)
 
 

@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "filter__refresh_steps": 2,
     "filter__joint_loss_mu": 0.1,
 }
+HALF = {"train__precision": "bf16"}  # gradients are fp32 there, too, when they are filtered
 PLAIN = {"filter__graph": "path", "filter__joint_loss_mu": 0.0}
 DEEPSPEED = {"parallel__backend": "deepspeed"}
 HOSTS: dict[str, dict[str, Any]] = {
@@ -96,6 +97,10 @@ def test_traffic(corpus: Path, tmp_path: Path) -> None:
         ("zero3", {"filter__nodes": "heads"}),
         ("fsdp2", {"filter__nodes": "block_gains"}),
         ("zero2", {"filter__joint_loss_mu": 0.1}),
+        ("zero1", HALF),
+        ("zero2", HALF | {"filter__joint_loss_mu": 0.1}),
+        ("zero3", HALF | {"filter__nodes": "heads"}),
+        ("fsdp2", HALF | {"filter__nodes": "rows"}),
     ]
     configs = [
         config_of(corpus, tmp_path / str(i), host, **(PLAIN | changes))
@@ -128,6 +133,8 @@ def test_traffic(corpus: Path, tmp_path: Path) -> None:
             # here: one layer of three is there, and fc2 of all layers stays on rank 1.
             most = max(rank["bytes"] for rank in found)
             assert 1.0 <= found[0]["planned"] / most <= 2.0, case
+        elif case[1].get("filter__nodes") in ("rows", "heads") and case[0] != "torch":
+            assert {rank["planned"] for rank in found} == {rank["bytes"] for rank in found}, case
 
 
 # -- state -----------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 import faulthandler
 import multiprocessing
 import os
-import socket
+import signal
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from queue import Empty
 from typing import Any
+
+from spectral_scale.cluster.rendezvous import LOOPBACK, free_port
 
 PRELOADED = ["spectral_scale.engine.loop", "spectral_scale.metrics.sinks"]
 JOIN_SECONDS = 10.0
@@ -41,7 +44,7 @@ def run_distributed(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     results: Any = context.Queue()
-    port = _free_port()
+    port = free_port()
     workers = [
         context.Process(
             target=_work,
@@ -64,6 +67,36 @@ def run_distributed(
     if failures:
         raise WorkerError(failures, values)
     return [values[rank] for rank in range(world_size)]
+
+
+def become_rank(rank: int, world_size: int, port: int, log: Path | None = None) -> None:
+    """Make this process what torchrun would start on this machine: environment, one thread, and
+    signals that end it. With world size 1 it is a plain process.
+
+    Args:
+        rank: of `world_size`; all are on this machine.
+        world_size: number of ranks.
+        port: where they meet.
+        log: gets what the process prints from now on, added to what is there.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+    if world_size > 1:
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR=LOOPBACK,
+            MASTER_PORT=str(port),
+            SPECTRAL_SCALE_MEETING_SECONDS="300",
+        )
 
 
 def _receive(
@@ -104,25 +137,9 @@ def _work(
     timeout_seconds: float,
     results: Any,
 ) -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    become_rank(rank, world_size, port)
     faulthandler.dump_traceback_later(0.9 * timeout_seconds)  # where a hanging rank stands
-    if world_size > 1:
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
     try:
         results.put((rank, function(*arguments), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

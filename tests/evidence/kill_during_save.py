@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -25,8 +24,9 @@ from typing import Any
 
 from spectral_scale.checkpoint.layout import list_checkpoints
 from spectral_scale.checkpoint.reader import CheckpointReader
+from spectral_scale.cluster.rendezvous import free_port
 from spectral_scale.metrics.history import load_history
-from spectral_scale.testing.distributed import PRELOADED
+from spectral_scale.testing.distributed import PRELOADED, become_rank
 
 STEPS = 8
 MAX_TRIES = 20
@@ -70,26 +70,12 @@ def rank_main(
     output: Path,
 ) -> None:
     """One rank; `kill` is the save to die in, and after how long."""
-    import torch
-
     from spectral_scale.checkpoint.manager import CheckpointManager
     from spectral_scale.cli import train
     from spectral_scale.cli.main import main
 
-    torch.set_num_threads(1)
-    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    become_rank(rank, world_size, port, output)
     train._write_report = lambda run_dir: None
-    if world_size > 1:
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            SPECTRAL_SCALE_MEETING_SECONDS="300",
-        )
     if kill is not None:
         original, saves = CheckpointManager.save, 0
 
@@ -123,9 +109,7 @@ def start(
     output: Path,
 ) -> list[int | None]:
     """Run all ranks to their ends; their exit codes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [
         CONTEXT.Process(
             target=rank_main,

@@ -20,7 +20,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -29,8 +28,9 @@ from pathlib import Path
 
 from spectral_scale.checkpoint.layout import list_checkpoints
 from spectral_scale.checkpoint.reader import CheckpointReader
+from spectral_scale.cluster.rendezvous import free_port
 from spectral_scale.metrics.history import load_history
-from spectral_scale.testing.distributed import PRELOADED
+from spectral_scale.testing.distributed import PRELOADED, become_rank
 
 WORLD_SIZE = 2
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -46,25 +46,10 @@ LITTLE_SPACE = 4096
 
 def rank_main(rank: int, port: int, words: list[str], log: Path, space: int | None) -> None:
     """One rank: training, with losses that are not finite at some data steps."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(WORLD_SIZE),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        SPECTRAL_SCALE_MEETING_SECONDS="300",
-    )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    import torch
-
+    become_rank(rank, WORLD_SIZE, port, log)
     from spectral_scale.cli.main import main
     from spectral_scale.engine import loop
 
-    torch.set_num_threads(1)
     product, original = loop.token_loss_sum, loop.TrainingLoop._forward_backward
 
     def forward_backward(self, batch):
@@ -139,9 +124,7 @@ class Ranks:
 
 def start(arguments: list[str], log: Path, *, little_space: bool = False) -> Ranks:
     """Start all ranks, as a launcher would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     space = LITTLE_SPACE if little_space else None
     ranks = [
         CONTEXT.Process(target=rank_main, args=(rank, port, arguments, log, space))

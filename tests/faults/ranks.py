@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -11,8 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from spectral_scale.cluster.rendezvous import free_port
 from spectral_scale.metrics.history import load_history
-from spectral_scale.testing.distributed import PRELOADED
+from spectral_scale.testing.distributed import PRELOADED, become_rank
 from spectral_scale.testing.tiny import tiny_words
 
 ENDLESS: dict[str, Any] = {
@@ -96,7 +95,7 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def output(self, rank: int | None = None) -> str:
-        """What ranks wrote to standard error."""
+        """What ranks printed."""
         ranks = range(len(self.processes)) if rank is None else [rank]
         paths = [self.run_dir / f"output_{r}.txt" for r in ranks]
         return "\n".join(path.read_text() for path in paths if path.exists())
@@ -114,26 +113,11 @@ def _rank(
     before: Callable[[int], None] | None,
     run_dir: Path,
 ) -> None:
-    import torch
-
     from spectral_scale.cli import train
     from spectral_scale.cli.main import main
 
-    torch.set_num_threads(1)
+    become_rank(rank, world_size, port, run_dir / f"output_{rank}.txt")
     train._write_report = lambda run_dir: None  # the others would wait for rank 0's plots
-    descriptor = os.open(run_dir / f"output_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 2)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    if world_size > 1:
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            SPECTRAL_SCALE_MEETING_SECONDS="300",
-        )
     if before is not None:
         before(rank)
     sys.exit(main(words))
@@ -163,10 +147,3 @@ def losses(run_dir: Path) -> dict[int, float]:
     """Training loss by step, as the run ended up."""
     lines = load_history(run_dir).current()
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
-
-
-def free_port() -> int:
-    """A port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from spectral_scale.cluster.rendezvous import free_port
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import tiny_config
 
@@ -27,12 +27,6 @@ def run_yaml(corpus: Path, folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True)
     write_config(folder, tiny_config(corpus, folder / "run", **changes))
     return folder / "config.yaml"
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def start(*words: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +46,7 @@ def test_the_deepspeed_launcher(corpus: Path, tmp_path: Path) -> None:
     """Flags before and after ours, its --local_rank, the JSON's stage, the resolved JSON saved."""
     config = run_yaml(corpus, tmp_path / "a")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    where = ["--num_accelerators", "2", "--master_port", free_port()]
+    where = ["--num_accelerators", "2", "--master_port", str(free_port())]
     flags = ["--deepspeed", "--deepspeed_config", "ds_configs/zero3.json"]
     done = start(
         *(sys.executable, launcher, *where, "launch/pretrain.py", "--config", str(config)), *flags
@@ -69,7 +63,14 @@ def test_torchrun(corpus: Path, tmp_path: Path) -> None:
     """Without a JSON: the stage from the run's own keys; dropout and recomputation on."""
     changes = {"model__dropout": 0.1, "model__activation_checkpointing": True}
     config = run_yaml(corpus, tmp_path / "a", **changes)
-    where = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    where = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
     flags = ["--parallel.backend", "deepspeed", "--parallel.zero_stage", "3"]
     done = start(sys.executable, *where, "launch/pretrain.py", "--config", str(config), *flags)
     assert done.returncode == 0, done.stdout + done.stderr

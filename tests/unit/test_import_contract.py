@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     ),
     "cli": BELOW_ENGINE | {"cluster", "engine", "bench", "plan", "doctor"},
     "doctor": frozenset({"errors", "config", "parallel", "cluster"}),
-    "testing": BELOW_ENGINE | {"engine", "cli", "megatron"},
+    "testing": BELOW_ENGINE | {"engine", "cli", "megatron", "cluster"},
     "__init__": BELOW_BACKENDS,
     "__main__": frozenset({"cli"}),
 }

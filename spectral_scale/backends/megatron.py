@@ -96,6 +96,7 @@ class MegatronBackend:
             tensor_parallel=self._tensor.size(),
             sequence_parallel=parallel.sequence_parallel,
             completion=parallel.factor_gradients,
+            fused_attention=model.config._attn_implementation == "sdpa",
             dtype=dtype,
             frozen_dtype=frozen_dtype,
             device=self.device,

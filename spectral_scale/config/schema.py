@@ -29,8 +29,8 @@ class ModelConfig:
     dropout: float = 0.0
     """Residual dropout probability (OPT only)."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """transformers' implementation; auto: sdpa (fused kernels), except for bf16 on a CPU and at
-    most 512 tokens, where plain products are faster."""
+    """sdpa: torch's fused kernels; eager: plain products, which keep the scores of all pairs of
+    tokens; auto: sdpa, except for bf16 on a CPU and at most 512 tokens, where eager is faster."""
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of keeping its activations."""
     compile: bool = False

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
 from spectral_scale.layers.convert import spectral_layers
+from spectral_scale.megatron.attention import FusedAttention
 from spectral_scale.megatron.layers import (
     SpectralColumnParallelLinear,
     SpectralRowParallelLinear,
@@ -72,6 +73,7 @@ def build_spectral_gpt(
     tensor_parallel: int,
     sequence_parallel: bool,
     completion: Completion,
+    fused_attention: bool,
     dtype: torch.dtype,
     frozen_dtype: torch.dtype,
     device: torch.device,
@@ -96,6 +98,9 @@ def build_spectral_gpt(
         completion=completion,
         frozen_dtype=frozen_dtype,
     )
+    if fused_attention:
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = FusedAttention
     gpt: Any = build_gpt_model(settings, spec).to(device)
     gpt.output_layer.register_forward_pre_hook(_cast_as_autocast)
     made: nn.Module = gpt

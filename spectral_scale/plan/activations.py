@@ -6,6 +6,7 @@ under bf16 autocast products are kept in bf16, the residual stream and the norms
 
 from dataclasses import dataclass
 
+from spectral_scale.config.check import trains_all_sigma
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 
@@ -35,17 +36,20 @@ class Activations:
 def activation_bytes(config: RunConfig, architecture: Architecture) -> Activations:
     """The estimate for the run's micro-batch, sequence length and precision."""
     tokens = config.train.micro_batch_size * config.model.sequence_length
-    product, stream = _itemsizes(config)
-    block = tokens * _block_bytes_per_token(config, architecture, product, stream)
+    product, stream = itemsizes(config)
+    parts, by_sequence = config.parallel.tensor_parallel, config.parallel.sequence_parallel
+    block = round(tokens * _block_bytes_per_token(config, architecture, product, stream))
     if config.model.activation_checkpointing:
-        kept = tokens * architecture.hidden_size * stream * architecture.num_layers + block
+        inputs = tokens * architecture.hidden_size * stream // (parts if by_sequence else 1)
+        kept = inputs * architecture.num_layers + block
     else:
         kept = block * architecture.num_layers
-    logits = tokens * architecture.vocab_size * (product + 2 * max(4, stream))
+    whole = 1 if config.parallel.backend == "fsdp2" else parts  # which sees all logits
+    logits = tokens * architecture.vocab_size // whole * (product + 2 * max(4, stream))
     return Activations(blocks=kept, logits=logits)
 
 
-def _itemsizes(config: RunConfig) -> tuple[int, int]:
+def itemsizes(config: RunConfig) -> tuple[int, int]:
     """Bytes of an element of a product, and of the residual stream and the norms."""
     precision = config.train.precision
     if precision == "fp64":
@@ -57,12 +61,16 @@ def _itemsizes(config: RunConfig) -> tuple[int, int]:
 
 def _block_bytes_per_token(
     config: RunConfig, architecture: Architecture, product: int, stream: int
-) -> int:
+) -> float:
+    """Heads and features inside a block are divided by tensor parallelism, norms are only where
+    ranks divide sequences; there the inputs of linears are gathered."""
     h, f = architecture.hidden_size, architecture.ffn_size
     kv = architecture.num_kv_heads * architecture.head_size
     cast = product if product != stream else 0  # a norm's output, once more in the products' dtype
     llama = architecture.family == "llama"
-    norms = 2 * h * (stream + stream * (1 if llama else 0) + stream + cast)
+    parts, by_sequence = config.parallel.tensor_parallel, config.parallel.sequence_parallel
+    norms = 2 * h * (stream + stream * (1 if llama else 0)) / (parts if by_sequence else 1)
+    norms += 2 * h * (product if by_sequence else stream + cast)
     attention = (h + 2 * kv) * product + h * product  # q, k, v and the output
     if llama:
         attention += (h + kv) * product  # q and k before the rotation
@@ -72,15 +80,18 @@ def _block_bytes_per_token(
     if config.model.attention == "eager":
         scores = architecture.num_heads * config.model.sequence_length
         attention += scores * (max(4, product) + cast)  # of the softmax, and once more as a factor
-    return norms + attention + mlp + _factors(config, architecture, product)
+    return norms + (attention + mlp) / parts + _factors(config, architecture, product)
 
 
 def _factors(config: RunConfig, architecture: Architecture, product: int) -> int:
-    """x v and (x v) sigma of each SST matrix, or x a of a low-rank one."""
-    method, r = config.spectral.method, config.spectral.spectral_rank
+    """x v of each SST matrix, of all directions whose sigma trains, or x a of a low-rank one."""
+    spectral = config.spectral
     matrices = 7 if architecture.family == "llama" else 6
-    if method == "sst" and config.spectral.storage == "factored":
-        smaller = min(architecture.hidden_size, architecture.ffn_size)
-        return 2 * matrices * smaller * product
-    kept = {"sst": 2, "lora": 1, "relora": 1}.get(method, 0)
-    return kept * matrices * r * product
+    if spectral.method not in ("sst", "lora", "relora"):
+        return 0
+    kept = spectral.spectral_rank
+    if spectral.method == "sst":
+        kept += spectral.extra_sigma
+        if trains_all_sigma(spectral):
+            kept = min(architecture.hidden_size, architecture.ffn_size)
+    return matrices * kept * product

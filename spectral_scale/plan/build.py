@@ -74,7 +74,7 @@ def plan_run(config: RunConfig, *, world_size: int, gpu_memory_bytes: float) -> 
     inventory = take_inventory(config, architecture)
     needs = memory_of(config, architecture, inventory, world_size=world_size)
     activations = activation_bytes(config, architecture).total
-    traffic = traffic_of(config, inventory, world_size=world_size)
+    traffic = traffic_of(config, architecture, inventory, world_size=world_size)
     memory = {
         "weights": needs.weights,
         "gradients": needs.gradients,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from spectral_scale.config.capability import (
+    data_parallel_size,
     projection_group,
     shard_group_size,
     shards_residual,
@@ -13,6 +14,7 @@ from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, dense_matrices
+from spectral_scale.plan.tensor_parallel import rank_part
 from spectral_scale.spectral.owners import assign_owners
 
 SVD_ASSUMPTION = (
@@ -54,7 +56,8 @@ def memory_of(
     config: RunConfig, architecture: Architecture, inventory: Inventory, *, world_size: int
 ) -> Memory:
     """The parts for the run's backend; activations apart (see `plan.activations`)."""
-    parts = _PARTS[config.parallel.backend](config, inventory, world_size)
+    here = rank_part(config, inventory)
+    parts = _PARTS[config.parallel.backend](config, here, world_size)
     if config.spectral.method == "galore":
         resting = "host" if config.parallel.offload == "cpu" else "optimizer"
         parts[resting] += _galore(config, architecture, inventory, world_size)
@@ -89,7 +92,7 @@ def _torch(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str
 
 
 def _fsdp2(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str, int]:
-    group = shard_group_size(config.parallel, world_size)
+    group = shard_group_size(config.parallel, world_size) // config.parallel.tensor_parallel
     sharded = shards_residual(config.parallel)
     trained = inventory.nbytes(trainable=True)
     frozen = inventory.nbytes(trainable=False)
@@ -140,18 +143,16 @@ def _deepspeed(config: RunConfig, inventory: Inventory, world_size: int) -> dict
 
 
 def _megatron(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str, int]:
-    split = config.parallel.tensor_parallel
-    return {part: _share(size, split) for part, size in _torch(config, inventory, 1).items()}
+    ranks = data_parallel_size(config.parallel, world_size)
+    parts = _torch(config, inventory, world_size)
+    shared = ranks if config.parallel.distributed_optimizer else 1
+    return parts | {"optimizer": _share(parts["optimizer"], shared)}
 
 
 _PARTS = {"torch": _torch, "fsdp2": _fsdp2, "deepspeed": _deepspeed, "megatron": _megatron}
 _NOTES = {
     "fsdp2": ("FSDP2: two blocks and the root are whole at a time",),
     "deepspeed": ("DeepSpeed: its own workspaces beyond buckets and gathered blocks left out",),
-    "megatron": (
-        "Megatron: everything cut over the tensor-parallel ranks, optimizer state whole over "
-        "data-parallel ones",
-    ),
 }
 
 

@@ -1,21 +1,21 @@
-"""Bytes that collectives carry a step and a boundary, by formula, per rank on a ring.
+"""Bytes that collectives carry a step and a boundary, by formula, per rank on a ring."""
 
-A message of B bytes costs each of N ranks (N - 1) / N B in an all-gather or a reduce-scatter, and
-twice that in an all-reduce (Thakur et al. 2005, section 4).
-"""
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spectral_scale.config.capability import (
+    data_parallel_size,
     projection_group,
     shard_group_size,
     shards_residual,
     zero_stage,
 )
 from spectral_scale.config.check import gradient_accumulation_steps
+from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, Item
+from spectral_scale.plan.payload import Payload
+from spectral_scale.plan.tensor_parallel import line_payload, rank_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,37 +28,34 @@ class Traffic:
     """New factors and frozen weights at a swap, merge or refresh, on top of the step's."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Payload:
-    """Bytes of whole messages in one optimizer step."""
-
-    all_gather: int = 0
-    reduce_scatter: int = 0
-    all_reduce: int = 0
-    """Over all ranks, or over the copies of a shard."""
-
-
-def traffic_of(config: RunConfig, inventory: Inventory, *, world_size: int) -> Traffic:
+def traffic_of(
+    config: RunConfig, architecture: Architecture, inventory: Inventory, *, world_size: int
+) -> Traffic:
     """The bytes for the run's backend; nothing for one process."""
-    group = shard_group_size(config.parallel, world_size)
+    line = config.parallel.tensor_parallel
+    group, copies = _groups(config, world_size)
+    payload = step_payload(config, rank_part(config, inventory), world_size=world_size)
+    cut, copied = replace(payload, all_reduce=0), Payload(all_reduce=payload.all_reduce)
+    moved = cut.ring_bytes(group) + copied.ring_bytes(copies)
+    in_line = line_payload(config, architecture, inventory, world_size=world_size)
+    moved += in_line.ring_bytes(line)
     filtered = filter_needs(config, inventory, world_size=world_size)
-    if config.parallel.backend == "megatron":
-        world_size //= config.parallel.tensor_parallel
-    if config.parallel.backend != "fsdp2":
-        group = world_size
-    payload = step_payload(config, inventory, world_size=world_size)
-    copies = world_size // group if config.parallel.backend == "fsdp2" else world_size
-    shares = (group - 1) / group, (copies - 1) / copies
-    reduced = 2 * shares[1] * payload.all_reduce
-    moved = shares[0] * (payload.all_gather + payload.reduce_scatter) + reduced
     moved += filtered.exchanged + filtered.reduced
-    spread = (world_size - 1) / world_size
-    boundary = spread * boundary_payload(config, inventory)
+    boundary = Payload(all_gather=boundary_payload(config, inventory)).ring_bytes(world_size)
     if config.spectral.method == "galore":
         owners = projection_group(config.parallel, world_size)
         moved += _to_owners_and_back(config, inventory, owners)
         boundary = _projectors(config, inventory) * (1 - owners / world_size)
     return Traffic(step=round(moved), boundary=round(boundary))
+
+
+def _groups(config: RunConfig, world_size: int) -> tuple[int, int]:
+    """Ranks over which what is gathered is cut, and ranks whose gradients are summed as wholes."""
+    ranks = data_parallel_size(config.parallel, world_size)
+    if config.parallel.backend != "fsdp2":
+        return ranks, ranks
+    group = shard_group_size(config.parallel, world_size) // config.parallel.tensor_parallel
+    return group, ranks // group
 
 
 def _to_owners_and_back(config: RunConfig, inventory: Inventory, owners: int) -> float:
@@ -81,7 +78,8 @@ def _projected(inventory: Inventory) -> list[Item]:
 
 
 def step_payload(config: RunConfig, inventory: Inventory, *, world_size: int) -> Payload:
-    """What one optimizer step sends in all."""
+    """What one optimizer step sends between ranks of different data: all-reduces over all of them,
+    or over the copies of a shard. The inventory is one tensor-parallel rank's."""
     accumulation = gradient_accumulation_steps(config, world_size=world_size)
     trained = inventory.nbytes(trainable=True)
     if config.parallel.backend == "fsdp2":
@@ -103,11 +101,11 @@ def _fsdp2(config: RunConfig, inventory: Inventory, world_size: int, accumulatio
     trained = inventory.nbytes(trainable=True)
     root = inventory.nbytes(trainable=True, in_blocks=False)
     frozen = inventory.nbytes(trainable=False) if shards_residual(config.parallel) else 0
-    group = shard_group_size(config.parallel, world_size)
+    group, copies = _groups(config, world_size)
     return Payload(
         all_gather=accumulation * (2 * (trained - root + frozen) + root),
         reduce_scatter=trained,
-        all_reduce=0 if group == world_size else trained // group,
+        all_reduce=0 if copies == 1 else trained // group,
     )
 
 

@@ -1,11 +1,16 @@
 """How much memory tensors take at most while something runs, counted on any device."""
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from spectral_scale.parallel.shards import local
 
 
 class PeakMemory(TorchDispatchMode):
@@ -37,6 +42,37 @@ class PeakMemory(TorchDispatchMode):
     def _freed(self, address: int, nbytes: int) -> None:
         self._known.discard(address)
         self.current_bytes -= nbytes
+
+
+@contextmanager
+def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
+    """Inside, what autograd saves is kept; the result counts its bytes at any time, each storage
+    once, parameters (gathered ones, too) left out."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            kept.append(_plain(tensor))  # so that no address is used again
+        return tensor
+
+    def count() -> int:
+        parameters = _storages([local(p) for p in model.parameters()])
+        return sum(n for address, n in _storages(kept).items() if address not in parameters)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield count
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """What a DTensor, or the result of one of its collectives, holds on this rank."""
+    tensor = local(tensor)
+    return tensor.trigger_wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
+
+
+def _storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Address -> bytes of what has not been freed."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,12 +1,10 @@
 """What a step on megatron-core sends over which group, counted, against formulas."""
 
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import tiny_config
@@ -28,32 +26,16 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class TrafficByGroup(TrafficCounter):
-    """Payload bytes by the group's name and the operation."""
-
-    def __init__(self, names: dict[str, str]) -> None:
-        super().__init__()
-        self.names = names
-        self.by_group: Counter[tuple[str, str]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self.payload_bytes.copy()
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        for operation, count in (self.payload_bytes - before).items():
-            boxed = next(a for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
-            group = torch.distributed.ProcessGroup.unbox(boxed)
-            self.by_group[self.names.get(group.group_name, "world"), operation] += count
-        return result
+GROUPS = {(0, 1): "tensor", (0, 2): "data", (0, 1, 2, 3): "world"}
+"""Those of rank 0."""
 
 
-def _is_group(value: Any) -> bool:
-    return "ProcessGroup" in str(value._type())
+def by_group(counter: TrafficCounter) -> dict[tuple[str, str], int]:
+    return {(GROUPS.get(ranks, "?"), name): n for (ranks, name), n in counter.by_group.items()}
 
 
 def traffic(configs: list[Any]) -> list[dict[str, Any]]:
     """Of each run, bytes by group and operation of the parts of one step."""
-    from megatron.core import parallel_state
-
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.evaluate import token_loss_sum
     from spectral_scale.parallel.facts import detect_rank_facts
@@ -63,31 +45,24 @@ def traffic(configs: list[Any]) -> list[dict[str, Any]]:
     with megatron_in_one_group():
         for config in configs:
             run = build_run(config, detect_rank_facts())
-            names = {
-                parallel_state.get_tensor_model_parallel_group().group_name: "tensor",
-                parallel_state.get_data_parallel_group().group_name: "data",
-                parallel_state.get_data_parallel_group(
-                    with_context_parallel=True
-                ).group_name: "data",
-            }
             batch = next(iter(run.loader.steps(0, 1))).micro_batches[0]
             parts: dict[str, Any] = {"trained": run.model.parameters()}
             parts["trained"] = sum(p.numel() for p in parts["trained"] if p.requires_grad)
             micro_batch = ExitStack()
             micro_batch.enter_context(run.backend.accumulate(last=True))
-            with TrafficByGroup(names) as counter:
+            with TrafficCounter() as counter:
                 loss = token_loss_sum(run.forward, batch)
-            parts["forward"] = dict(counter.by_group)
-            with TrafficByGroup(names) as counter:
+            parts["forward"] = by_group(counter)
+            with TrafficCounter() as counter:
                 run.backend.backward(loss)
-            parts["backward"] = dict(counter.by_group)
-            with TrafficByGroup(names) as counter:
+            parts["backward"] = by_group(counter)
+            with TrafficCounter() as counter:
                 micro_batch.close()  # sums gradients
                 run.backend.step(clip_grad_norm=1.0)
-            parts["step"] = dict(counter.by_group)
-            with TrafficByGroup(names) as counter:
+            parts["step"] = by_group(counter)
+            with TrafficCounter() as counter:
                 run.controller.after_step()
-            parts["after"] = dict(counter.by_group)
+            parts["after"] = by_group(counter)
             found.append(parts)
             run.backend.close()
     return found

@@ -2,13 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from spectral_scale.cli.main import main
 from spectral_scale.config.load import load_config
@@ -23,6 +20,7 @@ from spectral_scale.plan.build import plan_run, verdict
 from spectral_scale.plan.inventory import take_inventory
 from spectral_scale.plan.traffic import boundary_payload, step_payload
 from spectral_scale.testing.distributed import run_distributed
+from spectral_scale.testing.memory import saved_bytes
 from spectral_scale.testing.tiny import tiny_config
 
 GPU = 80e9
@@ -126,36 +124,27 @@ def check(config: RunConfig) -> Any:
     return check_config(config_with_rows(config), world_size=1)
 
 
-@contextmanager
-def saved_bytes(model: torch.nn.Module) -> Iterator[list[int]]:
-    """Bytes kept for the backward pass, each storage once, parameters left out."""
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
-    kept, total = [], [0]
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known and not tensor.is_meta:
-            kept.append(tensor)  # so that no address is used again
-            sizes[storage.data_ptr()] = storage.nbytes()
-            total[0] = sum(sizes.values())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield total
-
-
 @pytest.mark.parametrize(
     ("precision", "attention"), [("fp32", "sdpa"), ("bf16", "sdpa"), ("bf16", "eager")]
 )
-@pytest.mark.parametrize("method", ["full", "sst"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "full"},
+        {"method": "sst"},
+        {"method": "sst", "storage": "factored"},
+        {"method": "lora"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("model", ["opt-tiny", "llama-60m"])
 def test_activations(
-    model: str, method: str, precision: str, attention: str, corpus: Path, tmp_path: Path
+    model: str, method: dict[str, str], precision: str, attention: str, corpus: Path, tmp_path: Path
 ) -> None:
     """The estimate against what autograd keeps on the CPU, within 25 %."""
     config = tiny_config(
-        corpus, tmp_path, model__name=model, spectral__method=method, train__precision=precision,
+        corpus, tmp_path, model__name=model, train__precision=precision,
+        **{f"spectral__{key}": value for key, value in method.items()},
         model__hidden_size=128, model__num_heads=4, model__sequence_length=128,
         model__attention=attention,
     )  # fmt: skip
@@ -163,13 +152,13 @@ def test_activations(
     loop = TrainingLoop(run, NullLog(), None)
     batch = next(iter(run.loader.steps(0, 1)))
     one = type(batch)(**{**vars(batch), "micro_batches": batch.micro_batches[:1]})
-    with saved_bytes(run.model) as total:
+    with saved_bytes(run.model) as saved:
         loop._forward_backward(one)
     estimate = activation_bytes(run.config, run.architecture).total
     # The gradient of the logits is not saved, but made: the estimate has it, autograd has not.
     gradient = 4 * 2 * 128 * run.architecture.vocab_size
-    assert total[0] > 0
-    assert estimate - gradient == pytest.approx(total[0], rel=0.25)
+    assert saved() > 0
+    assert estimate - gradient == pytest.approx(saved(), rel=0.25)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,195 @@
+"""What tensor parallelism changes in a plan: what a rank holds, and what its line of ranks sends.
+
+Activations travel between ranks in every pass (Shoeybi et al., arXiv 1909.08053, section 3; by
+sequences: Korthikanti et al., arXiv 2205.05198, section 4.2). T tokens, h features, V words below.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from spectral_scale.config.check import gradient_accumulation_steps, trains_all_sigma
+from spectral_scale.config.presets import Architecture, linear_shapes
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.parallel.tensor_parallel import cut_dimension, kind_of
+from spectral_scale.plan.activations import itemsizes
+from spectral_scale.plan.inventory import Inventory, Item
+from spectral_scale.plan.payload import Payload
+
+_LOSS_VALUES = 3
+"""Of a token, in fp32, where no rank sees all logits: the largest, the label's, a sum."""
+_FUSED_INPUTS = 2
+"""Column-parallel linears of one of Megatron's blocks, each with one input: `linear_qkv`,
+`linear_fc1`."""
+
+
+def rank_part(config: RunConfig, inventory: Inventory) -> Inventory:
+    """The parameters as one tensor-parallel rank holds them; matrices stay logical."""
+    ranks = config.parallel.tensor_parallel
+    if ranks == 1:
+        return inventory
+    return replace(inventory, items=tuple(_part(item, ranks) for item in inventory.items))
+
+
+def _part(item: Item, ranks: int) -> Item:
+    dim = cut_dimension(item.fqn)
+    if dim is None:
+        return item
+    shape = tuple(size // ranks if d == dim else size for d, size in enumerate(item.shape))
+    return replace(item, shape=shape, numel=item.numel // ranks)
+
+
+def line_payload(
+    config: RunConfig, architecture: Architecture, inventory: Inventory, *, world_size: int
+) -> Payload:
+    """What the tensor-parallel ranks of one copy send each other in an optimizer step."""
+    if config.parallel.tensor_parallel == 1:
+        return Payload()
+    passes = _Passes.of(config, architecture, inventory)
+    if config.parallel.backend == "megatron":
+        sent = passes.by_sequence() if config.parallel.sequence_parallel else passes.by_megatron()
+    else:
+        sent = passes.by_fsdp2()
+    per_step = config.parallel.factor_gradients == "per_step"
+    if not per_step:
+        sent += Payload(all_reduce=_completed(config, inventory, passes))
+    sent *= gradient_accumulation_steps(config, world_size=world_size)
+    once = _of_parts_of_sequences(config, inventory)
+    once += _whole_factors(inventory) if per_step else 0
+    return sent + Payload(all_reduce=once)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Passes:
+    """Sizes of one micro-batch's messages."""
+
+    activation: int
+    """T h elements in the products' precision."""
+    stream: int
+    """The same in that of the residual stream."""
+    logits: int
+    """T V elements in the products' precision."""
+    tokens: int
+    """T."""
+    product: int
+    """Bytes of an element of a product."""
+    inputs: int
+    """Gradients of the inputs of linears whose outputs are cut, in all blocks: those of dense
+    linears are in the stream's precision, under autocast, too."""
+    row: int
+    """Linears whose inputs are cut, in all blocks."""
+    blocks: int
+    """Transformer blocks."""
+    learned_positions: bool
+    """Whether the embeddings of positions are parameters."""
+    recomputed: bool
+    """Whether blocks are computed again in the backward pass; that of a block ends with the last
+    thing that it keeps, before the sum over ranks that is its output."""
+
+    @staticmethod
+    def of(config: RunConfig, architecture: Architecture, inventory: Inventory) -> "_Passes":
+        tokens = config.train.micro_batch_size * config.model.sequence_length
+        product, stream = itemsizes(config)
+        kinds = {name: kind_of(name) for name in linear_shapes(architecture)}
+        column = [name for name, kind in kinds.items() if kind == "column"]
+        converted = {name.rpartition(".")[2] for name in inventory.matrices}
+        elements, blocks = tokens * architecture.hidden_size, architecture.num_layers
+        sizes = (product if name in converted else stream for name in column)
+        return _Passes(
+            activation=product * elements,
+            stream=stream * elements,
+            logits=product * tokens * architecture.vocab_size,
+            tokens=tokens,
+            product=product,
+            inputs=blocks * sum(sizes) * elements,
+            row=blocks * (len(kinds) - len(column)),
+            blocks=blocks,
+            learned_positions=architecture.family == "opt",
+            recomputed=config.model.activation_checkpointing,
+        )
+
+    @property
+    def again(self) -> int:
+        """Row-parallel linears whose outputs are summed again in the backward pass."""
+        return self.row - self.blocks if self.recomputed else 0
+
+    def by_megatron(self) -> Payload:
+        """Sums of outputs forward and of inputs' gradients backward, those of embedding, output
+        layer and loss included."""
+        inputs = _FUSED_INPUTS * self.blocks + 1
+        summed = self.stream + (self.row + self.again + inputs) * self.activation
+        return Payload(all_reduce=summed + 4 * _LOSS_VALUES * self.tokens)
+
+    def by_sequence(self) -> Payload:
+        """Gathers and scatters in the place of sums; inputs of linears are kept whole, that of the
+        output layer is gathered again."""
+        inputs = _FUSED_INPUTS * self.blocks
+        gathered = (inputs + 1) + (self.row + 1) + (inputs if self.recomputed else 0)
+        scattered = (self.row + self.again) + (inputs + 1)
+        embedded = 0 if self.learned_positions else self.stream  # else summed, then cut
+        return Payload(
+            all_gather=gathered * self.activation + self.stream,
+            reduce_scatter=scattered * self.activation + embedded,
+            all_reduce=self.stream - embedded + 4 * _LOSS_VALUES * self.tokens,
+        )
+
+    def by_fsdp2(self) -> Payload:
+        """As Megatron, but each linear's input by itself, and all logits on every rank."""
+        summed = (self.row + self.again) * self.activation + self.inputs
+        return Payload(all_gather=self.logits, all_reduce=summed + 2 * self.stream)
+
+
+def _completed(config: RunConfig, inventory: Inventory, passes: _Passes) -> int:
+    """Of a micro-batch, what makes the gradients of factors and coefficients complete."""
+    spectral, matrices = config.spectral, inventory.matrices.items()
+    if spectral.method == "frod":
+        return _frod(config, inventory, passes)
+    if spectral.method != "sst":
+        return 0
+    fixed = 0
+    if trains_all_sigma(spectral):
+        fixed = sum(min(shape) - spectral.spectral_rank for _, shape in matrices)
+    elif spectral.extra_sigma:
+        fixed = len(matrices) * spectral.extra_sigma
+    bottlenecks = len(matrices) * passes.tokens * spectral.spectral_rank
+    return passes.product * bottlenecks + _master(config) * fixed
+
+
+def _frod(config: RunConfig, inventory: Inventory, passes: _Passes) -> int:
+    """Gradients of S and lambda of every matrix, and U of those whose inputs are cut."""
+    times = 3 if passes.recomputed else 2
+    elements = 0
+    for item in inventory.items:
+        module, _, leaf = item.fqn.rpartition(".")
+        if leaf in ("mixing", "value_delta"):
+            elements += item.numel
+        if leaf == "base" and kind_of(module) == "row":
+            elements += times * item.numel
+    return _master(config) * elements
+
+
+def _whole_factors(inventory: Inventory) -> int:
+    """Factors and singular values that every rank holds whole."""
+    kinds: tuple[Literal["u", "v", "sigma"], ...] = ("u", "v", "sigma")
+    return sum(
+        item.numel * item.itemsize
+        for item in inventory.items
+        if item.fqn.rpartition(".")[2] in kinds and cut_dimension(item.fqn) is None
+    )
+
+
+def _of_parts_of_sequences(config: RunConfig, inventory: Inventory) -> int:
+    """Norms, and biases of sums: under sequence parallelism each rank has its tokens' gradients."""
+    if not config.parallel.sequence_parallel:
+        return 0
+    return sum(
+        item.numel * item.itemsize
+        for item in inventory.items
+        if item.fqn.endswith((".weight", ".bias"))
+        and item.trainable
+        and cut_dimension(item.fqn) is None
+        and "embed_positions" not in item.fqn
+    )
+
+
+def _master(config: RunConfig) -> int:
+    return 8 if config.train.precision == "fp64" else 4

@@ -104,13 +104,13 @@ FULL = Variant(
     first_rate=2e-3,
     settings={"spectral.method": "full"},
 )
-SST, FACTORED = _sst_residual(RANK), _sst_factored(RANK)
+SST, FACTORED, LORA = _sst_residual(RANK), _sst_factored(RANK), _lora(RANK)
 RELORA = _ranked("relora", "ReLoRA*", RANK, 2e-3, method="relora")
 
 VARIANTS: tuple[Variant, ...] = (
     FULL,
     SST,
-    _lora(RANK),
+    LORA,
     FACTORED,
     RELORA,
     # Its update is scaled by optimizer.galore_scale = 0.25, hence four times the others' rate.
@@ -173,6 +173,16 @@ def _rate(factor: float) -> Ablation:
     )
 
 
+def _epsilon_of(name: str, title: str, variant: Variant) -> Ablation:
+    return Ablation(
+        name=f"{name}_eps_1e-06",
+        question=_EPS,
+        title=f"{title}, `eps: 1e-06`",
+        settings={"optimizer.eps": 1e-6},
+        of=variant,
+    )
+
+
 _LENGTH, _WARMUP = "steps between swaps (T3)", "warm-up after a swap"
 _WIDTH, _DRAW, _EPS = "learning rate by width", "how triplets are drawn", "Adam's epsilon"
 _SIGMA, _MOMENTS = "which sigma train", "moments at a swap"
@@ -180,7 +190,8 @@ _SCALING = "spectral.direction_lr_scaling"
 
 BASE = Ablation(name="base", question="-", title="as tuned (the run the others are held against)")
 FULL_BASE = Ablation(name="full_base", question="-", title="full rank as tuned", of=FULL)
-BASES = {variant.name: base for variant, base in ((SST, BASE), (FULL, FULL_BASE))}
+LORA_BASE = Ablation(name="lora_base", question="-", title="LoRA as tuned", of=LORA)
+BASES = {base.of.name: base for base in (BASE, FULL_BASE, LORA_BASE)}
 """Variant -> its unchanged run."""
 ABLATIONS: tuple[Ablation, ...] = (
     BASE,
@@ -193,15 +204,11 @@ ABLATIONS: tuple[Ablation, ...] = (
     _rate(2.0),
     _change(_WIDTH, _SCALING, "width"),
     _change(_WIDTH, _SCALING, "width", rate_factor=0.5),
-    *(_change(_EPS, "optimizer.eps", eps) for eps in (1e-12, 1e-6)),
+    *(_change(_EPS, "optimizer.eps", eps) for eps in (1e-12, 1e-6, 1e-5)),
     FULL_BASE,
-    Ablation(
-        name="full_eps_1e-06",
-        question=_EPS,
-        title="full rank, `eps: 1e-06`",
-        settings={"optimizer.eps": 1e-6},
-        of=FULL,
-    ),
+    _epsilon_of("full", "full rank", FULL),
+    LORA_BASE,
+    _epsilon_of("lora", "LoRA", LORA),
 )
 """In the order in which they are run."""
 CONFIRMED = ("base", "steps_per_iteration_400", "eps_1e-06")

@@ -37,7 +37,7 @@ def activation_bytes(config: RunConfig, architecture: Architecture) -> Activatio
     """The estimate for the run's micro-batch, sequence length and precision."""
     tokens = config.train.micro_batch_size * config.model.sequence_length
     product, stream = itemsizes(config)
-    parts, by_sequence = config.parallel.tensor_parallel, config.parallel.sequence_parallel
+    parts, by_sequence = _cuts(config)
     block = round(tokens * _block_bytes_per_token(config, architecture, product, stream))
     if config.model.activation_checkpointing:
         inputs = tokens * architecture.hidden_size * stream // (parts if by_sequence else 1)
@@ -59,6 +59,12 @@ def itemsizes(config: RunConfig) -> tuple[int, int]:
     return 2, 2 if config.parallel.backend == "deepspeed" else 4
 
 
+def _cuts(config: RunConfig) -> tuple[int, bool]:
+    """Tensor-parallel ranks, and whether they divide sequences, too."""
+    parallel = config.parallel
+    return parallel.tensor_parallel, parallel.sequence_parallel and parallel.tensor_parallel > 1
+
+
 def _block_bytes_per_token(
     config: RunConfig, architecture: Architecture, product: int, stream: int
 ) -> float:
@@ -68,7 +74,7 @@ def _block_bytes_per_token(
     kv = architecture.num_kv_heads * architecture.head_size
     cast = product if product != stream else 0  # a norm's output, once more in the products' dtype
     llama = architecture.family == "llama"
-    parts, by_sequence = config.parallel.tensor_parallel, config.parallel.sequence_parallel
+    parts, by_sequence = _cuts(config)
     norms = 2 * h * (stream + stream * (1 if llama else 0)) / (parts if by_sequence else 1)
     norms += 2 * h * (product if by_sequence else stream + cast)
     attention = (h + 2 * kv) * product + h * product  # q, k, v and the output

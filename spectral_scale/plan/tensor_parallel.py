@@ -65,7 +65,7 @@ class _Passes:
     activation: int
     """T h elements in the products' precision."""
     stream: int
-    """The same in that of the residual stream."""
+    """An embedding of T tokens in the residual stream's precision."""
     logits: int
     """T V elements in the products' precision."""
     tokens: int
@@ -96,7 +96,7 @@ class _Passes:
         sizes = (product if name in converted else stream for name in column)
         return _Passes(
             activation=product * elements,
-            stream=stream * elements,
+            stream=stream * tokens * architecture.embedding_size,
             logits=product * tokens * architecture.vocab_size,
             tokens=tokens,
             product=product,

@@ -54,6 +54,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "factored": {"spectral__storage": "factored"},
         "bf16": BF16,
         "llama, recomputed": RECOMPUTED | LLAMA,
+        "projected embeddings": {"model__name": "opt-350m", "model__num_layers": 2},
         "frod": FROD,
         "frod, recomputed, bf16": FROD | RECOMPUTED | BF16,
     },

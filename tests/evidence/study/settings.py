@@ -173,12 +173,12 @@ def _rate(factor: float) -> Ablation:
     )
 
 
-def _epsilon_of(name: str, title: str, variant: Variant) -> Ablation:
+def _epsilon_of(name: str, title: str, variant: Variant, epsilon: float) -> Ablation:
     return Ablation(
-        name=f"{name}_eps_1e-06",
+        name=f"{name}_eps_{epsilon}",
         question=_EPS,
-        title=f"{title}, `eps: 1e-06`",
-        settings={"optimizer.eps": 1e-6},
+        title=f"{title}, `eps: {epsilon}`",
+        settings={"optimizer.eps": epsilon},
         of=variant,
     )
 
@@ -204,11 +204,11 @@ ABLATIONS: tuple[Ablation, ...] = (
     _rate(2.0),
     _change(_WIDTH, _SCALING, "width"),
     _change(_WIDTH, _SCALING, "width", rate_factor=0.5),
-    *(_change(_EPS, "optimizer.eps", eps) for eps in (1e-12, 1e-6, 1e-5)),
+    *(_change(_EPS, "optimizer.eps", eps) for eps in (1e-12, 1e-6, 1e-5, 1e-4)),
     FULL_BASE,
-    _epsilon_of("full", "full rank", FULL),
+    *(_epsilon_of("full", "full rank", FULL, eps) for eps in (1e-6, 1e-5)),
     LORA_BASE,
-    _epsilon_of("lora", "LoRA", LORA),
+    *(_epsilon_of("lora", "LoRA", LORA, eps) for eps in (1e-6, 1e-5)),
 )
 """In the order in which they are run."""
 CONFIRMED = ("base", "steps_per_iteration_400", "eps_1e-06")

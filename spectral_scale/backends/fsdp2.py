@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
 
 from spectral_scale.backends.base import Accept, Replicated, StepStats
-from spectral_scale.backends.fsdp2_tensor_parallel import apply_tensor_parallel
+from spectral_scale.backends.fsdp2_tensor_parallel import LogitsInParts, apply_tensor_parallel
 from spectral_scale.backends.torch import pick_device
 from spectral_scale.config.capability import shard_group_size, shards_residual
 from spectral_scale.config.schema import RunConfig
@@ -97,7 +98,7 @@ class FSDP2Backend:
         """Create the optimizer's state, cut as the parameters are."""
         self._optimizer = optimizer
         create_state(optimizer)
-        return self._model
+        return LogitsInParts(self._model) if self._tensor_parallel > 1 else self._model
 
     def store(self) -> FSDP2Store:
         """Parameters by name, scattered from and gathered to their owners."""
@@ -111,7 +112,8 @@ class FSDP2Backend:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients are summed over ranks as the backward pass leaves each block."""
-        loss.backward()
+        with loss_parallel() if self._tensor_parallel > 1 else nullcontext():
+            loss.backward()
 
     def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
         """Clip each kind of group by its own norm, step, and drop the gradients."""

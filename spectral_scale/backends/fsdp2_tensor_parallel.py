@@ -8,8 +8,10 @@ gradient is. `fully_shard` then cuts all of them over the data-parallel ranks.
 import logging
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -17,8 +19,10 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     RowwiseParallel,
+    loss_parallel,
     parallelize_module,
 )
+from torch.nn.functional import cross_entropy
 
 from spectral_scale.errors import ConfigError, SpectralScaleError
 from spectral_scale.layers.base import FactoredLinear
@@ -28,7 +32,36 @@ from spectral_scale.layers.tensor_parallel import share
 from spectral_scale.parallel.tensor_parallel import cut_dimension, kind_of
 from spectral_scale.parallel.tensor_parallel_regions import all_reduce, enter, leave
 
+IGNORED = -100
+"""Label of a token that no loss counts."""
 logger = logging.getLogger(__name__)
+
+
+class LogitsInParts(nn.Module):
+    """A model whose ranks each hold the logits of a part of the vocabulary.
+
+    Only three numbers a token travel for a loss. Backward passes belong into `loss_parallel`, too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        """Token ids (batch, sequence) -> `.logits` (batch, sequence, vocabulary), on all ranks."""
+        return SimpleNamespace(logits=self.model(input_ids=input_ids).logits.full_tensor())
+
+    def token_loss_sum(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the negative log-likelihoods of `labels` (-100: none), float32 or better, on all
+        ranks."""
+        logits = self.model(input_ids=input_ids).logits.flatten(0, 1)
+        exact = logits if logits.dtype == torch.float64 else logits.float()
+        with loss_parallel():
+            loss: Any = cross_entropy(
+                exact, labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+        total: Tensor = loss.to_local()
+        return total
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
@@ -65,7 +98,7 @@ def _plan(model: nn.Module) -> Iterator[tuple[str, ParallelStyle]]:
         elif isinstance(module, nn.Embedding):
             yield name, RowwiseParallel(input_layouts=Replicate())
         elif kind == "vocabulary":
-            yield name, ColwiseParallel(output_layouts=Replicate())
+            yield name, ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
         else:
             yield name, ColwiseParallel() if kind == "column" else RowwiseParallel()
 

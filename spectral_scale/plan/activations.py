@@ -25,7 +25,7 @@ class Activations:
     blocks: int
     """Kept by the transformer blocks."""
     logits: int
-    """Output layer and loss."""
+    """Output layer, loss, and projections of embeddings."""
 
     @property
     def total(self) -> int:
@@ -44,8 +44,10 @@ def activation_bytes(config: RunConfig, architecture: Architecture) -> Activatio
         kept = inputs * architecture.num_layers + block
     else:
         kept = block * architecture.num_layers
-    whole = 1 if config.parallel.backend == "fsdp2" else parts  # which sees all logits
-    logits = tokens * architecture.vocab_size // whole * (product + 2 * max(4, stream))
+    words = architecture.vocab_size // parts
+    logits = tokens * words * (product + 2 * max(4, stream))
+    if architecture.embedding_size != architecture.hidden_size:  # projected, and projected back
+        logits += 2 * tokens * architecture.embedding_size * stream
     return Activations(blocks=kept, logits=logits)
 
 

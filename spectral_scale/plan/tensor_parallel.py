@@ -1,7 +1,7 @@
 """What tensor parallelism changes in a plan: what a rank holds, and what its line of ranks sends.
 
 Activations travel between ranks in every pass (Shoeybi et al., arXiv 1909.08053, section 3; by
-sequences: Korthikanti et al., arXiv 2205.05198, section 4.2). T tokens, h features, V words below.
+sequences: Korthikanti et al., arXiv 2205.05198, section 4.2). T tokens, h features below.
 """
 
 from dataclasses import dataclass, replace
@@ -66,8 +66,6 @@ class _Passes:
     """T h elements in the products' precision."""
     stream: int
     """An embedding of T tokens in the residual stream's precision."""
-    logits: int
-    """T V elements in the products' precision."""
     tokens: int
     """T."""
     product: int
@@ -97,7 +95,6 @@ class _Passes:
         return _Passes(
             activation=product * elements,
             stream=stream * tokens * architecture.embedding_size,
-            logits=product * tokens * architecture.vocab_size,
             tokens=tokens,
             product=product,
             inputs=blocks * sum(sizes) * elements,
@@ -133,9 +130,9 @@ class _Passes:
         )
 
     def by_fsdp2(self) -> Payload:
-        """As Megatron, but each linear's input by itself, and all logits on every rank."""
-        summed = (self.row + self.again) * self.activation + self.inputs
-        return Payload(all_gather=self.logits, all_reduce=summed + 2 * self.stream)
+        """As Megatron, but each linear's input by itself."""
+        summed = (self.row + self.again) * self.activation + self.inputs + 2 * self.stream
+        return Payload(all_reduce=summed + 4 * _LOSS_VALUES * self.tokens)
 
 
 def _completed(config: RunConfig, inventory: Inventory, passes: _Passes) -> int:

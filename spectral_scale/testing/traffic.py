@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -28,6 +29,8 @@ class TrafficCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count, then call."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # so that what it does with its pieces is seen
         name = str(func)
         space, _, rest = name.partition(".")
         if space in ("c10d", "_c10d_functional") and not rest.startswith("wait_tensor"):

@@ -90,8 +90,7 @@ def measure(host: str, configs: list[Any]) -> list[dict[str, Any]]:
                 loop._forward_backward(first)
                 run.backend.step(clip_grad_norm=0.0)
             kept = memory(run) | {"saved": saved(run, second.micro_batches[0])}
-            words = run.architecture.vocab_size // (2 if host == "megatron" else 1)
-            gradient = 4 * MICRO * SEQUENCE * words
+            gradient = 4 * MICRO * SEQUENCE * run.architecture.vocab_size // 2
             sent = {"sent": dict(counter.by_group), "gradient": gradient}
             found.append(sent | {"kept": kept, "planned": plan(run)})
             run.backend.close() if host == "megatron" else None

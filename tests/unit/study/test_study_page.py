@@ -17,7 +17,7 @@ LOSS = re.compile(r"\d+\.\d{4}")
 
 def test_without_results_the_page_holds_no_measured_number(tmp_path):
     page = measured({}, draw_figures({}, tmp_path))
-    assert not LOSS.search(page)
+    assert not LOSS.search(re.sub(r"`[^`]*`", "", page))  # names of settings apart
     assert "Nothing has been measured yet." in page
     assert list(tmp_path.iterdir()) == []
     for trial in all_trials({}):

@@ -204,11 +204,11 @@ ABLATIONS: tuple[Ablation, ...] = (
     _rate(2.0),
     _change(_WIDTH, _SCALING, "width"),
     _change(_WIDTH, _SCALING, "width", rate_factor=0.5),
-    *(_change(_EPS, "optimizer.eps", eps) for eps in (1e-12, 1e-6, 1e-5, 1e-4)),
+    *(_change(_EPS, "optimizer.eps", eps) for eps in (1e-12, 1e-6, 1e-5, 1e-4, 1e-3)),
     FULL_BASE,
-    *(_epsilon_of("full", "full rank", FULL, eps) for eps in (1e-6, 1e-5)),
+    *(_epsilon_of("full", "full rank", FULL, eps) for eps in (1e-6, 1e-5, 1e-4, 1e-3)),
     LORA_BASE,
-    *(_epsilon_of("lora", "LoRA", LORA, eps) for eps in (1e-6, 1e-5)),
+    *(_epsilon_of("lora", "LoRA", LORA, eps) for eps in (1e-6, 1e-5, 1e-4, 1e-3)),
 )
 """In the order in which they are run."""
 CONFIRMED = ("base", "steps_per_iteration_400", "eps_1e-06")

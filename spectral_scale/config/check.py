@@ -55,13 +55,6 @@ def trains_all_sigma(spectral: SpectralConfig) -> bool:
     return spectral.trained_sigma == "all"
 
 
-def adam_epsilon(config: RunConfig) -> float:
-    """As configured, or by method: what docs/study.md found to train SST better, else torch's."""
-    if config.optimizer.eps != "auto":
-        return config.optimizer.eps
-    return 1e-6 if config.spectral.method == "sst" else 1e-8
-
-
 def _check_ranges(config: RunConfig) -> Iterator[str]:
     overrides = ("hidden_size", "num_layers", "num_heads", "ffn_size")
     at_least_one = {
@@ -92,7 +85,7 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
         "spectral.iteration_warmup_steps": config.spectral.iteration_warmup_steps,
         "optimizer.lr": config.optimizer.lr,
         "optimizer.spectral_lr": config.optimizer.spectral_lr,
-        "optimizer.eps": adam_epsilon(config),
+        "optimizer.eps": config.optimizer.eps,
         "optimizer.weight_decay": config.optimizer.weight_decay,
         "optimizer.clip_grad_norm": config.optimizer.clip_grad_norm,
         "optimizer.warmup_steps": config.optimizer.warmup_steps,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_scale.config.capability import zero_stage
-from spectral_scale.config.check import adam_epsilon, gradient_accumulation_steps
+from spectral_scale.config.check import gradient_accumulation_steps
 from spectral_scale.config.deepspeed_keys import PASSED_ON, PASSED_ON_SECTIONS, REFUSED
 from spectral_scale.config.presets import resolve_architecture
 from spectral_scale.config.schema import RunConfig
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 STAGE = "zero_optimization.stage"
 OFFLOAD = "zero_optimization.offload_optimizer.device"
 OFFLOAD_WEIGHTS = "zero_optimization.offload_param.device"
-EPSILON = "optimizer.params.eps"
 CPU_ADAM = "zero_force_ds_cpu_optimizer"
 """Whether DeepSpeedCPUAdam steps offloaded state; "auto": where it can be built."""
 SMALLEST_BUCKET = 2**20
@@ -40,8 +39,7 @@ DYNAMIC_LOSS_SCALE = {
 
 
 def with_deepspeed_json(config: RunConfig) -> RunConfig:
-    """The run with what its `parallel.deepspeed_config` says where it has "auto" itself: the ZeRO
-    stage, the offload and Adam's epsilon.
+    """The run with the ZeRO stage and the offload that its `parallel.deepspeed_config` names.
 
     Raises ConfigError if the file cannot be read or contradicts the run's own keys.
     """
@@ -58,10 +56,7 @@ def with_deepspeed_json(config: RunConfig) -> RunConfig:
         parallel = replace(parallel, zero_stage=stage)
     if parallel.offload == "none" and offload == "cpu":
         parallel = replace(parallel, offload="cpu")
-    optimizer, epsilon = config.optimizer, given.get(EPSILON)
-    if optimizer.eps == "auto" and isinstance(epsilon, int | float):
-        optimizer = replace(optimizer, eps=float(epsilon))
-    return replace(config, parallel=parallel, optimizer=optimizer)
+    return replace(config, parallel=parallel)
 
 
 def resolve_deepspeed(config: RunConfig, *, world_size: int) -> dict[str, Any]:
@@ -129,7 +124,7 @@ def _shared(config: RunConfig, world_size: int) -> dict[str, tuple[str, Any]]:
         "optimizer.type": ("optimizer.name", "AdamW"),
         "optimizer.params.lr": ("optimizer.lr", optimizer.lr),
         "optimizer.params.betas": ("optimizer.betas", list(optimizer.betas)),
-        EPSILON: ("optimizer.eps", adam_epsilon(config)),
+        "optimizer.params.eps": ("optimizer.eps", optimizer.eps),
         "optimizer.params.weight_decay": ("optimizer.weight_decay", optimizer.weight_decay),
     }
     return shared

@@ -1,8 +1,7 @@
 """`spectral.settings: paper`: Sparse Spectral Training as published, under one name.
 
 Zhao et al., arXiv 2405.15481 (ICML 2025): section 4 and the OPT experiments. What the paper leaves
-open (Adam's betas, weight decay, clipping, batch size) is not part of it, but for Adam's epsilon:
-it is torch's default there, not the one that this package chooses for SST.
+open (Adam's betas, weight decay, clipping, batch size) is not part of it.
 """
 
 from collections.abc import MutableMapping
@@ -22,7 +21,6 @@ PAPER: dict[str, Any] = {
     "spectral.stagger_rounds": False,
     "spectral.direction_lr_scaling": "none",
     "optimizer.spectral_lr": 1.0e-3,
-    "optimizer.eps": 1.0e-8,
     "optimizer.schedule": "constant",
     "optimizer.warmup_steps": 2000,
 }

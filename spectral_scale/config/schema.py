@@ -102,9 +102,8 @@ class OptimizerConfig:
     """Learning rate of what the method trains: triplets, low-rank factors or projected matrices."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates."""
-    eps: float | Auto = "auto"
-    """Adam's epsilon; auto: 1e-6 for sst, whose second moments are small after every swap, 1e-8
-    for all other methods."""
+    eps: float = 1.0e-8
+    """Adam's epsilon."""
     weight_decay: float = 0.0
     """Decoupled decay of dense matrices (never of norms, biases, triplets or low-rank factors)."""
     clip_grad_norm: float = 1.0

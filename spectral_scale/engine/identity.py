@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from spectral_scale.config.check import adam_epsilon
 from spectral_scale.config.load import to_dict
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
@@ -59,7 +58,6 @@ def run_identity(
         for key, value in values[section].items():
             if f"{section}.{key}" not in FREE_KEYS:
                 facts[f"{section}.{key}"] = value
-    facts["optimizer.eps"] = adam_epsilon(config)
     return facts | {f"data.{key}": value for key, value in loader.state_fingerprint.items()}
 
 

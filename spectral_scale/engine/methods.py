@@ -12,7 +12,6 @@ from spectral_scale.baselines.galore_divided import DividedGaLoreAdamW
 from spectral_scale.baselines.galore_run import GaLoreController, galore_groups
 from spectral_scale.baselines.lora import convert_lora
 from spectral_scale.baselines.low_rank import LowRankController
-from spectral_scale.config.check import adam_epsilon
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 from spectral_scale.engine.pieces import pieces_of
 from spectral_scale.layers.base import factored_layers
@@ -106,7 +105,7 @@ def _adamw(model: nn.Module, config: RunConfig, _: Collective) -> torch.optim.Op
         direction_lr_scaling=config.spectral.direction_lr_scaling,
         value_lr=config.optimizer.value_lr,
     )
-    return build_adamw(groups, config.optimizer, eps=adam_epsilon(config))
+    return build_adamw(groups, config.optimizer)
 
 
 def _galore(model: nn.Module, config: RunConfig, collective: Collective) -> torch.optim.Optimizer:
@@ -116,7 +115,7 @@ def _galore(model: nn.Module, config: RunConfig, collective: Collective) -> torc
         galore_groups(model, config.spectral, config.optimizer),
         lr=config.optimizer.lr,
         betas=config.optimizer.betas,
-        eps=adam_epsilon(config),
+        eps=config.optimizer.eps,
         collective=collective,
     )
 

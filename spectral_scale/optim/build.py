@@ -20,11 +20,9 @@ class OwnState(Protocol):
         """What it keeps on this rank besides `state`."""
 
 
-def build_adamw(
-    groups: list[dict[str, Any]], config: OptimizerConfig, *, eps: float
-) -> torch.optim.AdamW:
-    """Fused AdamW over `groups`, without state yet; `eps` is what `config.eps` stands for."""
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=eps, fused=True)
+def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW over `groups`, without state yet."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:

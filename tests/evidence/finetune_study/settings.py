@@ -50,7 +50,6 @@ PRETRAIN: Settings = SHAPE | {
 COMMON: Settings = {
     "model.name": None,
     "model.sequence_length": 128,
-    "optimizer.eps": 1e-8,
     "optimizer.schedule": "cosine",
     "optimizer.warmup_steps": 10,
     "data.examples": EXAMPLES,

@@ -24,7 +24,7 @@ def prepare(model: nn.Module, config: SpectralConfig = RELORA, **options: Any):
     """A converted model, its optimizer and its controller."""
     convert_lora(model, config, frozen_dtype=options.pop("frozen_dtype", None))
     groups = param_groups(model, lr=1e-2, spectral_lr=options.pop("spectral_lr", 1e-2))
-    optimizer = build_adamw(groups, OptimizerConfig(lr=1e-2), eps=1e-8)
+    optimizer = build_adamw(groups, OptimizerConfig(lr=1e-2))
     create_state(optimizer)
     options.setdefault("base_dtype", torch.float64)
     return optimizer, LowRankController(model, optimizer, config, **options)
@@ -214,7 +214,7 @@ def test_a_reset_that_misses_state_is_an_error(stack, take_step) -> None:
     convert_lora(stack, RELORA)
     groups = param_groups(stack, lr=1e-2, spectral_lr=1e-2)
     next(g for g in groups if g["name"] == "low_rank")["params"].pop()
-    optimizer = build_adamw(groups, OptimizerConfig(), eps=1e-8)
+    optimizer = build_adamw(groups, OptimizerConfig())
     create_state(optimizer)
     controller = LowRankController(stack, optimizer, RELORA)
     with pytest.raises(SpectralError, match="touched 168 moments_reset, expected 188"):

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spectral_scale.config.check import adam_epsilon
 from spectral_scale.config.load import (
     MAX_FILE_BYTES,
     build_parser,
@@ -15,7 +14,6 @@ from spectral_scale.config.load import (
     load_config,
     to_dict,
 )
-from spectral_scale.config.method_keys import METHOD_KEYS
 from spectral_scale.config.published import PAPER
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
@@ -55,19 +53,6 @@ def test_the_papers_settings_are_keys_of_the_schema() -> None:
     assert load_config([], ["--spectral.settings", "default"]).config == RunConfig()
     with pytest.raises(ConfigError, match=r"spectral\.settings.*published"):
         load_config([], ["--spectral.settings", "published"])
-
-
-def test_adam_s_epsilon_is_chosen_by_method_unless_it_is_given() -> None:
-    def epsilon(*words: str) -> float:
-        return adam_epsilon(load_config([], words).config)
-
-    assert epsilon() == 1e-6  # of the default method, sst
-    others = {m: epsilon("--spectral.method", m) for m in METHOD_KEYS if m != "sst"}
-    assert set(others.values()) == {1e-8}, others
-    assert epsilon("--spectral.settings", "paper") == 1e-8
-    assert epsilon("--optimizer.eps", "1e-7") == 1e-7
-    with pytest.raises(ConfigError, match=r"optimizer\.eps.*none"):
-        epsilon("--optimizer.eps", "none")
 
 
 def test_later_sources_win_and_are_named(write) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spectral_scale.config.check import adam_epsilon, check_config
+from spectral_scale.config.check import check_config
 from spectral_scale.config.deepspeed_json import resolve_deepspeed, with_deepspeed_json
 from spectral_scale.config.load import load_config
 from spectral_scale.config.schema import RunConfig
@@ -69,22 +69,11 @@ def test_equal_values_pass_and_clipping_stays_ours(tmp_path: Path) -> None:
     assert resolve_deepspeed(run_with(path), world_size=1)["gradient_clipping"] == 0.0
 
 
-@pytest.mark.parametrize(("given", "epsilon"), [(1e-7, 1e-7), ("auto", 1e-6), (None, 1e-6)])
-def test_adam_s_epsilon_is_the_file_s_where_the_run_leaves_it_open(
-    given: Any, epsilon: float, tmp_path: Path
-) -> None:
-    value = {} if given is None else {"optimizer": {"params": {"eps": given}}}
-    path = written(tmp_path, value)
-    assert adam_epsilon(with_deepspeed_json(run_with(path))) == epsilon
-    resolve_deepspeed(run_with(path), world_size=1)
-
-
 CONTRADICTIONS: list[tuple[Any, str]] = [
     ({"train_batch_size": 64}, "train_batch_size=64 differs from 32, given by train.global_batch"),
     ({"gradient_clipping": 0.5}, "gradient_clipping=0.5 differs from 1.0, given by optimizer.clip"),
     ({"bf16": {"enabled": True}}, "bf16.enabled=true differs from false, given by train.precision"),
     ({"optimizer": {"params": {"lr": 1e-4}}}, "optimizer.params.lr=0.0001 differs from 0.001"),
-    ({"optimizer": {"params": {"eps": "tiny"}}}, 'optimizer.params.eps="tiny" differs from 1e-06'),
     ({"optimizer": {"type": "Lamb"}}, 'optimizer.type="Lamb" differs from "AdamW"'),
     ({"train_batch_size": True}, "train_batch_size=true differs from 32"),
 ]
@@ -95,12 +84,6 @@ def test_contradictions_name_both(value: Any, message: str, tmp_path: Path) -> N
     with pytest.raises(ConfigError) as error:
         resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
     assert message in str(error.value)
-
-
-def test_an_epsilon_given_twice_must_agree(tmp_path: Path) -> None:
-    path = written(tmp_path, {"optimizer": {"params": {"eps": 1e-8}}})
-    with pytest.raises(ConfigError, match=r"params.eps=1e-08 differs from 1e-06, given by optim"):
-        resolve_deepspeed(run_with(path, optimizer__eps=1e-6), world_size=1)
 
 
 def test_a_stage_given_twice_must_agree(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from spectral_scale.optim.groups import kinds, param_groups
 from spectral_scale.parallel.facts import RankFacts
 from spectral_scale.spectral.controller import SpectralController
 
-CONFIG = OptimizerConfig(lr=0.02, betas=(0.8, 0.95), weight_decay=0.3)
-EPSILON = 1e-6
+CONFIG = OptimizerConfig(lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
 
 
 class Net(nn.Module):
@@ -47,13 +46,13 @@ def adamw(value: Tensor, gradients: list[Tensor], *, lr: float, decay: float) ->
         second = beta2 * second + (1 - beta2) * g * g
         corrected = first / (1 - beta1**step)
         root = (second / (1 - beta2**step)).sqrt()
-        value = value - lr * corrected / (root + EPSILON)
+        value = value - lr * corrected / (root + CONFIG.eps)
     return value
 
 
 def test_steps_are_adam_s_with_decoupled_decay_of_matrices() -> None:
     model = Net().double()
-    optimizer = build_adamw(groups_of(model), CONFIG, eps=EPSILON)
+    optimizer = build_adamw(groups_of(model), CONFIG)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     gradients: dict[str, list[Tensor]] = {name: [] for name in start}
     for _ in range(4):
@@ -71,7 +70,7 @@ def test_steps_are_adam_s_with_decoupled_decay_of_matrices() -> None:
 
 def test_the_whole_state_exists_before_the_first_step() -> None:
     model = Net()
-    optimizer = build_adamw(groups_of(model), CONFIG, eps=EPSILON)
+    optimizer = build_adamw(groups_of(model), CONFIG)
     create_state(optimizer)
     for parameter in model.parameters():
         state = optimizer.state[parameter]
@@ -88,7 +87,7 @@ def spectral_net() -> tuple[nn.Module, torch.optim.Optimizer, TorchBackend]:
     model = Net()
     config = SpectralConfig(spectral_rank=3)
     convert(model, config)
-    optimizer = build_adamw(groups_of(model), CONFIG, eps=EPSILON)
+    optimizer = build_adamw(groups_of(model), CONFIG)
     SpectralController(model, optimizer, config)
     backend = TorchBackend(RankFacts(), "cpu")
     backend.shard(model)

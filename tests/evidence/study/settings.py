@@ -86,13 +86,14 @@ def _lora(rank: int) -> Variant:
     return _ranked("lora", "LoRA", rank, 2e-3, method="lora")
 
 
-def _with_epsilon(variant: Variant) -> Variant:
-    """Adam's epsilon as SST's default, at the rate tuned with 1e-8."""
+def _with_epsilon(variant: Variant, epsilon: float) -> Variant:
+    """Another epsilon of Adam's at the rate tuned with 1e-8."""
+    method, *rank = variant.title.split(",")
     return replace(
         variant,
-        name=f"{variant.name}_eps",
-        title=variant.title.replace(",", ", eps 1e-6,"),
-        settings=variant.settings | {"optimizer.eps": 1e-6},
+        name=f"{variant.name}_eps_{epsilon}",
+        title=",".join([method, f" eps {epsilon:.0e}", *rank]).replace("e-0", "e-"),
+        settings=variant.settings | {"optimizer.eps": epsilon},
         tuned_as=variant.name,
     )
 
@@ -127,7 +128,8 @@ VARIANTS: tuple[Variant, ...] = (
     _sst_residual(SMALL_RANK),
     _lora(SMALL_RANK),
     replace(_sst_factored(SMALL_RANK), seeds=()),
-    *(_with_epsilon(variant) for variant in (SST, FACTORED)),
+    *(_with_epsilon(variant, 1e-6) for variant in (SST, FACTORED)),
+    *(_with_epsilon(variant, 1e-4) for variant in (FULL, SST, LORA)),
 )
 """In the order in which they are run and shown."""
 

@@ -1,7 +1,8 @@
 """Cross-field rules of a configuration, checked before anything is started. No torch here."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from spectral_scale.config.capability import data_parallel_size, refusals
 from spectral_scale.config.filter_rules import filter_problems
@@ -13,6 +14,54 @@ from spectral_scale.errors import ConfigError
 
 CONVERTING = ("sst", "lora", "relora", "frod")
 """Methods that put layers of their own in the place of linears."""
+AT_LEAST_ONE = (
+    "model.hidden_size",
+    "model.num_layers",
+    "model.num_heads",
+    "model.ffn_size",
+    "model.sequence_length",
+    "spectral.spectral_rank",
+    "spectral.steps_per_iteration",
+    "optimizer.decay_steps",
+    "data.validation_sequences",
+    "data.examples",
+    "train.steps",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.eval_interval",
+    "checkpoint.interval",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+    "metrics.log_interval",
+    "health.spike_window",
+)
+"""Counts."""
+AT_LEAST_ZERO = (
+    "spectral.extra_sigma",
+    "spectral.iteration_warmup_steps",
+    "optimizer.lr",
+    "optimizer.spectral_lr",
+    "optimizer.value_lr",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad_norm",
+    "optimizer.warmup_steps",
+    "data.num_workers",
+    "train.max_starts_without_progress",
+    "health.spike_sigmas",
+    "health.rollback_after",
+    "health.max_rollbacks",
+    "health.replica_interval",
+    "health.hang_timeout_seconds",
+)
+"""Amounts and counts of which there may be none."""
+POSITIVE = (
+    "spectral.ridge",
+    "spectral.lora_alpha",
+    "optimizer.galore_scale",
+    "train.time_limit_minutes",
+)
+"""Amounts."""
 
 
 def check_config(config: RunConfig, *, world_size: int) -> Architecture:
@@ -56,72 +105,30 @@ def trains_all_sigma(spectral: SpectralConfig) -> bool:
 
 
 def _check_ranges(config: RunConfig) -> Iterator[str]:
-    overrides = ("hidden_size", "num_layers", "num_heads", "ffn_size")
-    at_least_one = {
-        **{f"model.{k}": v for k in overrides if (v := getattr(config.model, k)) is not None},
-        "model.sequence_length": config.model.sequence_length,
-        "spectral.spectral_rank": config.spectral.spectral_rank,
-        "spectral.steps_per_iteration": config.spectral.steps_per_iteration,
-        "data.validation_sequences": config.data.validation_sequences,
-        "train.steps": config.train.steps,
-        "train.global_batch_size": config.train.global_batch_size,
-        "train.micro_batch_size": config.train.micro_batch_size,
-        "train.eval_interval": config.train.eval_interval,
-        "checkpoint.interval": config.checkpoint.interval,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
-        "metrics.log_interval": config.metrics.log_interval,
-        "health.spike_window": config.health.spike_window,
-    }
-    if config.checkpoint.keep_every is not None:
-        at_least_one["checkpoint.keep_every"] = config.checkpoint.keep_every
-    at_least_zero: dict[str, float] = {
-        "train.max_starts_without_progress": config.train.max_starts_without_progress,
-        "health.spike_sigmas": config.health.spike_sigmas,
-        "health.rollback_after": config.health.rollback_after,
-        "health.max_rollbacks": config.health.max_rollbacks,
-        "health.replica_interval": config.health.replica_interval,
-        "health.hang_timeout_seconds": config.health.hang_timeout_seconds,
-        "spectral.extra_sigma": config.spectral.extra_sigma,
-        "spectral.iteration_warmup_steps": config.spectral.iteration_warmup_steps,
-        "optimizer.lr": config.optimizer.lr,
-        "optimizer.spectral_lr": config.optimizer.spectral_lr,
-        "optimizer.eps": config.optimizer.eps,
-        "optimizer.weight_decay": config.optimizer.weight_decay,
-        "optimizer.clip_grad_norm": config.optimizer.clip_grad_norm,
-        "optimizer.warmup_steps": config.optimizer.warmup_steps,
-        "data.num_workers": config.data.num_workers,
-    }
-    if config.optimizer.decay_steps != "auto":
-        at_least_one["optimizer.decay_steps"] = config.optimizer.decay_steps
-    if config.data.examples is not None:
-        at_least_one["data.examples"] = config.data.examples
-    positive: dict[str, float] = {
-        "optimizer.galore_scale": config.optimizer.galore_scale,
-        "spectral.ridge": config.spectral.ridge,
-    }
-    if config.optimizer.value_lr != "auto":
-        at_least_zero["optimizer.value_lr"] = config.optimizer.value_lr
-    if config.train.time_limit_minutes is not None:
-        positive["train.time_limit_minutes"] = config.train.time_limit_minutes
-    if config.spectral.lora_alpha != "auto":
-        positive["spectral.lora_alpha"] = config.spectral.lora_alpha
+    def given(keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+        for key in keys:
+            section, _, name = key.partition(".")
+            value = getattr(getattr(config, section), name)
+            if value is not None and value != "auto":
+                yield key, value
+
+    for key, count in given(AT_LEAST_ONE):
+        if count < 1:
+            yield f"{key}={count} must be at least 1"
+    for key, number in given(AT_LEAST_ZERO):
+        if not (number >= 0 and math.isfinite(number)):
+            yield f"{key}={number} must be finite and at least 0"
+    for key, number in given(POSITIVE):
+        if not (number > 0 and math.isfinite(number)):
+            yield f"{key}={number} must be finite and above 0"
+    if not 0 < config.spectral.sparsity <= 1:
+        yield f"spectral.sparsity={config.spectral.sparsity} must lie in (0, 1]"
     fractions = {
         "model.dropout": config.model.dropout,
         "optimizer.betas[0]": config.optimizer.betas[0],
         "optimizer.betas[1]": config.optimizer.betas[1],
         "optimizer.min_lr_ratio": config.optimizer.min_lr_ratio,
     }
-    for key, count in at_least_one.items():
-        if count < 1:
-            yield f"{key}={count} must be at least 1"
-    for key, number in at_least_zero.items():
-        if not (number >= 0 and math.isfinite(number)):
-            yield f"{key}={number} must be finite and at least 0"
-    for key, number in positive.items():
-        if not (number > 0 and math.isfinite(number)):
-            yield f"{key}={number} must be finite and above 0"
-    if not 0 < config.spectral.sparsity <= 1:
-        yield f"spectral.sparsity={config.spectral.sparsity} must lie in (0, 1]"
     for key, fraction in fractions.items():
         if not (0 <= fraction < 1 or (fraction == 1 and key.endswith("ratio"))):
             yield f"{key}={fraction} must lie in [0, 1)"

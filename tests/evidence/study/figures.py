@@ -18,6 +18,8 @@ from study.settings import TOKENS_PER_STEP, Variant
 from study.tables import final
 
 DPI = 120
+EPSILON, LARGE = 1e-8, 1e-4
+"""Adam's, of all runs that do not name another, and of final runs that do."""
 STYLE: Any = {
     "font.size": 9.5,
     "axes.grid": True,
@@ -37,6 +39,7 @@ def draw_figures(results: Mapping[str, Result], folder: Path) -> list[str]:
         "tuning.png": _draw_tuning,
         "curves.png": _draw_curves,
         "ablations.png": _draw_ablations,
+        "epsilon.png": _draw_epsilon,
         "gradient_norm.png": _draw_dip,
     }
     written = []
@@ -86,7 +89,7 @@ def _draw_curves(figure: Any, results: Mapping[str, Result]) -> bool:
     """Left the losses, right what is lost against full rank of the same seed at equal tokens."""
     figure.set_size_inches(9.5, 5.2)
     left, right = figure.subplots(1, 2)
-    for variant in declared.VARIANTS:
+    for variant in tuned_variants():
         look = _look(variant)
         for seed in declared.SEEDS:
             run, full = (final(results, v, seed) for v in (variant, declared.FULL))
@@ -133,6 +136,36 @@ def _draw_ablations(figure: Any, results: Mapping[str, Result]) -> bool:
     axes.axvline(0.0, color="#1f2933", linewidth=0.8)
     axes.set_xlabel("validation loss minus that of the unchanged run (left is better)")
     return True
+
+
+def _draw_epsilon(figure: Any, results: Mapping[str, Result]) -> bool:
+    """Left the ablations, right the final runs that have another epsilon than the others."""
+    figure.set_size_inches(9.5, 4.4)
+    left, right = figure.subplots(1, 2)
+    seed = declared.SEEDS[0]
+    for variant in (declared.FULL, declared.SST, declared.LORA):
+        runs = {
+            float((declared.COMMON | a.settings)["optimizer.eps"]): results.get(a.run(seed))
+            for a in declared.ABLATIONS
+            if a.of is variant and {*a.settings} <= {"optimizer.eps"} and a.rate_factor == 1.0
+        }
+        points = sorted((eps, r.loss) for eps, r in runs.items() if r and eps >= EPSILON)
+        if len(points) > 1:
+            left.plot(*zip(*points, strict=True), marker="o", **_look(variant))
+        for other in declared.VARIANTS:
+            if (other.tuned_as or other.name) != variant.name:
+                continue
+            dashes = "-" if other.epsilon == EPSILON else "--"
+            for at in declared.SEEDS:
+                if other.epsilon in (EPSILON, LARGE) and (run := final(results, other, at)):
+                    look = _look(variant) | {"label": None, "linestyle": dashes}
+                    right.plot(*_points(run), **look)
+    left.set_xscale("log")
+    tokens = declared.ABLATION_STEPS * TOKENS_PER_STEP / 1e6
+    left.set(xlabel="Adam's epsilon", ylabel=f"validation loss after {tokens:.2f} M tokens")
+    right.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
+    right.set(xlabel="tokens (dashed: epsilon 1e-4)", ylabel="validation loss")
+    return _with_legend(figure, left, where="outside lower center", columns=3)
 
 
 def _draw_dip(figure: Any, results: Mapping[str, Result]) -> bool:

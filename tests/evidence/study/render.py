@@ -45,6 +45,7 @@ def measured(results: Mapping[str, Result], figures: list[str]) -> str:
         ("Final runs", [finals_table(results), curve_table(results), _image("curves", figures)]),
         ("Tuning", [tuning_table(results), _image("tuning", figures)]),
         ("Ablations", [ablation_table(results), _image("ablations", figures)]),
+        ("Adam's epsilon", [_image("epsilon", figures)]),
         ("Gradient norm at a boundary", [dip_table(results), _image("gradient_norm", figures)]),
         ("Runs that are missing", [missing_runs(results)]),
     ]

@@ -62,6 +62,11 @@ class Variant:
     tuned_as: str | None = None
     """Another variant whose learning rate it takes; None: it is tuned itself."""
 
+    @property
+    def epsilon(self) -> float:
+        """Adam's."""
+        return float((COMMON | self.settings)["optimizer.eps"])
+
 
 def _ranked(name: str, title: str, rank: int, first_rate: float, **spectral: str) -> Variant:
     values: Settings = {f"spectral.{key}": value for key, value in spectral.items()}
@@ -175,6 +180,9 @@ def _rate(factor: float) -> Ablation:
     )
 
 
+EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3)
+
+
 def _epsilon_of(name: str, title: str, variant: Variant, epsilon: float) -> Ablation:
     return Ablation(
         name=f"{name}_eps_{epsilon}",
@@ -206,11 +214,11 @@ ABLATIONS: tuple[Ablation, ...] = (
     _rate(2.0),
     _change(_WIDTH, _SCALING, "width"),
     _change(_WIDTH, _SCALING, "width", rate_factor=0.5),
-    *(_change(_EPS, "optimizer.eps", eps) for eps in (1e-12, 1e-6, 1e-5, 1e-4, 1e-3)),
+    *(_change(_EPS, "optimizer.eps", eps) for eps in (1e-12, *EPSILONS)),
     FULL_BASE,
-    *(_epsilon_of("full", "full rank", FULL, eps) for eps in (1e-6, 1e-5, 1e-4, 1e-3)),
+    *(_epsilon_of("full", "full rank", FULL, eps) for eps in EPSILONS),
     LORA_BASE,
-    *(_epsilon_of("lora", "LoRA", LORA, eps) for eps in (1e-6, 1e-5, 1e-4, 1e-3)),
+    *(_epsilon_of("lora", "LoRA", LORA, eps) for eps in EPSILONS),
 )
 """In the order in which they are run."""
 CONFIRMED = ("base", "steps_per_iteration_400", "eps_1e-06")

@@ -53,10 +53,12 @@ def tuning_table(results: Mapping[str, Result]) -> str:
 
 
 def finals_table(results: Mapping[str, Result]) -> str:
-    """Validation loss and perplexity at the end, by seed; the difference to full rank."""
-    full = mean_loss(results, declared.FULL)
+    """Validation loss and perplexity at the end, by seed; the difference to full rank with the same
+    epsilon."""
     rows = []
     for variant in _final_variants():
+        dense = [v for v in declared.VARIANTS if v.rank is None and v.epsilon == variant.epsilon]
+        full = mean_loss(results, dense[0]) if dense else None
         runs = [final(results, variant, seed) for seed in declared.SEEDS]
         mean = mean_loss(results, variant)
         rows.append(

@@ -85,7 +85,7 @@ def test_only_the_part_between_the_marks_is_replaced(tmp_path):
     assert "None: every declared run is done." in text
     names = {name.rpartition("/")[2] for name in written}
     assert names == {
-        "study.md", "tuning.png", "curves.png", "ablations.png", "gradient_norm.png"
+        "study.md", "tuning.png", "curves.png", "ablations.png", "epsilon.png", "gradient_norm.png"
     }  # fmt: skip
     again = (tmp_path / "study/curves.png").read_bytes()
     render(complete(), tmp_path)

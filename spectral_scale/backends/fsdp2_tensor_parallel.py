@@ -6,7 +6,7 @@ gradient is. `fully_shard` then cuts all of them over the data-parallel ranks.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from spectral_scale.errors import ConfigError, SpectralScaleError
 from spectral_scale.layers.base import FactoredLinear
-from spectral_scale.layers.sharing import Sharing
+from spectral_scale.layers.sharing import SharedInput, Sharing
 from spectral_scale.layers.sst_product import Bottleneck
 from spectral_scale.layers.tensor_parallel import share
 from spectral_scale.parallel.tensor_parallel import cut_dimension, kind_of
@@ -71,9 +71,12 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
     in the table and for a layer that has no tensor-parallel form, before anything is changed.
     """
     tied = _tied_names(model)
-    plan = dict(_plan(model))
+    inputs: dict[str, SharedInput] = {}
+    plan = dict(_plan(model, inputs, partial(enter, group=mesh.get_group())))
     _check_sizes(model, mesh.size())
     parallelize_module(model, mesh, plan, src_data_rank=None)
+    for parent, shared in inputs.items():
+        model.get_submodule(parent).register_forward_hook(shared.forget, always_call=True)
     for fqn, first in tied.items():
         owner, _, leaf = fqn.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
@@ -85,8 +88,11 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
     return cut
 
 
-def _plan(model: nn.Module) -> Iterator[tuple[str, ParallelStyle]]:
-    """A style for each module with parameters of its own that the table does not leave whole."""
+def _plan(
+    model: nn.Module, inputs: dict[str, SharedInput], enter_line: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, ParallelStyle]]:
+    """A style for each module with parameters of its own that the table does not leave whole; one
+    input is added to `inputs` for each parent of converted layers."""
     for name, module in model.named_modules():
         own = [leaf for leaf, _ in module.named_parameters(recurse=False)]
         cut = [cut_dimension(f"{name}.{leaf}") for leaf in own]  # each must have a rule
@@ -94,7 +100,8 @@ def _plan(model: nn.Module) -> Iterator[tuple[str, ParallelStyle]]:
             continue
         kind = kind_of(name)
         if isinstance(module, FactoredLinear):
-            yield name, _SharedLayer(kind == "column", dict(zip(own, cut, strict=True)))
+            shared = inputs.setdefault(name.rpartition(".")[0], SharedInput(enter_line))
+            yield name, _SharedLayer(kind == "column", dict(zip(own, cut, strict=True)), shared)
         elif isinstance(module, nn.Embedding):
             yield name, RowwiseParallel(input_layouts=Replicate())
         elif kind == "vocabulary":
@@ -106,9 +113,11 @@ def _plan(model: nn.Module) -> Iterator[tuple[str, ParallelStyle]]:
 class _SharedLayer(ParallelStyle):
     """Cuts the parameters of an SST or FRoD layer and lets it compute its part."""
 
-    def __init__(self, by_outputs: bool, cuts: dict[str, int | None]) -> None:
+    def __init__(
+        self, by_outputs: bool, cuts: dict[str, int | None], shared_input: SharedInput
+    ) -> None:
         super().__init__()
-        self.by_outputs, self.cuts = by_outputs, cuts
+        self.by_outputs, self.cuts, self.shared_input = by_outputs, cuts, shared_input
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         group = device_mesh.get_group()
@@ -117,7 +126,7 @@ class _SharedLayer(ParallelStyle):
         )
         sharing = Sharing(
             shared,
-            partial(enter, group=group),
+            self.shared_input,
             partial(leave, group=group),
             _local,
             device_mesh.get_local_rank(),

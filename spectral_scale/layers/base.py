@@ -56,3 +56,10 @@ def weights_set_aside(layers: Mapping[str, FactoredLinear]) -> Callable[[str], T
         return found
 
     return weight
+
+
+def in_product_dtype(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on."""
+    device_type = x.device.type
+    on = torch.is_autocast_enabled(device_type)
+    return x.to(torch.get_autocast_dtype(device_type)) if on else x

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
-from spectral_scale.layers.base import FactoredLinear
+from spectral_scale.layers.base import FactoredLinear, in_product_dtype
 from spectral_scale.layers.convert import replace_linears
 from spectral_scale.layers.frod_pattern import entries
 from spectral_scale.layers.frod_product import (
@@ -114,13 +114,6 @@ class FRoDLinear(FactoredLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"mixing={self.num_mixing}, bias={self.bias is not None}"
         )
-
-
-def in_product_dtype(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is on."""
-    device_type = x.device.type
-    on = torch.is_autocast_enabled(device_type)
-    return x.to(torch.get_autocast_dtype(device_type)) if on else x
 
 
 def convert_frod(

@@ -7,7 +7,8 @@ so that each pass sums m n elements, once.
 
 from torch import Tensor, autocast
 
-from spectral_scale.layers.frod import FRoDLinear, in_product_dtype
+from spectral_scale.layers.base import in_product_dtype
+from spectral_scale.layers.frod import FRoDLinear
 from spectral_scale.layers.frod_product import FRoDProduct, WeightPart
 from spectral_scale.layers.sharing import Sharing
 
@@ -24,12 +25,12 @@ class TensorParallelFRoDLinear(FRoDLinear):
         """Column-parallel: (..., in) -> (..., part of out); row-parallel: the other way round."""
         basis, inverse_lengths = self.shared()
         sharing, by_outputs = self.sharing, self.sharing.by_outputs
-        x = in_product_dtype(x)
-        flat, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
+        x = sharing.enter(x) if by_outputs else in_product_dtype(x)
+        width = x.shape[-1]
         columns = None if by_outputs else slice(sharing.index * width, (sharing.index + 1) * width)
         with autocast(x.device.type, enabled=False):  # the weight is formed in V's precision
             y = FRoDProduct.apply(
-                sharing.enter(flat) if by_outputs else flat,
+                x.reshape(-1, width),
                 *(sharing.local(p) for p in (self.base, self.mixing, self.value_delta)),
                 sharing.local(self.bias) if self.bias is not None and by_outputs else None,
                 basis,

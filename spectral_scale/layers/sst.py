@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_scale.errors import SpectralError
-from spectral_scale.layers.base import FactoredLinear
+from spectral_scale.layers.base import FactoredLinear, in_product_dtype
 from spectral_scale.layers.sst_product import SpectralProduct
 from spectral_scale.parallel.table import Role
 
@@ -100,10 +100,7 @@ class SpectralLinear(FactoredLinear):
                 "a converted layer was used before its triplets were installed; "
                 "create the SpectralController after convert() and before the first forward"
             )
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
-        return x
+        return in_product_dtype(x)
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical shapes of the factors the optimizer sees, whatever a host did to the storage."""

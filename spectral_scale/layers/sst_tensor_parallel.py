@@ -21,12 +21,11 @@ class TensorParallelSpectralLinear(SpectralLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Column-parallel: (..., in) -> (..., part of out); row-parallel: the other way round."""
-        x = self._prepared(x)
         sharing, local = self.sharing, self.sharing.local
         by_outputs = sharing.by_outputs
-        flat = x.reshape(-1, x.shape[-1])
+        x = self._prepared(sharing.enter(x) if by_outputs else x)
         y = SpectralProduct.apply(
-            sharing.enter(flat) if by_outputs else flat,
+            x.reshape(-1, x.shape[-1]),
             *(None if p is None else local(p) for p in (self.residual, self.u, self.v)),
             *(None if p is None else local(p) for p in (self.u_fixed, self.v_fixed)),
             local(self.sigma),

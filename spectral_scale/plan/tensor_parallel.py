@@ -21,6 +21,11 @@ _FUSED_INPUTS = 2
 """Column-parallel linears of one of Megatron's blocks, each with one input: `linear_qkv`,
 `linear_fc1`."""
 
+_PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention") | dict.fromkeys(
+    ("gate_proj", "up_proj", "fc1"), "mlp"
+)
+"""Column-parallel linear of a block -> what shares an input."""
+
 
 def rank_part(config: RunConfig, inventory: Inventory) -> Inventory:
     """The parameters as one tensor-parallel rank holds them; matrices stay logical."""
@@ -71,8 +76,8 @@ class _Passes:
     product: int
     """Bytes of an element of a product."""
     inputs: int
-    """Gradients of the inputs of linears whose outputs are cut, in all blocks: those of dense
-    linears are in the stream's precision, under autocast, too."""
+    """Gradients of the inputs of linears whose outputs are cut, in all blocks: one for the
+    converted ones that share an input, one for each dense one, in the stream's precision."""
     row: int
     """Linears whose inputs are cut, in all blocks."""
     blocks: int
@@ -88,16 +93,17 @@ class _Passes:
         tokens = config.train.micro_batch_size * config.model.sequence_length
         product, stream = itemsizes(config)
         kinds = {name: kind_of(name) for name in linear_shapes(architecture)}
-        column = [name for name, kind in kinds.items() if kind == "column"]
-        converted = {name.rpartition(".")[2] for name in inventory.matrices}
+        column = {name for name, kind in kinds.items() if kind == "column"}
+        converted = column & {name.rpartition(".")[2] for name in inventory.matrices}
+        shared = {_PARENTS[name] for name in converted}
+        sizes = product * len(shared) + stream * len(column - converted)
         elements, blocks = tokens * architecture.hidden_size, architecture.num_layers
-        sizes = (product if name in converted else stream for name in column)
         return _Passes(
             activation=product * elements,
             stream=stream * tokens * architecture.embedding_size,
             tokens=tokens,
             product=product,
-            inputs=blocks * sum(sizes) * elements,
+            inputs=blocks * sizes * elements,
             row=blocks * (len(kinds) - len(column)),
             blocks=blocks,
             learned_positions=architecture.family == "opt",
@@ -130,7 +136,7 @@ class _Passes:
         )
 
     def by_fsdp2(self) -> Payload:
-        """As Megatron, but each linear's input by itself."""
+        """As Megatron, but for the inputs of dense linears."""
         summed = (self.row + self.again) * self.activation + self.inputs + 2 * self.stream
         return Payload(all_reduce=summed + 4 * _LOSS_VALUES * self.tokens)
 

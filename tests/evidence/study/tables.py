@@ -81,10 +81,10 @@ def curve_table(results: Mapping[str, Result]) -> str:
     quarters = [declared.FINAL_STEPS * n // 4 for n in (1, 2, 3, 4)]
     rows = []
     for variant in _final_variants():
-        curves = [
-            run.validation for seed in declared.SEEDS if (run := final(results, variant, seed))
-        ]
-        rows.append([variant.title, *(_number(_mean_at(curves, step)) for step in quarters)])
+        runs = [final(results, variant, seed) for seed in variant.seeds]
+        curves = [run.validation for run in runs if run is not None]
+        means = (_mean_at(curves, step) if len(curves) == len(runs) else None for step in quarters)
+        rows.append([variant.title, *map(_number, means)])
     head = [f"{step * TOKENS_PER_STEP / 1e6:.1f} M tokens" for step in quarters]
     return _table(["variant", *head], rows)
 
@@ -127,14 +127,14 @@ def final(results: Mapping[str, Result], variant: Variant, seed: int) -> Result 
 
 
 def mean_loss(results: Mapping[str, Result], variant: Variant) -> float | None:
-    """Mean over all seeds; None until every one is done."""
-    losses = [run.loss for seed in declared.SEEDS if (run := final(results, variant, seed))]
-    return sum(losses) / len(losses) if len(losses) == len(declared.SEEDS) else None
+    """Mean over the variant's seeds; None until every one is done."""
+    losses = [run.loss for seed in variant.seeds if (run := final(results, variant, seed))]
+    return sum(losses) / len(losses) if losses and len(losses) == len(variant.seeds) else None
 
 
 def _mean_at(curves: Sequence[Sequence[tuple[int, float]]], step: int) -> float | None:
     found = [loss for curve in curves for at, loss in curve if at == step]
-    return sum(found) / len(found) if len(found) == len(declared.SEEDS) else None
+    return sum(found) / len(found) if found and len(found) == len(curves) else None
 
 
 def _tried(rate: float, loss: float, chosen: bool) -> str:

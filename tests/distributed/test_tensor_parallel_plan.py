@@ -11,6 +11,8 @@ import pytest
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import one_process_group, tiny_config
 
+pytest.importorskip("megatron.core")
+
 WIDTH, SEQUENCE, MICRO, WORLD = 128, 64, 2, 4
 LINE, DATA = (0, 1), (0, 2)
 """Groups of rank 0: of one copy of the model, and of ranks that hold the same part of it."""
@@ -93,7 +95,8 @@ def measure(host: str, configs: list[Any]) -> list[dict[str, Any]]:
             gradient = 4 * MICRO * SEQUENCE * run.architecture.vocab_size // 2
             sent = {"sent": dict(counter.by_group), "gradient": gradient}
             found.append(sent | {"kept": kept, "planned": plan(run)})
-            run.backend.close() if host == "megatron" else None
+            if host == "megatron":
+                run.backend.close()
     return found
 
 

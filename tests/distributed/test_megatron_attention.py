@@ -9,8 +9,6 @@ import pytest
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import save_tiny_llama, tiny_config
 
-pytest.importorskip("megatron.core")
-
 MEGATRON = {"parallel__backend": "megatron", "parallel__tensor_parallel": 2}
 SEQUENCE, LAYERS = 64, 2
 SCORES = 4 * 2 * 2 * SEQUENCE**2 * LAYERS

@@ -11,8 +11,6 @@ import pytest
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import one_process_group, tiny_config
 
-pytest.importorskip("megatron.core")
-
 WIDTH, SEQUENCE, MICRO, WORLD = 128, 64, 2, 4
 LINE, DATA = (0, 1), (0, 2)
 """Groups of rank 0: of one copy of the model, and of ranks that hold the same part of it."""

@@ -6,12 +6,11 @@ gradient is. `fully_shard` then cuts all of them over the data-parallel ranks.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -22,18 +21,16 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
-from torch.nn.functional import cross_entropy
 
 from spectral_scale.errors import ConfigError, SpectralScaleError
-from spectral_scale.layers.base import FactoredLinear
+from spectral_scale.layers.base import FactoredLinear, factored_layers
 from spectral_scale.layers.sharing import SharedInput, Sharing
 from spectral_scale.layers.sst_product import Bottleneck
 from spectral_scale.layers.tensor_parallel import share
+from spectral_scale.ops.losses import negative_log_likelihood_sum
 from spectral_scale.parallel.tensor_parallel import cut_dimension, kind_of
 from spectral_scale.parallel.tensor_parallel_regions import all_reduce, enter, leave
 
-IGNORED = -100
-"""Label of a token that no loss counts."""
 logger = logging.getLogger(__name__)
 
 
@@ -54,12 +51,9 @@ class LogitsInParts(nn.Module):
     def token_loss_sum(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Sum of the negative log-likelihoods of `labels` (-100: none), float32 or better, on all
         ranks."""
-        logits = self.model(input_ids=input_ids).logits.flatten(0, 1)
-        exact = logits if logits.dtype == torch.float64 else logits.float()
+        logits = self.model(input_ids=input_ids).logits
         with loss_parallel():
-            loss: Any = cross_entropy(
-                exact, labels.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
+            loss: Any = negative_log_likelihood_sum(logits, labels)
         total: Tensor = loss.to_local()
         return total
 
@@ -71,8 +65,10 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
     in the table and for a layer that has no tensor-parallel form, before anything is changed.
     """
     tied = _tied_names(model)
-    inputs: dict[str, SharedInput] = {}
-    plan = dict(_plan(model, inputs, partial(enter, group=mesh.get_group())))
+    enter_line = partial(enter, group=mesh.get_group())
+    parents = {name.rpartition(".")[0] for name in factored_layers(model)}
+    inputs = {parent: SharedInput(enter_line) for parent in parents}
+    plan = dict(_plan(model, inputs))
     _check_sizes(model, mesh.size())
     parallelize_module(model, mesh, plan, src_data_rank=None)
     for parent, shared in inputs.items():
@@ -89,10 +85,10 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
 
 
 def _plan(
-    model: nn.Module, inputs: dict[str, SharedInput], enter_line: Callable[[Tensor], Tensor]
+    model: nn.Module, inputs: Mapping[str, SharedInput]
 ) -> Iterator[tuple[str, ParallelStyle]]:
-    """A style for each module with parameters of its own that the table does not leave whole; one
-    input is added to `inputs` for each parent of converted layers."""
+    """A style for each module with parameters of its own that the table does not leave whole;
+    `inputs` are those of the parents of converted layers."""
     for name, module in model.named_modules():
         own = [leaf for leaf, _ in module.named_parameters(recurse=False)]
         cut = [cut_dimension(f"{name}.{leaf}") for leaf in own]  # each must have a rule
@@ -100,7 +96,7 @@ def _plan(
             continue
         kind = kind_of(name)
         if isinstance(module, FactoredLinear):
-            shared = inputs.setdefault(name.rpartition(".")[0], SharedInput(enter_line))
+            shared = inputs[name.rpartition(".")[0]]
             yield name, _SharedLayer(kind == "column", dict(zip(own, cut, strict=True)), shared)
         elif isinstance(module, nn.Embedding):
             yield name, RowwiseParallel(input_layouts=Replicate())

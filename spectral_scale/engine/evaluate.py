@@ -7,12 +7,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spectral_scale.data.loader import Batch, ValidationLoader
+from spectral_scale.ops.losses import IGNORED, negative_log_likelihood_sum
 from spectral_scale.parallel.collective import Collective
-
-IGNORED = -100
 
 Watch = Callable[[Iterable[Batch], int], Iterable[Batch]]
 """Hands on this rank's batches, of which it is told the number, as tqdm does."""
@@ -45,10 +43,7 @@ def token_loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """Sum over tokens of the negative log-likelihood, float32 or better; runs the forward pass."""
     if isinstance(model, SumsLosses):
         return model.token_loss_sum(batch.input_ids, batch.labels)
-    logits = model(input_ids=batch.input_ids).logits
-    flat = logits.view(-1, logits.shape[-1])
-    flat = flat if flat.dtype == torch.float64 else flat.float()
-    return F.cross_entropy(flat, batch.labels.view(-1), ignore_index=IGNORED, reduction="sum")
+    return negative_log_likelihood_sum(model(input_ids=batch.input_ids).logits, batch.labels)
 
 
 def evaluate(

@@ -32,11 +32,9 @@ from spectral_scale.megatron.spec import spectral_gpt_block_spec
 from spectral_scale.models.megatron_config import megatron_architecture, megatron_settings
 from spectral_scale.models.megatron_model import build_gpt_model
 from spectral_scale.models.megatron_weights import megatron_weights
+from spectral_scale.ops.losses import IGNORED
 from spectral_scale.parallel.table import ParameterTable
 from spectral_scale.parallel.tensor_parallel import cut_dimension, held_rectangle
-
-IGNORED = -100
-"""Label of a token that no loss counts."""
 
 
 class GPTForward(nn.Module):
@@ -97,11 +95,16 @@ def build_spectral_gpt(
         spectral,
         completion=completion,
         frozen_dtype=frozen_dtype,
+        fused_attention=fused_attention,
     )
-    if fused_attention:
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = FusedAttention
     gpt: Any = build_gpt_model(settings, spec).to(device)
+    fused = sum(isinstance(module, FusedAttention) for module in gpt.modules())
+    asked = settings.transformer["num_layers"] if fused_attention else 0
+    if fused != asked:
+        raise SpectralError(
+            f"attention is fused in {fused} layers instead of {asked}; the installed megatron-core "
+            "may name it differently: set model.attention=eager"
+        )
     gpt.output_layer.register_forward_pre_hook(_cast_as_autocast)
     made: nn.Module = gpt
     return made

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError
+from spectral_scale.megatron.attention import FusedAttention
 from spectral_scale.megatron.layers import (
     SpectralColumnParallelLinear,
     SpectralRowParallelLinear,
@@ -46,6 +47,7 @@ def spectral_gpt_layer_spec(
     *,
     completion: Completion = "bottleneck",
     frozen_dtype: torch.dtype | None = None,
+    fused_attention: bool = False,
 ) -> ModuleSpec:
     """The spec of a transformer layer whose four linears are spectral, for `GPTModel`.
 
@@ -57,6 +59,8 @@ def spectral_gpt_layer_spec(
         spectral: the method's settings (method sst).
         completion: when gradients of whole factors are summed over ranks; see `MatrixSettings`.
         frozen_dtype: of frozen weights; None: `config.params_dtype`.
+        fused_attention: torch's kernels in the place of megatron-core's products; see
+            `FusedAttention`.
 
     Raises:
         ConfigError: naming every option of `config` that is not supported, and what to do.
@@ -72,6 +76,8 @@ def spectral_gpt_layer_spec(
     layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelNorm
     attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
     column, row = SpectralColumnParallelLinear, SpectralRowParallelLinear
+    if fused_attention:
+        attention.core_attention = FusedAttention
     attention.linear_qkv = bound(column, settings, "qkv")
     attention.linear_proj = bound(row, settings)
     mlp.linear_fc1 = bound(column, settings, "gated" if config.gated_linear_unit else "none")

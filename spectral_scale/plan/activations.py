@@ -61,6 +61,11 @@ def itemsizes(config: RunConfig) -> tuple[int, int]:
     return 2, 2 if config.parallel.backend == "deepspeed" else 4
 
 
+def master_itemsize(config: RunConfig) -> int:
+    """Bytes of an element of what trains, of its moments and of triplets."""
+    return 8 if config.train.precision == "fp64" else 4
+
+
 def _cuts(config: RunConfig) -> tuple[int, bool]:
     """Tensor-parallel ranks, and whether they divide sequences, too."""
     parallel = config.parallel

@@ -8,7 +8,7 @@ from spectral_scale.config.capability import variant
 from spectral_scale.config.check import check_config, gradient_accumulation_steps
 from spectral_scale.config.presets import resolve_architecture
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.plan.activations import ASSUMPTIONS, activation_bytes
+from spectral_scale.plan.activations import ASSUMPTIONS, activation_bytes, master_itemsize
 from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, take_inventory
 from spectral_scale.plan.memory import memory_of, shared_basis_bytes
@@ -144,7 +144,7 @@ def disk_bytes(config: RunConfig) -> int:
 def checkpoint_bytes(config: RunConfig, inventory: Inventory) -> int:
     """Trained weights and both moments, the bank or the frozen weights' fp32 truth, and what the
     spectral filter keeps."""
-    itemsize = 8 if config.train.precision == "fp64" else 4
+    itemsize = master_itemsize(config)
     matrices = inventory.matrices.values()
     owned = {
         "sst": sum(min(m, n) * (m + n + 1) for m, n in matrices),

@@ -13,6 +13,7 @@ from spectral_scale.optim.filter.operator import EXACT_NODES
 from spectral_scale.optim.filter.placement import owners_by_size
 from spectral_scale.optim.filter.sampling import DRIFT_ENTRIES
 from spectral_scale.parallel.tensor_parallel import cut_dimension
+from spectral_scale.plan.activations import master_itemsize
 from spectral_scale.plan.inventory import Inventory
 
 
@@ -60,7 +61,7 @@ def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) ->
     head_size = resolve_architecture(config.model).head_size
     groups = plan_groups(members, settings, head_size=head_size)
     numels = {fqn: prod(members[fqn].shape) for group in groups for fqn in group.fqns}
-    itemsize = 8 if config.train.precision == "fp64" else 4
+    itemsize = master_itemsize(config)
     kept_by_name = {
         fqn: itemsize * (min(n, DRIFT_ENTRIES) + (n if settings.joint_loss_mu else 0))
         for fqn, n in numels.items()

@@ -12,6 +12,7 @@ from spectral_scale.config.capability import (
 from spectral_scale.config.check import gradient_accumulation_steps
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.plan.activations import master_itemsize
 from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, dense_matrices
 from spectral_scale.plan.tensor_parallel import rank_part
@@ -185,7 +186,7 @@ def shared_basis_bytes(config: RunConfig, inventory: Inventory) -> int:
     from spectral_scale.layers.frod import category_of
     from spectral_scale.layers.frod_pattern import entries
 
-    itemsize = 8 if config.train.precision == "fp64" else 4
+    itemsize = master_itemsize(config)
     widths = {category_of(name): n for name, (_, n) in inventory.matrices.items()}
     positions = (16 * entries(n, config.spectral.sparsity) for n in widths.values())
     bases = sum(itemsize * 2 * n * n for n in widths.values()) + sum(positions)
@@ -195,7 +196,7 @@ def shared_basis_bytes(config: RunConfig, inventory: Inventory) -> int:
 def formed_weight_bytes(config: RunConfig, inventory: Inventory) -> int:
     """What FRoD's largest layer forms in a pass and frees after it: in the backward pass U and the
     inner product, then U, the gradient of the weight and that in V's basis, besides the weight."""
-    itemsize = 8 if config.train.precision == "fp64" else 4
+    itemsize = master_itemsize(config)
     held = FORMED + (inventory.frozen_itemsize() < itemsize)  # and W in V's precision
     return max(held * itemsize * m * n for m, n in inventory.matrices.values())
 
@@ -205,7 +206,7 @@ def owned_bytes(config: RunConfig, inventory: Inventory, world_size: int) -> int
     layers' own are rounded; FRoD's bases, which every rank has."""
     if config.spectral.method == "frod":
         return shared_basis_bytes(config, inventory)
-    itemsize = 8 if config.train.precision == "fp64" else 4
+    itemsize = master_itemsize(config)
     loads = [0] * world_size
     for name, rank in assign_owners(inventory.matrices, world_size).items():
         m, n = inventory.matrices[name]
@@ -222,7 +223,7 @@ def svd_bytes(config: RunConfig, inventory: Inventory, world_size: int) -> int:
         return 0
     if config.spectral.method == "frod":
         return max(8 * (GRAM_WORKSPACE * n * n + m * n) for m, n in inventory.matrices.values())
-    itemsize = 8 if config.train.precision == "fp64" else 4
+    itemsize = master_itemsize(config)
 
     def workspace(m: int, n: int) -> int:
         k = min(m, n)

@@ -5,22 +5,17 @@ sequences: Korthikanti et al., arXiv 2205.05198, section 4.2). T tokens, h featu
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from spectral_scale.config.check import gradient_accumulation_steps, trains_all_sigma
 from spectral_scale.config.presets import Architecture, linear_shapes
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.parallel.tensor_parallel import cut_dimension, kind_of
-from spectral_scale.plan.activations import itemsizes
+from spectral_scale.plan.activations import itemsizes, master_itemsize
 from spectral_scale.plan.inventory import Inventory, Item
 from spectral_scale.plan.payload import Payload
 
 _LOSS_VALUES = 3
 """Of a token, in fp32, where no rank sees all logits: the largest, the label's, a sum."""
-_FUSED_INPUTS = 2
-"""Column-parallel linears of one of Megatron's blocks, each with one input: `linear_qkv`,
-`linear_fc1`."""
-
 _PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention") | dict.fromkeys(
     ("gate_proj", "up_proj", "fc1"), "mlp"
 )
@@ -51,9 +46,10 @@ def line_payload(
         return Payload()
     passes = _Passes.of(config, architecture, inventory)
     if config.parallel.backend == "megatron":
-        sent = passes.by_sequence() if config.parallel.sequence_parallel else passes.by_megatron()
+        by_sequence = config.parallel.sequence_parallel
+        sent = passes.by_sequence() if by_sequence else passes.by_sums(passes.activation)
     else:
-        sent = passes.by_fsdp2()
+        sent = passes.by_sums(passes.stream)
     per_step = config.parallel.factor_gradients == "per_step"
     if not per_step:
         sent += Payload(all_reduce=_completed(config, inventory, passes))
@@ -115,30 +111,24 @@ class _Passes:
         """Row-parallel linears whose outputs are summed again in the backward pass."""
         return self.row - self.blocks if self.recomputed else 0
 
-    def by_megatron(self) -> Payload:
-        """Sums of outputs forward and of inputs' gradients backward, those of embedding, output
-        layer and loss included."""
-        inputs = _FUSED_INPUTS * self.blocks + 1
-        summed = self.stream + (self.row + self.again + inputs) * self.activation
+    def by_sums(self, of_logits: int) -> Payload:
+        """Sums of outputs forward and of inputs' gradients backward, `of_logits` of the output
+        layer's among them, of embeddings and of the loss."""
+        summed = self.stream + (self.row + self.again) * self.activation + self.inputs + of_logits
         return Payload(all_reduce=summed + 4 * _LOSS_VALUES * self.tokens)
 
     def by_sequence(self) -> Payload:
         """Gathers and scatters in the place of sums; inputs of linears are kept whole, that of the
         output layer is gathered again."""
-        inputs = _FUSED_INPUTS * self.blocks
-        gathered = (inputs + 1) + (self.row + 1) + (inputs if self.recomputed else 0)
-        scattered = (self.row + self.again) + (inputs + 1)
-        embedded = 0 if self.learned_positions else self.stream  # else summed, then cut
+        forward, backward = self.inputs + self.activation, (self.row + 1) * self.activation
+        recomputed = self.inputs if self.recomputed else 0
+        # Where positions are learned, embeddings are summed whole before sequences are cut.
+        embedded = 0 if self.learned_positions else self.stream
         return Payload(
-            all_gather=gathered * self.activation + self.stream,
-            reduce_scatter=scattered * self.activation + embedded,
+            all_gather=forward + backward + recomputed + self.stream,
+            reduce_scatter=(self.row + self.again) * self.activation + forward + embedded,
             all_reduce=self.stream - embedded + 4 * _LOSS_VALUES * self.tokens,
         )
-
-    def by_fsdp2(self) -> Payload:
-        """As Megatron, but for the inputs of dense linears."""
-        summed = (self.row + self.again) * self.activation + self.inputs + 2 * self.stream
-        return Payload(all_reduce=summed + 4 * _LOSS_VALUES * self.tokens)
 
 
 def _completed(config: RunConfig, inventory: Inventory, passes: _Passes) -> int:
@@ -154,7 +144,7 @@ def _completed(config: RunConfig, inventory: Inventory, passes: _Passes) -> int:
     elif spectral.extra_sigma:
         fixed = len(matrices) * spectral.extra_sigma
     bottlenecks = len(matrices) * passes.tokens * spectral.spectral_rank
-    return passes.product * bottlenecks + _master(config) * fixed
+    return passes.product * bottlenecks + master_itemsize(config) * fixed
 
 
 def _frod(config: RunConfig, inventory: Inventory, passes: _Passes) -> int:
@@ -167,16 +157,15 @@ def _frod(config: RunConfig, inventory: Inventory, passes: _Passes) -> int:
             elements += item.numel
         if leaf == "base" and kind_of(module) == "row":
             elements += times * item.numel
-    return _master(config) * elements
+    return master_itemsize(config) * elements
 
 
 def _whole_factors(inventory: Inventory) -> int:
     """Factors and singular values that every rank holds whole."""
-    kinds: tuple[Literal["u", "v", "sigma"], ...] = ("u", "v", "sigma")
     return sum(
         item.numel * item.itemsize
         for item in inventory.items
-        if item.fqn.rpartition(".")[2] in kinds and cut_dimension(item.fqn) is None
+        if item.fqn.rpartition(".")[2] in ("u", "v", "sigma") and cut_dimension(item.fqn) is None
     )
 
 
@@ -192,7 +181,3 @@ def _of_parts_of_sequences(config: RunConfig, inventory: Inventory) -> int:
         and cut_dimension(item.fqn) is None
         and "embed_positions" not in item.fqn
     )
-
-
-def _master(config: RunConfig) -> int:
-    return 8 if config.train.precision == "fp64" else 4

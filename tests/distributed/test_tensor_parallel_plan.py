@@ -191,8 +191,8 @@ def test_traffic(host: str, name: str, measured: Measured) -> None:
 
 @EVERY
 def test_memory(host: str, name: str, measured: Measured) -> None:
-    """Weights, gradients and optimizer state of a rank within 2 %, owned triplets within 5 % (here
-    an owner has two or three matrices), and at no time less than what is kept."""
+    """Weights, gradients and optimizer state of a rank within 2 %, owned triplets within 5 %: here
+    an owner has two or three matrices."""
     found = measured(host, name)
     planned, kept = found["planned"]["memory"], found["kept"]
     for part, value in (("weights", planned.weights), ("states", planned.optimizer)):

@@ -7,33 +7,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectral_scale.backends.fsdp2.store import FSDP2Store as FSDP2Store
     from spectral_scale.config.schema import FilterConfig as FilterConfig
     from spectral_scale.config.schema import SpectralConfig as SpectralConfig
-    from spectral_scale.layers.convert import convert as convert
-    from spectral_scale.layers.convert import merge as merge
-    from spectral_scale.layers.frod import convert_frod as convert_frod
-    from spectral_scale.layers.frod_adapter import load_adapter as load_adapter
-    from spectral_scale.layers.frod_adapter import save_adapter as save_adapter
+    from spectral_scale.methods.convert import convert as convert
+    from spectral_scale.methods.convert import merge as merge
+    from spectral_scale.methods.frod.adapter import load_adapter as load_adapter
+    from spectral_scale.methods.frod.adapter import save_adapter as save_adapter
+    from spectral_scale.methods.frod.controller import FRoDController as FRoDController
+    from spectral_scale.methods.frod.layer import convert_frod as convert_frod
+    from spectral_scale.methods.sst.controller import SpectralController as SpectralController
     from spectral_scale.optim.filter.adamw import SpectralFilterAdamW as SpectralFilterAdamW
     from spectral_scale.optim.filter.spectral_filter import SpectralFilter as SpectralFilter
     from spectral_scale.optim.groups import param_groups as param_groups
-    from spectral_scale.parallel.fsdp2_store import FSDP2Store as FSDP2Store
-    from spectral_scale.spectral.controller import SpectralController as SpectralController
-    from spectral_scale.spectral.frod_controller import FRoDController as FRoDController
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "SpectralConfig": "spectral_scale.config.schema",
-    "convert": "spectral_scale.layers.convert",
-    "merge": "spectral_scale.layers.convert",
-    "convert_frod": "spectral_scale.layers.frod",
-    "load_adapter": "spectral_scale.layers.frod_adapter",
-    "save_adapter": "spectral_scale.layers.frod_adapter",
-    "FRoDController": "spectral_scale.spectral.frod_controller",
+    "convert": "spectral_scale.methods.convert",
+    "merge": "spectral_scale.methods.convert",
+    "convert_frod": "spectral_scale.methods.frod.layer",
+    "load_adapter": "spectral_scale.methods.frod.adapter",
+    "save_adapter": "spectral_scale.methods.frod.adapter",
+    "FRoDController": "spectral_scale.methods.frod.controller",
     "param_groups": "spectral_scale.optim.groups",
-    "SpectralController": "spectral_scale.spectral.controller",
-    "FSDP2Store": "spectral_scale.parallel.fsdp2_store",
+    "SpectralController": "spectral_scale.methods.sst.controller",
+    "FSDP2Store": "spectral_scale.backends.fsdp2.store",
     "FilterConfig": "spectral_scale.config.schema",
     "SpectralFilter": "spectral_scale.optim.filter.spectral_filter",
     "SpectralFilterAdamW": "spectral_scale.optim.filter.adamw",

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import torch
 
-from spectral_scale.backends.torch import pick_device
 from spectral_scale.bench.machine import LoadWatch, describe_machine, load_warning
 from spectral_scale.bench.memory import state_formula
 from spectral_scale.bench.results import Boundary, Spread, StepBench, VariantResult
@@ -28,6 +27,7 @@ from spectral_scale.bench.settings import (
 from spectral_scale.bench.subject import Subject
 from spectral_scale.bench.workload import build_on_meta, make_workload
 from spectral_scale.config.presets import Architecture, linear_shapes
+from spectral_scale.parallel.device import pick_device
 
 
 def bench_step(settings: StepSettings, notify: Notify = lambda _: None) -> StepBench:

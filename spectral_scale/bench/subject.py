@@ -6,18 +6,18 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.backends.torch import TorchBackend
+from spectral_scale.backends.torch.backend import TorchBackend
 from spectral_scale.bench.settings import StepSettings, Variant, run_config
 from spectral_scale.bench.workload import Workload, build_on_meta, give_memory
 from spectral_scale.config.presets import Architecture
 from spectral_scale.engine.build import frozen_dtype
 from spectral_scale.engine.methods import METHODS, ControllerParts
+from spectral_scale.methods.sst.controller import SpectralController
 from spectral_scale.metrics.measures import StepTimer, tensor_bytes
 from spectral_scale.models.weights import KeyedWeights
 from spectral_scale.optim.build import state_tensors
-from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.rank_info import RankFacts
 from spectral_scale.parallel.table import parameter_table
-from spectral_scale.spectral.controller import SpectralController
 
 
 class Subject:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from spectral_scale.checkpoint.format import FileOpener, create_file
-from spectral_scale.checkpoint.layout import (
+from spectral_scale.checkpoint.manifest import manifest_sha256
+from spectral_scale.checkpoint.names import (
     list_checkpoints,
     remove_checkpoint,
     remove_leftovers,
     step_of,
 )
-from spectral_scale.checkpoint.manifest import manifest_sha256
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.checkpoint.writer import save_checkpoint
 from spectral_scale.errors import CheckpointError, ConfigError

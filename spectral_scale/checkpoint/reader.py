@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectral_scale.checkpoint.format import DTYPES, hash_file
-from spectral_scale.checkpoint.layout import step_of
 from spectral_scale.checkpoint.manifest import (
     ChunkEntry,
     FileEntry,
@@ -22,6 +21,7 @@ from spectral_scale.checkpoint.manifest import (
     read_manifest,
     regular_file,
 )
+from spectral_scale.checkpoint.names import step_of
 from spectral_scale.errors import CheckpointError
 from spectral_scale.parallel.rectangles import Rectangle, Shape, outside
 

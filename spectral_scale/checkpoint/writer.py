@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from spectral_scale import __version__
 from spectral_scale.checkpoint.format import FileOpener, create_file, write_bytes, write_chunks
-from spectral_scale.checkpoint.layout import commit, fsync_directory, step_name, writing_path
 from spectral_scale.checkpoint.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -23,15 +22,16 @@ from spectral_scale.checkpoint.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from spectral_scale.checkpoint.plan import (
+from spectral_scale.checkpoint.names import commit, fsync_directory, step_name, writing_path
+from spectral_scale.checkpoint.reader import verify_files
+from spectral_scale.checkpoint.strict_json import plain
+from spectral_scale.checkpoint.write_plan import (
     FileGroups,
     check_chunks,
     describe,
     group_files,
     join_plans,
 )
-from spectral_scale.checkpoint.reader import verify_files
-from spectral_scale.checkpoint.strict_json import plain
 from spectral_scale.errors import CheckpointError
 from spectral_scale.parallel.chunks import TensorChunk
 from spectral_scale.parallel.collective import Collective

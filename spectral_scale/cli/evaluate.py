@@ -58,8 +58,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print loss and perplexity; 0."""
+    from spectral_scale.artifacts.perplexity import PerplexityRequest, measure_perplexity
     from spectral_scale.cli.progress import watch_batches
-    from spectral_scale.engine.perplexity import PerplexityRequest, measure_perplexity
 
     require_one_process("evaluate")
     names = ("target", "data", "sequences", "sequence_length", "batch_size", "precision", "device")

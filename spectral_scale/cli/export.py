@@ -11,7 +11,7 @@ from spectral_scale.config.schema import DataConfig
 from spectral_scale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from spectral_scale.engine.export import ExportResult
+    from spectral_scale.artifacts.export import ExportResult
 
 DESCRIPTION = """Merge a run's weights into dense ones and write them as a transformers folder:
 safetensors, config.json and the run's tokenizer.
@@ -86,8 +86,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, print the comparison and the curve; 0."""
+    from spectral_scale.artifacts.export import ExportRequest, export_run
     from spectral_scale.cli.progress import watch_batches
-    from spectral_scale.engine.export import ExportRequest, export_run
 
     require_one_process("export")
     if arguments.adapter:
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _export_adapter(arguments: argparse.Namespace) -> int:
-    from spectral_scale.engine.finetune import export_adapter
+    from spectral_scale.artifacts.export_adapter import export_adapter
 
     if arguments.output is None:
         raise ConfigError("--adapter needs --output FOLDER")
@@ -128,7 +128,7 @@ def _export_adapter(arguments: argparse.Namespace) -> int:
 
 def _print(dtype: str, keep: float, result: "ExportResult") -> None:
     if result.curve:
-        from spectral_scale.engine.prune import curve_table
+        from spectral_scale.artifacts.prune import curve_table
 
         print(curve_table(result.curve))
     print(f"step {result.step}: {result.merged} converted matrices merged into dense ones")

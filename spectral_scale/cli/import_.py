@@ -10,7 +10,7 @@ from spectral_scale.cli.arguments import add_device, add_format, positive, requi
 from spectral_scale.config.schema import SpectralConfig
 
 if TYPE_CHECKING:
-    from spectral_scale.engine.import_folder import ImportResult
+    from spectral_scale.artifacts.import_folder import ImportResult
 
 DESCRIPTION = """Check a local transformers folder (OPT or LLaMA) before training from it.
 
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what the folder holds, the differences, and how to train from it; 0."""
-    from spectral_scale.engine.import_folder import ImportRequest, check_import
+    from spectral_scale.artifacts.import_folder import ImportRequest, check_import
 
     require_one_process("import")
     request = ImportRequest(

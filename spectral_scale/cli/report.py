@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spectral_scale.metrics.report import build_report, save_report
-from spectral_scale.metrics.report_html import UNKNOWN, count, duration, number, size
+from spectral_scale.metrics.report.html import UNKNOWN, count, duration, number, size
+from spectral_scale.metrics.report.page import build_report, save_report
 from spectral_scale.metrics.sinks import to_plain
 
 

@@ -84,7 +84,7 @@ def _facts(run_dir: Path) -> str:
 
 def _conclude(code: int, run_dir: Path, *, since: float) -> int:
     """Requeue this job if its run was stopped, saved and got further; the job's exit code."""
-    from spectral_scale.engine.status import read_status
+    from spectral_scale.supervision.status import read_status
 
     job = os.environ.get("SLURM_JOB_ID", "")
     ending = judge_ending(code, read_status(run_dir), job=job, since=since)

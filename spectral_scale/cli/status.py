@@ -36,11 +36,11 @@ def run(args: argparse.Namespace) -> int:
 
 def collect(run_dir: Path) -> dict[str, Any]:
     """Everything that the command tells, as JSON values."""
-    from spectral_scale.checkpoint.layout import CHECKPOINTS_NAME, list_checkpoints, step_of
     from spectral_scale.checkpoint.lock import is_held, read_holder
-    from spectral_scale.engine.heartbeat import heartbeat_path, read_beats
-    from spectral_scale.engine.incident_file import read_incidents
-    from spectral_scale.engine.status import read_status
+    from spectral_scale.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints, step_of
+    from spectral_scale.supervision.heartbeat import heartbeat_path, read_beats
+    from spectral_scale.supervision.incidents import read_incidents
+    from spectral_scale.supervision.status import read_status
 
     status = read_status(run_dir)
     holder = read_holder(run_dir)

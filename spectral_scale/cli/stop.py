@@ -32,7 +32,7 @@ def add_parser(subparsers: "Subparsers") -> None:
 def run(args: argparse.Namespace) -> int:
     """Leave the file. Raises ConfigError if nothing runs there, or nothing may be written there."""
     from spectral_scale.checkpoint.lock import is_held, read_holder
-    from spectral_scale.engine.switches import ask
+    from spectral_scale.supervision.control_files import ask
 
     holder = read_holder(args.run_dir)
     if holder is None or not is_held(args.run_dir):

@@ -26,9 +26,9 @@ from spectral_scale.errors import SpectralScaleError
 
 if TYPE_CHECKING:
     from spectral_scale.engine.build import Run
-    from spectral_scale.engine.ending import Ending
     from spectral_scale.engine.loop import Outcome
-    from spectral_scale.parallel.facts import RankFacts
+    from spectral_scale.parallel.rank_info import RankFacts
+    from spectral_scale.supervision.exit_status import Ending
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ def train(resolved: ResolvedConfig, *, output: str, flags: LauncherFlags) -> int
     check_config(config, world_size=facts.world_size)
 
     from spectral_scale.engine.build import check_inputs
-    from spectral_scale.engine.ending import Ending
-    from spectral_scale.engine.run_folder import create_run_folder, log_to_file
+    from spectral_scale.supervision.exit_status import Ending
+    from spectral_scale.supervision.run_folder import create_run_folder, log_to_file
 
     check_inputs(config, facts)
     run_dir = Path(config.train.run_dir)
@@ -143,9 +143,9 @@ def _train(
 
 def _loop(built: "Run", run_dir: Path, output: str, ending: "Ending") -> int:
     from spectral_scale.engine.loop import TrainingLoop
-    from spectral_scale.engine.run_folder import write_config
-    from spectral_scale.engine.status import write_status
     from spectral_scale.metrics.sinks import MetricsLog, NullLog
+    from spectral_scale.supervision.run_folder import write_config
+    from spectral_scale.supervision.status import write_status
 
     config = built.config
     speaks, steps = built.backend.collective.rank == 0, config.train.steps
@@ -182,7 +182,7 @@ def _loop(built: "Run", run_dir: Path, output: str, ending: "Ending") -> int:
 
 def _introduce(built: "Run") -> None:
     from spectral_scale.engine.measure import parameter_counts
-    from spectral_scale.engine.run_folder import write_environment
+    from spectral_scale.supervision.run_folder import write_environment
 
     config, counts = built.config, parameter_counts(built)
     trained, dense = counts["parameters_trained"], counts["parameters_dense"]
@@ -216,7 +216,7 @@ def _introduce(built: "Run") -> None:
 
 
 def _conclude(run_dir: Path, outcome: "Outcome", steps: int, output: str) -> None:
-    from spectral_scale.engine.status import write_status
+    from spectral_scale.supervision.status import write_status
 
     if outcome.stopped is not None:
         write_status(
@@ -238,7 +238,7 @@ def _conclude(run_dir: Path, outcome: "Outcome", steps: int, output: str) -> Non
 
 
 def _write_report(run_dir: Path) -> None:
-    from spectral_scale.metrics.report import write_report
+    from spectral_scale.metrics.report.page import write_report
 
     try:
         write_report([run_dir], run_dir / "report.html")

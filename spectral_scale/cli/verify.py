@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectral_scale.checkpoint.status import CheckpointStatus
+    from spectral_scale.checkpoint.verify import CheckpointStatus
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -31,7 +31,7 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the state of each checkpoint, newest first. Raises CheckpointError if there is none."""
-    from spectral_scale.checkpoint.status import inspect_checkpoints  # torch: slow to import
+    from spectral_scale.checkpoint.verify import inspect_checkpoints  # torch: slow to import
 
     found = inspect_checkpoints(args.path)
     if args.format == "json":

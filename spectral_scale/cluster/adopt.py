@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from spectral_scale.cluster.detect import LauncherFlags, detect, outside_a_step
 from spectral_scale.cluster.interface import VARIABLES, interface_settings
 from spectral_scale.cluster.rendezvous import Rendezvous, find_rendezvous
-from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.rank_info import RankFacts
 
 NO_FLAGS = LauncherFlags()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from spectral_scale.cluster.launchers import OPEN_MPI, PMI, SLURM, read_facts
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.facts import RankFacts, detect_rank_facts
+from spectral_scale.parallel.rank_info import RankFacts, detect_rank_facts
 
 AGENTS = ("GROUP_WORLD_SIZE", "CROSS_SIZE")
 """Variables of torchrun and of DeepSpeed's launcher: how many of them make up the run."""

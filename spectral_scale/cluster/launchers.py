@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from spectral_scale.cluster.slurm import tasks_on_node
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.rank_info import RankFacts
 
 Environment = Mapping[str, str]
 

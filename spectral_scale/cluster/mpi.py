@@ -3,7 +3,7 @@
 from typing import Any
 
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.rank_info import RankFacts
 
 REMEDY = (
     "set MASTER_ADDR to rank 0's host and MASTER_PORT to a free port for all ranks (Open MPI: "

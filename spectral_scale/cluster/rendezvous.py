@@ -10,7 +10,7 @@ import psutil
 from spectral_scale.cluster import interface, mpi, slurm
 from spectral_scale.cluster.detect import LauncherFlags
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.rank_info import RankFacts
 
 LOOPBACK = "127.0.0.1"
 PORTS = range(15000, 30000)

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from spectral_scale.config.published import add_named_settings
+from spectral_scale.config.named_settings import add_named_settings
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
 

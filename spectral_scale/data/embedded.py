@@ -16,9 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from spectral_scale.data.index import FORMAT_VERSION, canonical_sha256
 from spectral_scale.data.order import hash64
 from spectral_scale.data.prepare import prepare
+from spectral_scale.data.token_index import FORMAT_VERSION, canonical_sha256
 from spectral_scale.data.tokens import open_tokens
 from spectral_scale.errors import DataError
 

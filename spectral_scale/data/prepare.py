@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spectral_scale import __version__
-from spectral_scale.data.index import SourceEntry, TokenIndex
-from spectral_scale.data.prepare_job import Job, make_tokenizer, write_shards
-from spectral_scale.data.prepare_settings import SHARD_TOKENS, OnBad, PrepareSettings
-from spectral_scale.data.sources import Source, find_sources
-from spectral_scale.data.target import (
+from spectral_scale.data.output_folder import (
     finished,
     locked,
     mark_finished,
     refuse_foreign,
     start_afresh,
 )
+from spectral_scale.data.prepare_job import Job, make_tokenizer, write_shards
+from spectral_scale.data.prepare_settings import SHARD_TOKENS, OnBad, PrepareSettings
+from spectral_scale.data.sources import Source, find_sources
+from spectral_scale.data.token_index import SourceEntry, TokenIndex
 from spectral_scale.data.tokenizer import find_tokenizer
 from spectral_scale.data.tokens import TOKENIZER_FOLDER, TokenFolder, file_sha256, open_tokens
 from spectral_scale.data.writer import sync_files, write_index

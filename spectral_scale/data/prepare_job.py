@@ -11,11 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from spectral_scale.data.encode import EncodedDocument, EncodeSettings, cut_pieces, encode_records
-from spectral_scale.data.index import ShardEntry
 from spectral_scale.data.order import hash64
 from spectral_scale.data.prepare_settings import PrepareSettings
 from spectral_scale.data.records import BadDocument, Record, extract_text
 from spectral_scale.data.sources import Source, read_records
+from spectral_scale.data.token_index import ShardEntry
 from spectral_scale.data.tokenizer import (
     TokenizerFacts,
     install_tokenizer,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectral_scale.data.index import canonical_sha256
+from spectral_scale.data.token_index import canonical_sha256
 from spectral_scale.data.tokens import TOKENIZER_FOLDER, TOKENIZER_NAME, file_sha256
 from spectral_scale.errors import ConfigError, DataError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spectral_scale.data.index import (
+from spectral_scale.data.token_index import (
     DTYPES,
     INDEX_NAME,
     OFFSET_DTYPE,

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from spectral_scale.data.index import (
+from spectral_scale.data.token_index import (
     DTYPES,
     INDEX_NAME,
     OFFSET_DTYPE,

@@ -11,8 +11,8 @@ from spectral_scale.doctor.findings import Finding
 from spectral_scale.doctor.group import examine_group
 from spectral_scale.doctor.machine import examine_machine, versions
 from spectral_scale.doctor.storage import examine_storage
-from spectral_scale.parallel.facts import RankFacts
 from spectral_scale.parallel.group import join_group, leave_group
+from spectral_scale.parallel.rank_info import RankFacts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 from spectral_scale.cluster.interface import VARIABLES, addresses
 from spectral_scale.cluster.rendezvous import LOOPBACK, PORTS
 from spectral_scale.doctor.findings import Finding, fault, ok, warning
-from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.rank_info import RankFacts
 
 PACKAGES = ("spectral-scale", "torch", "transformers", "safetensors", "numpy")
 OPTIONAL = {"deepspeed": "deepspeed", "megatron": "megatron-core"}

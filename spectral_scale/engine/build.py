@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectral_scale.backends.base import Backend, ModelMaker, OptimizerHost
-from spectral_scale.backends.torch import pick_device
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.config.check import check_config, converted_shapes
@@ -19,16 +18,17 @@ from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 from spectral_scale.data.loader import TrainLoader, ValidationLoader, count_examples
 from spectral_scale.data.packing import count_samples
+from spectral_scale.data.tokenizer_match import check_folder_tokenizer
 from spectral_scale.data.tokens import TokenFolder
-from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
-from spectral_scale.engine.filter_run import open_filter
-from spectral_scale.engine.hosts import (
+from spectral_scale.engine.backends import (
     autocast_dtype,
     open_backend,
     require_host,
     require_host_model,
     with_host_file,
 )
+from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
+from spectral_scale.engine.filter_run import open_filter
 from spectral_scale.engine.identity import base_identity, check_identity, run_identity
 from spectral_scale.engine.methods import (
     METHODS,
@@ -36,9 +36,8 @@ from spectral_scale.engine.methods import (
     MethodController,
     convert_model,
 )
-from spectral_scale.engine.tokenizers import check_folder_tokenizer
 from spectral_scale.errors import SpectralError
-from spectral_scale.layers.base import factored_layers
+from spectral_scale.methods.layer import factored_layers
 from spectral_scale.models.build import (
     build_model,
     choose_attention,
@@ -49,8 +48,9 @@ from spectral_scale.models.folder import check_folder
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
 from spectral_scale.parallel.chunks import TensorChunk, whole
-from spectral_scale.parallel.facts import RankFacts, require_rendezvous
-from spectral_scale.parallel.separate import separate
+from spectral_scale.parallel.device import pick_device
+from spectral_scale.parallel.group import separate
+from spectral_scale.parallel.rank_info import RankFacts, require_rendezvous
 from spectral_scale.parallel.table import ParameterTable, parameter_table
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from torch import nn
 
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
-from spectral_scale.layers.base import factored_layers
+from spectral_scale.methods.layer import factored_layers
 from spectral_scale.parallel.table import ParameterTable, parameter_table
 
 

@@ -6,7 +6,7 @@ from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.engine.pieces import pieces_of
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
-from spectral_scale.parallel.pieces import Pieces, PiecesMaker
+from spectral_scale.parallel.flat_shards import Pieces, PiecesMaker
 from spectral_scale.parallel.store import ParameterStore
 from spectral_scale.parallel.table import ParameterTable
 

@@ -16,20 +16,20 @@ from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.data.loader import Batch, StepBatch
 from spectral_scale.engine.build import Run
 from spectral_scale.engine.evaluate import Evaluation, evaluate, token_loss_sum
-from spectral_scale.engine.guard import Guard
-from spectral_scale.engine.incident_file import record
-from spectral_scale.engine.incidents import data_of
-from spectral_scale.engine.lost_ranks import naming_lost_ranks
 from spectral_scale.engine.measure import memory
-from spectral_scale.engine.replicas import check_replicas
 from spectral_scale.engine.saver import Saver
-from spectral_scale.engine.status import write_status
 from spectral_scale.engine.step_log import StepLog
-from spectral_scale.engine.watchdog import End
 from spectral_scale.errors import HealthError
 from spectral_scale.metrics.sinks import MetricsLog, NullLog
 from spectral_scale.ops.keyed_random import keyed_seed
 from spectral_scale.optim.schedules import lr_factor
+from spectral_scale.supervision.data_record import data_of
+from spectral_scale.supervision.incidents import record
+from spectral_scale.supervision.lost_ranks import naming_lost_ranks
+from spectral_scale.supervision.replica_check import check_replicas
+from spectral_scale.supervision.status import write_status
+from spectral_scale.supervision.supervisor import Guard
+from spectral_scale.supervision.watchdog import End
 
 logger = logging.getLogger(__name__)
 

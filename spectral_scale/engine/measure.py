@@ -14,7 +14,7 @@ from spectral_scale.metrics.flops import (
 )
 from spectral_scale.metrics.measures import peak_memory_bytes, tensor_bytes
 from spectral_scale.optim.build import state_tensors
-from spectral_scale.parallel.shards import local
+from spectral_scale.parallel.dtensor_collectives import local
 from spectral_scale.parallel.table import ParameterInfo
 
 

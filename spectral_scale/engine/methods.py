@@ -7,23 +7,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.baselines.galore import GaLoreAdamW
-from spectral_scale.baselines.galore_divided import DividedGaLoreAdamW
-from spectral_scale.baselines.galore_run import GaLoreController, galore_groups
-from spectral_scale.baselines.lora import convert_lora
-from spectral_scale.baselines.low_rank import LowRankController
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 from spectral_scale.engine.pieces import pieces_of
-from spectral_scale.layers.base import factored_layers
-from spectral_scale.layers.convert import convert, freeze_dense
-from spectral_scale.layers.frod import convert_frod
+from spectral_scale.methods.convert import convert, freeze_dense
+from spectral_scale.methods.frod.controller import FRoDController
+from spectral_scale.methods.frod.layer import convert_frod
+from spectral_scale.methods.galore.controller import GaLoreController, galore_groups
+from spectral_scale.methods.galore.optimizer import GaLoreAdamW
+from spectral_scale.methods.galore.sharded_optimizer import DividedGaLoreAdamW
+from spectral_scale.methods.layer import factored_layers
+from spectral_scale.methods.lora.controller import LowRankController
+from spectral_scale.methods.lora.layer import convert_lora
+from spectral_scale.methods.sst.controller import SpectralController
 from spectral_scale.models.weights import InitialWeights
 from spectral_scale.optim.build import build_adamw
 from spectral_scale.optim.groups import param_groups
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
-from spectral_scale.spectral.controller import SpectralController
-from spectral_scale.spectral.frod_controller import FRoDController
 
 
 class Report(Protocol):

@@ -2,11 +2,11 @@
 
 from torch import nn
 
-from spectral_scale.backends.zero_pieces import ZeroPieces
-from spectral_scale.backends.zero_store import ZeroStore
+from spectral_scale.backends.deepspeed.shards import ZeroPieces
+from spectral_scale.backends.deepspeed.store import ZeroStore
+from spectral_scale.backends.fsdp2.store import FSDP2Store
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.fsdp2_store import FSDP2Store
-from spectral_scale.parallel.pieces import SteppedPieces, TensorPieces
+from spectral_scale.parallel.flat_shards import SteppedPieces, TensorPieces
 from spectral_scale.parallel.store import ParameterStore, TorchStore
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spectral_scale.metrics.report_run import Array
+from spectral_scale.metrics.report.run import Array
 
 # Told apart also by readers with impaired colour vision; the first is a single run's.
 RUN_COLORS = (

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spectral_scale.parallel.pieces import ShardGroup
+from spectral_scale.parallel.flat_shards import ShardGroup
 from spectral_scale.parallel.ranges import Range
 
 Ranges = Sequence[Sequence[Range]]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
-from spectral_scale.parallel.meeting import meet
+from spectral_scale.parallel.rendezvous_store import meet
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -65,3 +65,15 @@ def keep_until_exit(group: dist.ProcessGroup | None) -> None:
     that thread while it holds the GIL: a group that is freed too soon hangs the process for good.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
+def separate(collective: Collective) -> Collective:
+    """The same ranks over a gloo group of their own. Collective.
+
+    Collectives of two threads on one group could meet in a different order on each rank.
+    """
+    if collective.world_size == 1:
+        return SingleProcess()
+    group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    keep_until_exit(group)
+    return ProcessGroup(torch.device("cpu"), group)

@@ -69,7 +69,7 @@ def take_inventory(config: RunConfig, architecture: Architecture) -> Inventory:
     """Build and convert the model as training does, without memory or values."""
     from spectral_scale.engine.build import MASTER_DTYPES, frozen_dtype
     from spectral_scale.engine.methods import convert_model
-    from spectral_scale.layers.base import factored_layers
+    from spectral_scale.methods.layer import factored_layers
     from spectral_scale.models.build import build_model
     from spectral_scale.parallel.table import parameter_table
 

@@ -12,11 +12,11 @@ from spectral_scale.config.capability import (
 from spectral_scale.config.check import gradient_accumulation_steps
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.methods.owners import assign_owners
 from spectral_scale.plan.activations import master_itemsize
 from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, dense_matrices
 from spectral_scale.plan.tensor_parallel import rank_part
-from spectral_scale.spectral.owners import assign_owners
 
 SVD_ASSUMPTION = (
     "SVD workspace: the largest matrix an owner decomposes, its factors, and 4 k^2 + m n "
@@ -183,8 +183,8 @@ def _galore_round(architecture: Architecture, inventory: Inventory) -> int:
 
 def shared_basis_bytes(config: RunConfig, inventory: Inventory) -> int:
     """FRoD's V, V^-T and positions, once a category, and 1 / lambda of every layer."""
-    from spectral_scale.layers.frod import category_of
-    from spectral_scale.layers.frod_pattern import entries
+    from spectral_scale.methods.frod.layer import category_of
+    from spectral_scale.methods.frod.sparsity import entries
 
     itemsize = master_itemsize(config)
     widths = {category_of(name): n for name, (_, n) in inventory.matrices.items()}

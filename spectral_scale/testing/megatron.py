@@ -129,21 +129,21 @@ def megatron_in_one_group() -> Iterator[None]:
     """`tiny.one_process_group` for runs on megatron-core, too, on the CPU."""
     run_on_cpu()
     with one_process_group():
-        plain: Any = import_module("spectral_scale.backends.torch")
-        backend: Any = import_module("spectral_scale.backends.megatron")
+        plain: Any = import_module("spectral_scale.backends.torch.backend")
+        backend: Any = import_module("spectral_scale.backends.megatron.backend")
         for name in ("join_group", "join_alone", "leave_group"):
             setattr(backend, name, getattr(plain, name))
         yield
 
 
 def _skip_tensor_sum() -> AbstractContextManager[Any]:
-    matrix: Any = import_module("spectral_scale.megatron.matrix")
+    matrix: Any = import_module("spectral_scale.backends.megatron.matrix")
     return mock.patch.object(matrix.SpectralMatrix, "_total", lambda _, tensor: tensor.clone())
 
 
 def _sum_twice() -> AbstractContextManager[Any]:
     """What is complete already is marked for the sum of sequence parallelism."""
-    matrix: Any = import_module("spectral_scale.megatron.matrix")
+    matrix: Any = import_module("spectral_scale.backends.megatron.matrix")
     bottleneck = matrix.SpectralMatrix._bottleneck
 
     def marked(self: Any, completion: Any) -> Any:
@@ -155,7 +155,7 @@ def _sum_twice() -> AbstractContextManager[Any]:
 
 
 def _count_norm_per_rank() -> AbstractContextManager[Any]:
-    backend: Any = import_module("spectral_scale.backends.megatron")
+    backend: Any = import_module("spectral_scale.backends.megatron.backend")
     counted = backend.counted_squares
 
     def on_every_rank(parameters: Any, *, tensor_rank: int, device: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spectral_scale.parallel.shards import local
+from spectral_scale.parallel.dtensor_collectives import local
 
 
 class PeakMemory(TorchDispatchMode):

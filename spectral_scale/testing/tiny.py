@@ -96,10 +96,10 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
     """
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
-    from spectral_scale.engine.run_folder import create_run_folder
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.facts import detect_rank_facts
-    from spectral_scale.parallel.shards import local
+    from spectral_scale.parallel.dtensor_collectives import local
+    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.supervision.run_folder import create_run_folder
 
     facts = detect_rank_facts()
     create_run_folder(Path(config.train.run_dir))
@@ -134,9 +134,9 @@ def run_with_gradients(config: RunConfig) -> Any:
     clipping and the optimizer."""
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
-    from spectral_scale.engine.run_folder import create_run_folder
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.supervision.run_folder import create_run_folder
 
     create_run_folder(Path(config.train.run_dir))
     run = build_run(config, detect_rank_facts())
@@ -157,15 +157,15 @@ def one_process_group() -> Iterator[None]:
     whose backends stay patched."""
     import importlib
 
-    from spectral_scale.parallel.facts import detect_rank_facts
     from spectral_scale.parallel.group import join_alone, join_group, leave_group
+    from spectral_scale.parallel.rank_info import detect_rank_facts
 
     world_size = detect_rank_facts().world_size
     collective = join_group(world_size, torch.device("cpu"))
     if world_size == 1:
         join_alone(torch.device("cpu"))
     for name in ("torch", "deepspeed", "fsdp2"):
-        module: Any = importlib.import_module(f"spectral_scale.backends.{name}")
+        module: Any = importlib.import_module(f"spectral_scale.backends.{name}.backend")
         module.join_group = lambda *_: collective
         module.join_alone = lambda *_: None
         module.leave_group = lambda **_: None

@@ -27,14 +27,14 @@ def config(**changes: Any) -> Any:
 
 
 def settings(**changes: Any) -> Any:
+    from spectral_scale.backends.megatron.matrix import MatrixSettings
     from spectral_scale.config.schema import SpectralConfig
-    from spectral_scale.megatron.matrix import MatrixSettings
 
     return MatrixSettings(spectral=SpectralConfig(**({"spectral_rank": 3} | changes)))
 
 
 def column(group: Any, fused: Any = "none", *, size: int = 16, r: int = 3, **options: Any) -> Any:
-    from spectral_scale.megatron.layers import SpectralColumnParallelLinear, bound
+    from spectral_scale.backends.megatron.layers import SpectralColumnParallelLinear, bound
 
     layer = bound(SpectralColumnParallelLinear, settings(spectral_rank=r), fused)
     groups = options.pop("groups", 2)
@@ -43,14 +43,14 @@ def column(group: Any, fused: Any = "none", *, size: int = 16, r: int = 3, **opt
 
 
 def unbound(group: Any) -> Any:
-    from spectral_scale.megatron.layers import SpectralRowParallelLinear
+    from spectral_scale.backends.megatron.layers import SpectralRowParallelLinear
 
     common = {"config": config(), "init_method": torch.nn.init.normal_, "bias": True}
     return SpectralRowParallelLinear(WIDTH, 16, tp_group=group, input_is_parallel=True, **common)
 
 
 def norm(**changes: Any) -> Any:
-    from spectral_scale.megatron.norm import SequenceParallelNorm
+    from spectral_scale.backends.megatron.norm import SequenceParallelNorm
 
     return SequenceParallelNorm(config(**changes), WIDTH)
 

@@ -27,9 +27,9 @@ def deliver_twice(config: Any) -> dict[str, Any]:
     """At a boundary, install every parcel tensor by tensor, wipe it, and install it packed."""
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
-    from spectral_scale.engine.run_folder import create_run_folder
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.supervision.run_folder import create_run_folder
     from spectral_scale.testing.traffic import TrafficCounter
 
     create_run_folder(Path(config.train.run_dir))
@@ -65,7 +65,7 @@ def deliver_twice(config: Any) -> dict[str, Any]:
 
 def held(run: Any, fqns: Any) -> list[tuple[str, Any]]:
     """What this rank holds of parameters: weights and, apart from them, masters."""
-    from spectral_scale.parallel.shards import local
+    from spectral_scale.parallel.dtensor_collectives import local
 
     found = []
     for name, parameter in run.model.named_parameters():
@@ -99,8 +99,8 @@ def sum_of(ranks: list[dict[str, Any]], what: str, way: str) -> int:
 
 def train_in_parcels(config: Any, limit: int) -> dict[str, Any]:
     """Train with parcels of `limit` bytes; the calls of the store at each delivery."""
+    from spectral_scale.methods.sst import buckets as parcels
     from spectral_scale.parallel.store import TorchStore
-    from spectral_scale.spectral import parcels
     from spectral_scale.testing.tiny import train_tiny
 
     parcels.PARCEL_BYTES = limit

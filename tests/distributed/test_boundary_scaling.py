@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from spectral_scale.spectral.owners import assign_owners
+from spectral_scale.methods.owners import assign_owners
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import tiny_config
 
@@ -27,8 +27,8 @@ def count_work(config: Any, fault: bool) -> Work:
     """Shapes of the matrices that this rank decomposes and rebuilds at one boundary."""
     import torch
 
-    from spectral_scale.spectral import bank, controller
-    from spectral_scale.spectral.boundary import Boundary
+    from spectral_scale.methods.sst import bank, controller
+    from spectral_scale.methods.sst.swap import Boundary
     from spectral_scale.testing.tiny import train_tiny
 
     work: Work = {"svd": Counter(), "rebuild": Counter()}

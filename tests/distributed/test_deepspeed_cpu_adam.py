@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_scale.backends import zero_steps
-from spectral_scale.backends.zero_adam import offloaded_adam
+from spectral_scale.backends.deepspeed import optimizer_state as zero_steps
+from spectral_scale.backends.deepspeed.cpu_adam import offloaded_adam
 from spectral_scale.config.deepspeed_json import resolve_deepspeed
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.collective import SingleProcess

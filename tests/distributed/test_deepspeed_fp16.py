@@ -135,7 +135,7 @@ def count_what_was_skipped() -> None:
 def call_it_applied() -> None:
     """The controller is told of a step that updated nothing."""
     from spectral_scale.backends.base import StepStats
-    from spectral_scale.backends.deepspeed import DeepSpeedBackend
+    from spectral_scale.backends.deepspeed.backend import DeepSpeedBackend
 
     step = DeepSpeedBackend.step
 

@@ -147,28 +147,28 @@ def write_only_the_master(store: Any) -> None:
 
 
 def skip_the_step_reset(store: Any) -> None:
-    from spectral_scale.backends import zero_store
+    from spectral_scale.backends.deepspeed import store as zero_store
 
     zero_store.set_step = lambda *_: None
 
 
 def skip_the_reduction_of_norms(store: Any) -> None:
     """Each rank divides columns by the norm of its own piece."""
-    from spectral_scale.backends.zero_norms import Directions
+    from spectral_scale.backends.deepspeed.clipping import Directions
 
     Directions._sum_over_ranks = lambda self, squares: squares  # type: ignore[method-assign]
 
 
 def average_the_gradients(store: Any) -> None:
     """A loss that is averaged, not summed, over ranks."""
-    from spectral_scale.backends.deepspeed import DeepSpeedBackend
+    from spectral_scale.backends.deepspeed.backend import DeepSpeedBackend
 
     plain = DeepSpeedBackend.backward
     DeepSpeedBackend.backward = lambda self, loss: plain(self, loss / 2)  # type: ignore[method-assign]
 
 
 def sample_by_rank(store: Any) -> None:
-    from spectral_scale.spectral import drawing
+    from spectral_scale.methods.sst import drawing
 
     plain, rank = drawing.sample_triplets, store.collective.rank
     drawing.sample_triplets = lambda *a, **k: plain(*a, **(k | {"seed": k["seed"] + rank}))
@@ -188,7 +188,7 @@ TWINS = [
 
 def train_broken(config: Any, twin: Callable[[Any], None]) -> dict[str, Any]:
     """Train with something broken from the moment that the store is handed out."""
-    from spectral_scale.backends.deepspeed import DeepSpeedBackend
+    from spectral_scale.backends.deepspeed.backend import DeepSpeedBackend
 
     hand_out = DeepSpeedBackend.store
 
@@ -223,7 +223,8 @@ def test_a_broken_twin_shows(
 
 def train_round_robin(config: Any) -> dict[str, Any]:
     """Let round_robin_gradients through the two places that refuse it."""
-    from spectral_scale.backends import deepspeed, zero_layout
+    from spectral_scale.backends.deepspeed import backend as deepspeed
+    from spectral_scale.backends.deepspeed import partitions as zero_layout
 
     resolve = deepspeed.resolve_deepspeed
 

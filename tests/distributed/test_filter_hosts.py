@@ -195,7 +195,7 @@ def mix_up_layers_on_one_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def clip_before_the_filter(patch: pytest.MonkeyPatch) -> None:
-    from spectral_scale.backends import zero_norms
+    from spectral_scale.backends.deepspeed import clipping as zero_norms
     from spectral_scale.engine.loop import TrainingLoop
 
     plain = TrainingLoop._forward_backward
@@ -234,7 +234,7 @@ def sample_by_rank(patch: pytest.MonkeyPatch) -> None:
 
 def graphs_of_the_own_slice(patch: pytest.MonkeyPatch) -> None:
     """Renew graphs from this rank's part of the mean gradients alone."""
-    from spectral_scale.parallel.pieces import ShardGroup
+    from spectral_scale.parallel.flat_shards import ShardGroup
 
     plain = ShardGroup.sum
     small = 100  # other sums are of a few numbers

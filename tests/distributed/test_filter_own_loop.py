@@ -31,7 +31,7 @@ def train(world: int) -> tuple[list[Any], bool]:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    from spectral_scale.parallel.shards import local
+    from spectral_scale.parallel.dtensor_collectives import local
 
     torch.manual_seed(0)
     model = nn.Sequential(*(Block() for _ in range(DEPTH))).double()

@@ -127,7 +127,7 @@ def test_zero_equals_one_process(
 
 def one_owner_leaves_out_a_matrix(config: Any) -> dict[str, Any]:
     """Rank 1 does not add its share to the sums."""
-    from spectral_scale.spectral import frod_controller
+    from spectral_scale.methods.frod import controller as frod_controller
 
     plain = frod_controller.joint_basis
 

@@ -29,7 +29,7 @@ def traffic(config: Any) -> dict[str, dict[str, int]]:
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
     from spectral_scale.testing.traffic import TrafficCounter
 
     run = build_run(config, detect_rank_facts())
@@ -98,7 +98,7 @@ def products(config: Any) -> set[tuple[int, ...]]:
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
 
     shapes: set[tuple[int, ...]] = set()
 
@@ -135,7 +135,7 @@ def memory(config: Any) -> dict[str, int]:
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.measures import tensor_bytes
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
 
     before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
     run = build_run(config, detect_rank_facts())

@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def keep_step_counts() -> None:
-    from spectral_scale.parallel.fsdp2_store import FSDP2Store
+    from spectral_scale.backends.fsdp2.store import FSDP2Store
 
     reset = FSDP2Store.reset_moments
 
@@ -37,7 +37,7 @@ def keep_step_counts() -> None:
 
 
 def keep_moments() -> None:
-    from spectral_scale.parallel.fsdp2_store import FSDP2Store
+    from spectral_scale.backends.fsdp2.store import FSDP2Store
 
     def faulty(store: Any, fqns: Any) -> int:
         return sum(2 * store._parameters[f].numel() for f in fqns)
@@ -46,13 +46,13 @@ def keep_moments() -> None:
 
 
 def norm_columns_by_piece() -> None:
-    from spectral_scale.parallel import fsdp2_store
+    from spectral_scale.backends.fsdp2 import store as fsdp2_store
 
     fsdp2_store.sum_over_shards = lambda values, layouts: list(values)
 
 
 def clip_by_piece() -> None:
-    from spectral_scale.backends import fsdp2
+    from spectral_scale.backends.fsdp2 import backend as fsdp2
 
     fsdp2.sum_over_shards = lambda values, layouts: list(values)
 
@@ -68,8 +68,8 @@ def draw_on_every_rank() -> None:
     """Rank 1 takes other triplets than the owner sent it."""
     import torch.distributed as dist
 
-    from spectral_scale.parallel import fsdp2_store
-    from spectral_scale.parallel.shards import local, scatter
+    from spectral_scale.backends.fsdp2 import store as fsdp2_store
+    from spectral_scale.parallel.dtensor_collectives import local, scatter
 
     def faulty(values: Any, into: Any, layout: Any, *, owner: int) -> None:
         scatter(values, into, layout, owner=owner)
@@ -82,7 +82,7 @@ def draw_on_every_rank() -> None:
 
 def forget_frozen_weights() -> None:
     """A swap writes what trains, and leaves the frozen rest as it was."""
-    from spectral_scale.parallel.fsdp2_store import FSDP2Store
+    from spectral_scale.backends.fsdp2.store import FSDP2Store
 
     install = FSDP2Store.install
     calls = {"first": 2}  # a parcel of each owner
@@ -142,7 +142,7 @@ def fail_in_boundary(config: Any, kind: str) -> str:
     import torch
 
     from spectral_scale.errors import SpectralError
-    from spectral_scale.spectral.bank import SpectralBank
+    from spectral_scale.methods.sst.bank import SpectralBank
 
     redecompose = SpectralBank.redecompose
 

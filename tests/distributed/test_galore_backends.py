@@ -235,7 +235,7 @@ def updates_are_lost(patch: pytest.MonkeyPatch) -> None:
 def a_matrix_is_left_out(patch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from spectral_scale.baselines.galore_divided import DividedGaLoreAdamW
+    from spectral_scale.methods.galore.sharded_optimizer import DividedGaLoreAdamW
 
     plain = DividedGaLoreAdamW._update
 
@@ -251,7 +251,7 @@ def a_gradient_is_not_finite(patch: pytest.MonkeyPatch) -> None:
     """On one owner, where it is decomposed."""
     import torch.distributed as dist
 
-    from spectral_scale.baselines import galore_divided
+    from spectral_scale.methods.galore import sharded_optimizer as galore_divided
 
     plain = galore_divided.leading_subspace
     factor = float("nan") if dist.get_rank() else 1.0
@@ -326,10 +326,10 @@ def costs(configs: list[Any]) -> list[dict[str, Any]]:
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.engine.measure import memory
-    from spectral_scale.engine.run_folder import create_run_folder
     from spectral_scale.metrics.measures import tensor_bytes
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.supervision.run_folder import create_run_folder
     from spectral_scale.testing.memory import PeakMemory
     from spectral_scale.testing.traffic import TrafficCounter
 

@@ -21,11 +21,11 @@ def compare(configs: dict[str, Any]) -> dict[str, Any]:
     what is said of a mask."""
     import torch
 
+    from spectral_scale.backends.megatron.attention import FusedAttention
     from spectral_scale.engine.build import build_run
-    from spectral_scale.engine.run_folder import create_run_folder
     from spectral_scale.errors import SpectralError
-    from spectral_scale.megatron.attention import FusedAttention
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.supervision.run_folder import create_run_folder
     from spectral_scale.testing.megatron import megatron_in_one_group
     from spectral_scale.testing.memory import saved_bytes
 

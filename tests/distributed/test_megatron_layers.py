@@ -59,13 +59,13 @@ def _cases() -> list[Case]:
 def _layer(case: Case, group: Any) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from spectral_scale.config.schema import SpectralConfig
-    from spectral_scale.megatron.layers import (
+    from spectral_scale.backends.megatron.layers import (
         SpectralColumnParallelLinear,
         SpectralRowParallelLinear,
         bound,
     )
-    from spectral_scale.megatron.matrix import MatrixSettings
+    from spectral_scale.backends.megatron.matrix import MatrixSettings
+    from spectral_scale.config.schema import SpectralConfig
 
     config = TransformerConfig(
         num_layers=1,
@@ -157,7 +157,7 @@ def _by_group(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _compare(case: Case, group: Any) -> float:
     """Largest error of the output and of every gradient, this rank's parts."""
-    from spectral_scale.megatron.gradients import sum_partial_gradients
+    from spectral_scale.backends.megatron.gradients import sum_partial_gradients
 
     layer = _layer(case, group)
     whole = {k: v.requires_grad_("residual" not in k) for k, v in _whole_values(layer, 1).items()}

@@ -48,10 +48,10 @@ def gpt_with_weights(model: Any, parts: int, faulty: str = "") -> tuple[Any, Any
     """(the GPTModel of this rank, its weight map)."""
     from megatron.core import parallel_state
 
-    from spectral_scale.models.megatron_config import megatron_settings
-    from spectral_scale.models.megatron_model import build_gpt_model
-    from spectral_scale.models.megatron_state import load_weights, state_reader
-    from spectral_scale.models.megatron_weights import megatron_weights
+    from spectral_scale.backends.megatron.gpt_config import megatron_settings
+    from spectral_scale.backends.megatron.gpt_model import build_gpt_model
+    from spectral_scale.backends.megatron.gpt_state import load_weights, state_reader
+    from spectral_scale.backends.megatron.gpt_weights import megatron_weights
 
     settings = megatron_settings(model.config, tensor_parallel=parts, pad_vocabulary=True)
     gpt: Any = build_gpt_model(settings).eval()
@@ -136,9 +136,9 @@ def test_weights_come_back_bit_for_bit(name: str, ranks: list[dict[str, Any]]) -
     """From transformers to the GPTModels of two or four ranks, and back."""
     import torch
 
-    from spectral_scale.models.megatron_config import megatron_settings
-    from spectral_scale.models.megatron_state import to_transformers
-    from spectral_scale.models.megatron_weights import megatron_weights
+    from spectral_scale.backends.megatron.gpt_config import megatron_settings
+    from spectral_scale.backends.megatron.gpt_state import to_transformers
+    from spectral_scale.backends.megatron.gpt_weights import megatron_weights
 
     model = transformers_model(**MODELS[name])
     for parts in (2, 4):

@@ -143,8 +143,8 @@ def there_and_back() -> float:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from spectral_scale import SpectralConfig, SpectralController
+    from spectral_scale.backends.megatron.gpt_state import to_megatron
     from spectral_scale.megatron import MegatronStore, convert_gpt, merge_gpt
-    from spectral_scale.models.megatron_state import to_megatron
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}

@@ -38,7 +38,7 @@ def traffic(configs: list[Any]) -> list[dict[str, Any]]:
     """Of each run, bytes by group and operation of the parts of one step."""
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.evaluate import token_loss_sum
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
     from spectral_scale.testing.megatron import megatron_in_one_group
 
     found = []

@@ -79,7 +79,7 @@ def train_all(runs: dict[str, tuple[Any, int]]) -> dict[str, Any]:
 
 def train_keeping_replicas(config: Any, port: int) -> dict[str, Any]:
     """`train_tiny`, and at its end what this rank holds that others hold, too."""
-    from spectral_scale.backends.fsdp2 import FSDP2Backend
+    from spectral_scale.backends.fsdp2.backend import FSDP2Backend
 
     replicas: dict[str, Any] = {}
     close = FSDP2Backend.close
@@ -184,19 +184,19 @@ def test_state_moves_between_backends(corpus: Path, tmp_path: Path) -> None:
 
 
 def without_the_sum_in_the_bottleneck() -> Iterator[Any]:
-    target = "spectral_scale.backends.fsdp2_tensor_parallel.all_reduce"
+    target = "spectral_scale.backends.fsdp2.tensor_parallel.all_reduce"
     yield patch(target, lambda tensor, group: tensor.detach().clone())
 
 
 def with_the_sum_doubled() -> Iterator[Any]:
     from spectral_scale.parallel.tensor_parallel_regions import all_reduce
 
-    target = "spectral_scale.backends.fsdp2_tensor_parallel.all_reduce"
+    target = "spectral_scale.backends.fsdp2.tensor_parallel.all_reduce"
     yield patch(target, lambda tensor, group: all_reduce(all_reduce(tensor, group), group))
 
 
 def without_the_sum_of_input_gradients() -> Iterator[Any]:
-    yield patch("spectral_scale.backends.fsdp2_tensor_parallel.enter", lambda x, group: x)
+    yield patch("spectral_scale.backends.fsdp2.tensor_parallel.enter", lambda x, group: x)
 
 
 def with_norms_counted_on_every_rank() -> Iterator[Any]:
@@ -208,16 +208,16 @@ def with_norms_counted_on_every_rank() -> Iterator[Any]:
             dist.all_reduce(value)
         return values
 
-    yield patch("spectral_scale.backends.fsdp2.sum_over_shards", faulty)
+    yield patch("spectral_scale.backends.fsdp2.backend.sum_over_shards", faulty)
 
 
 def with_columns_normalised_by_part() -> Iterator[Any]:
-    target = "spectral_scale.parallel.fsdp2_store.sum_over_shards"
+    target = "spectral_scale.backends.fsdp2.store.sum_over_shards"
     yield patch(target, lambda values, layouts: list(values))
 
 
 def with_all_heads_on_every_rank() -> Iterator[Any]:
-    target = "spectral_scale.backends.fsdp2_tensor_parallel._take_local_heads"
+    target = "spectral_scale.backends.fsdp2.tensor_parallel._take_local_heads"
     yield patch(target, lambda model, parts: None)
 
 

@@ -74,9 +74,9 @@ def measure(host: str, configs: list[Any]) -> list[dict[str, Any]]:
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.engine.measure import memory
-    from spectral_scale.engine.run_folder import create_run_folder
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.supervision.run_folder import create_run_folder
     from spectral_scale.testing.traffic import TrafficCounter
 
     found = []

@@ -30,7 +30,7 @@ SECTIONS: dict[str, list[Scenario]] = {
             (
                 f"{CHECKPOINT}test_checkpoint_kill.py::test_killed_at_random_again_and_again",
                 f"{FAULTS}test_evidence.py::test_kills_during_saves",
-                "tests/evidence/kill_during_save.py",
+                "benchmarks/kill_during_save.py",
             ),
         ),
         Scenario(
@@ -273,7 +273,7 @@ SECTIONS: dict[str, list[Scenario]] = {
                 f"{RUNS}test_signals.py::test_the_step_is_finished_saved_and_continued",
                 f"{RUNS}test_signals.py::test_a_second_signal_ends_at_once",
                 f"{RUNS}test_signals.py::test_one_rank_s_signal_stops_all",
-                "tests/evidence/launchers.py",
+                "benchmarks/launchers.py",
             ),
         ),
         Scenario(
@@ -348,7 +348,7 @@ SECTIONS: dict[str, list[Scenario]] = {
         Scenario(
             "a long run under random faults",
             "ends with the bits of a run that was left alone",
-            (f"{FAULTS}test_evidence.py::test_a_short_soak", "tests/evidence/soak.py"),
+            (f"{FAULTS}test_evidence.py::test_a_short_soak", "benchmarks/soak.py"),
         ),
     ],
 }
@@ -363,12 +363,12 @@ why there is none. Written from `tests/faults/battery.py`, which a test compares
 
 ## At length
 
-`python tests/evidence/kill_during_save.py --seeds 100` killed 100 runs with SIGKILL at a random
+`python benchmarks/kill_during_save.py --seeds 100` killed 100 runs with SIGKILL at a random
 instant of a random save (50 saving in the background, 20 with two ranks, of which one or both were
 killed); 64 times half a checkpoint lay on the disk. All 100 resumed and ended with the same bits as
 a run that was left alone: every tensor of the last checkpoint and every loss.
 
-`python tests/evidence/soak.py --mean-seconds 25 --seed 3` (2,000 steps, 2 ranks) met eight faults:
+`python benchmarks/soak.py --mean-seconds 25 --seed 3` (2,000 steps, 2 ranks) met eight faults:
 a rank killed (twice), all ranks killed, a rank stopped, a byte of the newest checkpoint flipped, a
 full disk, the file STOP and SIGTERM, besides the steps whose loss was NaN by design and one return
 to an earlier step. Ten starts; every loss and every tensor of the last checkpoint equal to the

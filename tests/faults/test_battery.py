@@ -8,7 +8,7 @@ import pytest
 from battery import COUNT, SECTIONS, Scenario, render
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "evidence"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import launchers  # noqa: E402
 
@@ -45,7 +45,7 @@ def test_a_test_that_is_not_there_is_found() -> None:
 
 
 def test_every_launcher_did_what_is_documented() -> None:
-    """What tests/evidence/launchers.py observed last; it marks what differs in bold."""
+    """What benchmarks/launchers.py observed last; it marks what differs in bold."""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in (ROOT / "docs" / "launchers.md").read_text(encoding="utf-8").splitlines()

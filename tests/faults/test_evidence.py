@@ -1,4 +1,4 @@
-"""Small versions of what tests/evidence shows at length, and damage that one real rank sees."""
+"""Small versions of what benchmarks shows at length, and damage that one real rank sees."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from ranks import Ranks
 from spectral_scale.checkpoint import reader
 from spectral_scale.metrics.history import load_history
 
-EVIDENCE = Path(__file__).parents[1] / "evidence"
+EVIDENCE = Path(__file__).parents[2] / "benchmarks"
 SEEDS = (0, 4, 9)
 """One process; two ranks, saving at once; two ranks, saving in the background."""
 

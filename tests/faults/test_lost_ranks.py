@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from ranks import Ranks, change_loss
 
-from spectral_scale.engine.status import read_status
 from spectral_scale.metrics.history import load_history
+from spectral_scale.supervision.status import read_status
 
 HOST = socket.gethostname()
 BAD_STEP = 7

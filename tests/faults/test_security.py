@@ -162,7 +162,7 @@ def test_no_instruction_opens_tensorboard_to_the_network() -> None:
 
 def test_stopping_and_saving_follow_no_link_out_of_the_run_folder(tmp_path: Path) -> None:
     """Removing STOP removes the link, not what it points to."""
-    from spectral_scale.engine.switches import Switches
+    from spectral_scale.supervision.control_files import Switches
 
     outside = tmp_path / "outside"
     outside.write_text("now")
@@ -176,7 +176,7 @@ def test_stopping_and_saving_follow_no_link_out_of_the_run_folder(tmp_path: Path
 
 def test_a_hostile_heartbeat_names_no_foreign_process(tmp_path: Path) -> None:
     """A hanging rank's process is ended by number: only one that began when it says is."""
-    from spectral_scale.engine.heartbeat import Beat, process_of
+    from spectral_scale.supervision.heartbeat import Beat, process_of
 
     beat = Beat(rank=1, host=socket.gethostname(), pid=os.getppid(), born=0.0)
     assert process_of(beat) is None

@@ -9,7 +9,7 @@ from ranks import Ranks, change_loss
 
 from spectral_scale.metrics.history import load_history
 
-sys.path.append(str(Path(__file__).parents[1] / "evidence"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from soak import differences
 

@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def run_yaml(corpus: Path, folder: Path, **changes: Any) -> Path:
     """A run as a file: 4 steps of the tiny model."""
-    from spectral_scale.engine.run_folder import write_config
+    from spectral_scale.supervision.run_folder import write_config
 
     changes = {"train__steps": 4, "train__global_batch_size": 8} | changes
     folder.mkdir(parents=True)

@@ -16,8 +16,9 @@ import pytest
 
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.cli.main import main
-from spectral_scale.engine import loop, stop
+from spectral_scale.engine import loop
 from spectral_scale.metrics.history import read_metrics
+from spectral_scale.supervision import signals as stop
 from spectral_scale.testing.distributed import PRELOADED, run_distributed
 from spectral_scale.testing.tiny import tiny_words
 

@@ -18,55 +18,68 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = "spectral_scale"
 
-# package -> packages of this project that it may import, besides itself and the version.
-BELOW_BACKENDS = frozenset(
-    {"errors", "config", "ops", "parallel", "layers", "models", "data", "spectral", "optim"}
+# From the ground up: a package imports from floors below its own, never from its own or above.
+FLOORS = (
+    {"errors"},
+    {"ops", "config", "parallel", "metrics"},
+    {"optim", "models", "cluster"},
+    {"methods", "doctor"},
+    {"backends"},
+    {"__init__", "megatron"},  # the package's face: names for a user's own loop
+    {"data", "checkpoint"},
+    {"supervision"},
+    {"engine"},
+    {"plan", "artifacts", "bench"},
+    {"cli"},
+    {"testing", "__main__"},
 )
-BELOW_ENGINE = BELOW_BACKENDS | {"backends", "baselines", "checkpoint", "metrics"}
+
+# package -> packages of this project that it may import, besides itself and the version.
+BELOW_BACKENDS = frozenset({"errors", "config", "ops", "parallel", "models", "optim", "methods"})
+BELOW_ENGINE = BELOW_BACKENDS | {"backends", "data", "checkpoint", "metrics", "supervision"}
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
-    "config": frozenset({"errors"}),
     "ops": frozenset({"errors"}),
-    "parallel": frozenset({"errors", "config"}),
-    "cluster": frozenset({"errors", "config", "parallel"}),
-    "layers": frozenset({"errors", "config", "ops", "parallel"}),
-    "models": frozenset({"errors", "config", "ops", "parallel"}),
-    "data": frozenset({"errors", "config"}),
-    "spectral": frozenset({"errors", "config", "ops", "layers", "parallel"}),
+    "config": frozenset({"errors"}),
+    "parallel": frozenset({"errors"}),
+    "metrics": frozenset({"errors"}),
     "optim": frozenset({"errors", "config", "ops", "parallel"}),
-    "baselines": BELOW_BACKENDS - {"models", "data"},
-    "megatron": BELOW_BACKENDS - {"data"},
-    "backends": BELOW_BACKENDS | {"megatron"},
-    "checkpoint": frozenset({"errors", "parallel", "layers"}),
-    "metrics": frozenset({"errors", "config", "ops"}),
+    "models": frozenset({"errors", "config", "ops"}),
+    "cluster": frozenset({"errors", "parallel"}),
+    "methods": BELOW_BACKENDS - {"methods", "models"},
+    "doctor": frozenset({"cluster", "parallel"}),
+    "backends": BELOW_BACKENDS,
+    "__init__": BELOW_BACKENDS | {"backends"},
+    "megatron": frozenset({"config", "backends"}),
+    "data": frozenset({"errors"}),
+    "checkpoint": frozenset({"errors", "parallel"}),
+    "supervision": frozenset({"errors", "config", "parallel", "checkpoint", "data", "backends"}),
     "engine": BELOW_ENGINE,
+    "plan": BELOW_BACKENDS - {"ops"} | {"data", "engine"},
+    "artifacts": BELOW_ENGINE | {"engine"},
     "bench": BELOW_ENGINE | {"engine"},
-    "plan": frozenset(
-        {"errors", "config", "data", "parallel", "layers", "models", "spectral", "optim", "engine"}
-    ),
-    "cli": BELOW_ENGINE | {"cluster", "engine", "bench", "plan", "doctor"},
-    "doctor": frozenset({"errors", "config", "parallel", "cluster"}),
-    "testing": BELOW_ENGINE | {"engine", "cli", "megatron", "cluster"},
-    "__init__": BELOW_BACKENDS,
+    "cli": BELOW_ENGINE | {"cluster", "engine", "artifacts", "bench", "plan", "doctor"},
+    "testing": BELOW_ENGINE | {"engine", "cli", "cluster"},
     "__main__": frozenset({"cli"}),
 }
+# Folders of these packages are apart from each other: what they share lies beside them.
+APART = {"methods", "backends"}
 
 # third-party module -> where it may be imported (path prefixes inside the package).
 ONLY_IN = {
     "torch": (
-        *("ops/", "parallel/", "layers/", "models/", "data/", "spectral/", "optim/", "backends/"),
-        *("baselines/", "checkpoint/", "metrics/", "engine/", "bench/", "megatron/", "testing/"),
-        "doctor/",
+        *("ops/", "parallel/", "optim/", "models/", "methods/", "doctor/", "backends/", "data/"),
+        *("checkpoint/", "metrics/", "supervision/", "engine/", "artifacts/", "bench/", "testing/"),
     ),
     "torch.distributed": (
-        *("parallel/", "backends/", "checkpoint/", "engine/", "megatron/", "doctor/", "testing/"),
+        *("parallel/", "doctor/", "backends/", "checkpoint/", "supervision/", "engine/"),
+        "testing/",
     ),
     "transformers": (
-        *("models/", "data/", "engine/", "bench/", "backends/", "megatron/", "cli/"),
-        *("checkpoint/export", "testing/"),
+        *("models/", "backends/", "data/", "engine/", "artifacts/", "bench/", "cli/", "testing/"),
     ),
-    "deepspeed": ("backends/deepspeed.py", "testing/deepspeed.py"),
-    "megatron": ("megatron/", "backends/megatron", "models/megatron", "testing/megatron"),
+    "deepspeed": ("backends/deepspeed/", "testing/deepspeed.py"),
+    "megatron": ("backends/megatron/", "testing/megatron.py"),
     "mpi4py": ("cluster/mpi.py",),
 }
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -161,10 +174,22 @@ def _package_fault(path: str, module: str) -> str | None:
     source = path.split("/")[0].removesuffix(".py")
     if source not in MAY_IMPORT:
         return f"package {source} has no row in the table"
-    if len(parts) == 1 or parts[1] in (source, "__version__"):
+    if len(parts) == 1 or parts[1] == "__version__":
         return None
+    if parts[1] == source:
+        return _neighbour_fault(path, parts)
     if parts[1] not in MAY_IMPORT[source]:
         return f"{source} may not import {parts[1]}"
+    return None
+
+
+def _neighbour_fault(path: str, parts: list[str]) -> str | None:
+    """methods/sst/ and methods/frod/ do not know each other, nor do the backends."""
+    folders = path.split("/")[:-1]
+    if len(folders) < 2 or folders[0] not in APART or len(parts) < 4:
+        return None
+    if parts[2] != folders[1]:
+        return f"{'/'.join(folders[:2])} may not import its neighbour {parts[1]}.{parts[2]}"
     return None
 
 
@@ -220,14 +245,22 @@ def test_file_keeps_the_contract(path):
     assert violations(path, SOURCES[path]) == []
 
 
-def test_table_has_no_cycle_and_testing_is_imported_by_nobody():
-    graphlib.TopologicalSorter(MAY_IMPORT).prepare()
+def test_arrows_lead_down_and_testing_is_imported_by_nobody():
+    floor = {package: level for level, packages in enumerate(FLOORS) for package in packages}
+    assert floor.keys() == MAY_IMPORT.keys()
+    upward = [
+        (package, other)
+        for package, allowed in MAY_IMPORT.items()
+        for other in allowed
+        if floor[other] >= floor[package]
+    ]
+    assert upward == []
     assert all("testing" not in allowed for allowed in MAY_IMPORT.values())
 
 
 BAD = {
-    "a layer above": ("ops/bad.py", "from spectral_scale.layers.sst import SSTLinear"),
-    "a layer above, by package": ("ops/bad.py", "from spectral_scale import layers"),
+    "a layer above": ("ops/bad.py", "from spectral_scale.methods.sst.layer import SSTLinear"),
+    "a layer above, by package": ("ops/bad.py", "from spectral_scale import methods"),
     "a layer above, in a function": ("data/bad.py", "def f():\n    import spectral_scale.engine"),
     "a layer above, by name": ("optim/bad.py", "import_module('spectral_scale.engine.loop')"),
     "testing": ("engine/bad.py", "from spectral_scale.testing import harness"),
@@ -236,13 +269,29 @@ BAD = {
     "torch in config": ("config/bad.py", "import torch"),
     "torch in the command line": ("cli/bad.py", "from torch import nn"),
     "distributed in ops": ("ops/bad.py", "import torch.distributed as dist"),
-    "distributed in layers": ("layers/bad.py", "from torch.distributed import all_reduce"),
-    "distributed in spectral": ("spectral/bad.py", "from torch import distributed"),
+    "distributed in methods": ("methods/sst/bad.py", "from torch.distributed import all_reduce"),
+    "distributed in models": ("models/bad.py", "from torch import distributed"),
     "distributed in optim": ("optim/bad.py", "from torch.distributed.tensor import DTensor"),
     "deepspeed": ("engine/bad.py", "def f():\n    import deepspeed.runtime"),
-    "deepspeed in another backend": ("backends/torch.py", "import deepspeed"),
+    "deepspeed in another backend": ("backends/torch/backend.py", "import deepspeed"),
+    "a backend's neighbour": (
+        "backends/fsdp2/bad.py",
+        "from spectral_scale.backends.torch.backend import TorchBackend",
+    ),
+    "a method's neighbour": (
+        "methods/frod/bad.py",
+        "from spectral_scale.methods.sst.layer import SpectralLinear",
+    ),
+    "the engine from what watches over it": (
+        "supervision/bad.py",
+        "from spectral_scale.engine.build import Run",
+    ),
+    "the backends from a method": (
+        "methods/sst/bad.py",
+        "from spectral_scale.backends.base import Backend",
+    ),
     "megatron": ("models/bad.py", "from megatron.core import tensor_parallel"),
-    "transformers": ("layers/bad.py", "from transformers import OPTForCausalLM"),
+    "transformers": ("methods/bad.py", "from transformers import OPTForCausalLM"),
     "transformers in checkpoint": ("checkpoint/reader.py", "import transformers"),
     "under an else of TYPE_CHECKING": (
         "config/bad.py",
@@ -284,8 +333,8 @@ GOOD = {
         "config/good.py",
         "class Mine(yaml.SafeLoader):\n    pass\nyaml.load(text, Loader=Mine)",
     ),
-    "the own host": ("backends/deepspeed.py", "import deepspeed"),
-    "a layer below": ("engine/good.py", "from spectral_scale.spectral.bank import Bank"),
+    "the own package": ("backends/deepspeed/backend.py", "import deepspeed"),
+    "a layer below": ("engine/good.py", "from spectral_scale.methods.sst.bank import Bank"),
     "a similar name": ("config/good.py", "import torchless"),
     "a command that prints": ("cli/good.py", "print('done')"),
 }

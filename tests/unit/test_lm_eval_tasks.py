@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-SCRIPT = Path(__file__).parents[1] / "evidence" / "lm_eval" / "make_task.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "lm_eval" / "make_task.py"
 
 
 def test_each_question_has_its_own_continuation_at_the_answer(tmp_path) -> None:

@@ -10,7 +10,7 @@ from spectral_scale.config.schema import FilterConfig
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
 from spectral_scale.optim.groups import group_kind
-from spectral_scale.parallel.pieces import TensorPieces
+from spectral_scale.parallel.flat_shards import TensorPieces
 from spectral_scale.parallel.rectangles import Rectangle
 
 ROLES = {

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.pieces import Pieces, range_chunks, read_range, speaks_for
+from spectral_scale.parallel.flat_shards import Pieces, range_chunks, read_range, speaks_for
 
 
 class Anchors:

@@ -15,7 +15,7 @@ from spectral_scale.optim.filter.placement import Placement, place
 from spectral_scale.optim.filter.signals import BlockedSignal, Signal, StackedSignal
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.exchange import Exchange
-from spectral_scale.parallel.pieces import Pieces
+from spectral_scale.parallel.flat_shards import Pieces
 
 
 class BlockSet:

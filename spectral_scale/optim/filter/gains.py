@@ -13,7 +13,7 @@ from spectral_scale.errors import ConfigError
 from spectral_scale.optim.filter.measure import Sums
 from spectral_scale.optim.filter.nodes import NodeGroup
 from spectral_scale.optim.filter.operator import GraphOperator, build_graph, check_filter
-from spectral_scale.parallel.pieces import Pieces, speaks_for
+from spectral_scale.parallel.flat_shards import Pieces, speaks_for
 
 
 class GainFilter:

@@ -7,7 +7,7 @@ from spectral_scale.errors import ConfigError
 from spectral_scale.optim.filter.nodes import NodeGroup
 from spectral_scale.parallel.exchange import even_slices
 from spectral_scale.parallel.flat_order import FlatOrder
-from spectral_scale.parallel.pieces import Pieces, speaks_for
+from spectral_scale.parallel.flat_shards import Pieces, speaks_for
 from spectral_scale.parallel.ranges import Range
 
 

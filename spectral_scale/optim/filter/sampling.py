@@ -13,7 +13,7 @@ from spectral_scale.ops.keyed_random import keyed_uniform
 from spectral_scale.optim.filter.measure import Sums
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.flat_order import FlatOrder
-from spectral_scale.parallel.pieces import Pieces, speaks_for
+from spectral_scale.parallel.flat_shards import Pieces, speaks_for
 from spectral_scale.parallel.ranges import Range
 
 DRIFT_ENTRIES = 1024

@@ -21,7 +21,7 @@ from spectral_scale.optim.filter.nodes import Member, plan_groups
 from spectral_scale.optim.filter.operator import num_frequencies
 from spectral_scale.optim.filter.sampling import Drift
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
-from spectral_scale.parallel.pieces import Pieces
+from spectral_scale.parallel.flat_shards import Pieces
 
 logger = logging.getLogger(__name__)
 

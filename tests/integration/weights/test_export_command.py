@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import STEPS, command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spectral_scale.artifacts import export as engine_export
 from spectral_scale.config.load import load_config
-from spectral_scale.engine import export as engine_export
 from spectral_scale.engine.build import build_run
-from spectral_scale.layers.sst import SpectralLinear
-from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.methods.sst.layer import SpectralLinear
+from spectral_scale.parallel.rank_info import RankFacts
 
 Runs = Callable[[str], Path]
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_scale.baselines.galore import GaLoreAdamW
-from spectral_scale.baselines.galore_divided import DividedGaLoreAdamW
-from spectral_scale.baselines.galore_rounds import plan_rounds
 from spectral_scale.errors import ConfigError
+from spectral_scale.methods.galore.optimizer import GaLoreAdamW
+from spectral_scale.methods.galore.rounds import plan_rounds
+from spectral_scale.methods.galore.sharded_optimizer import DividedGaLoreAdamW
 from spectral_scale.optim.build import create_state, state_tensors
 from spectral_scale.parallel.collective import SingleProcess
 from spectral_scale.parallel.flat_order import FlatOrder
-from spectral_scale.parallel.pieces import ShardGroup, TensorPieces
+from spectral_scale.parallel.flat_shards import ShardGroup, TensorPieces
 from spectral_scale.parallel.ranges import Range
 
 SHAPES = {"a": (9, 6), "b": (6, 9), "c": (7, 7), "bias": (6,)}

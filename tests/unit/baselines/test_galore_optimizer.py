@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.baselines import galore
-from spectral_scale.baselines.galore import GaLoreAdamW, leading_subspace, subspace_overlap
 from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.methods.galore import optimizer as galore
+from spectral_scale.methods.galore.optimizer import GaLoreAdamW, leading_subspace, subspace_overlap
 
 SHAPES = [(9, 6), (6, 9), (7, 7)]
 ADAM = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8}

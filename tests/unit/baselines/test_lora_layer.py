@@ -7,17 +7,17 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from spectral_scale.baselines.lora import (
+from spectral_scale.config.schema import SpectralConfig
+from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.methods.convert import merge
+from spectral_scale.methods.lora.controller import LowRankController
+from spectral_scale.methods.lora.layer import (
     LoRALinear,
     convert_lora,
     draw_lora_a,
     lora_layers,
     lora_scaling,
 )
-from spectral_scale.baselines.low_rank import LowRankController
-from spectral_scale.config.schema import SpectralConfig
-from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.layers.convert import merge
 from spectral_scale.optim.groups import param_groups
 from spectral_scale.parallel.table import parameter_table
 

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from spectral_scale.baselines.lora import convert_lora
 from spectral_scale.cli.main import main
 from spectral_scale.config.presets import PRESETS, Architecture
 from spectral_scale.config.schema import ModelConfig, RunConfig, SpectralConfig
 from spectral_scale.engine.counts import count_parameters, counts_of
 from spectral_scale.engine.measure import flops_per_token
-from spectral_scale.layers.convert import convert
+from spectral_scale.methods.convert import convert
+from spectral_scale.methods.lora.layer import convert_lora
 from spectral_scale.metrics.flops import attention_flops_per_token, sst_linear_flops
 from spectral_scale.parallel.table import parameter_table
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_scale.baselines.lora import convert_lora, lora_layers
-from spectral_scale.baselines.low_rank import LowRankController
 from spectral_scale.config.schema import OptimizerConfig, SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.layers.convert import convert
+from spectral_scale.methods.convert import convert
+from spectral_scale.methods.lora.controller import LowRankController
+from spectral_scale.methods.lora.layer import convert_lora, lora_layers
 from spectral_scale.optim.build import build_adamw, create_state
 from spectral_scale.optim.groups import param_groups
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from spectral_scale.checkpoint.layout import list_checkpoints
+from spectral_scale.checkpoint.names import list_checkpoints
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.errors import ConfigError
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from spectral_scale.checkpoint import export
+from spectral_scale.artifacts import model_folder as export
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import CheckpointError, ConfigError
-from spectral_scale.layers.convert import convert
+from spectral_scale.methods.convert import convert
 
 
 def make_opt() -> OPTForCausalLM:

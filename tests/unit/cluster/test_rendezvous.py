@@ -13,7 +13,7 @@ from spectral_scale.cluster.adopt import adopt_launcher
 from spectral_scale.cluster.detect import LauncherFlags
 from spectral_scale.cluster.rendezvous import PORTS, find_rendezvous, job_port
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.rank_info import RankFacts
 
 NONE = LauncherFlags()
 STEP = RankFacts(rank=1, world_size=4, local_rank=1, local_world_size=2, source="a SLURM step (x)")

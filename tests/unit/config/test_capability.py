@@ -20,7 +20,7 @@ from spectral_scale.config.check import check_config
 from spectral_scale.config.load import load_config
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.config.support import FEATURES, No, Yes
-from spectral_scale.engine import hosts
+from spectral_scale.engine import backends as hosts
 from spectral_scale.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]

@@ -14,7 +14,7 @@ from spectral_scale.config.load import (
     load_config,
     to_dict,
 )
-from spectral_scale.config.published import PAPER
+from spectral_scale.config.named_settings import PAPER
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-import spectral_scale.megatron
+import spectral_scale.backends.megatron
 from spectral_scale.config import packages
 from spectral_scale.config.check import check_config
 from spectral_scale.config.load import load_config
 from spectral_scale.config.schema import SpectralConfig
-from spectral_scale.engine import hosts
+from spectral_scale.engine import backends as hosts
 from spectral_scale.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -102,8 +102,8 @@ def test_unsupported_options_of_a_model_are_named(options: dict[str, Any], named
 
 def test_every_unsupported_option_is_named_at_once() -> None:
     """By the spec and by conversion, before a layer is made: no process group is needed."""
+    from spectral_scale.backends.megatron.spec import _NOT_ONE, _NOT_SET
     from spectral_scale.megatron import convert_gpt, spectral_gpt_layer_spec
-    from spectral_scale.megatron.spec import _NOT_ONE, _NOT_SET
 
     options = dict.fromkeys(_NOT_ONE, 2) | dict.fromkeys(_NOT_SET, True)
     bad: Any = SimpleNamespace(**options, params_dtype=torch.float16)

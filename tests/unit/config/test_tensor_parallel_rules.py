@@ -14,7 +14,7 @@ from spectral_scale.config.load import load_config
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.engine.build import build_run
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.rank_info import RankFacts
 
 LLAMA = {
     **{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512},

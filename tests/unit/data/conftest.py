@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spectral_scale.data.index import TokenIndex
+from spectral_scale.data.token_index import TokenIndex
 from spectral_scale.data.tokens import TokenFolder, open_tokens
 from spectral_scale.data.writer import TokenWriter, write_index
 

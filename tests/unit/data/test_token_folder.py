@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spectral_scale.data.index import INDEX_NAME, confined_path, parse_index
+from spectral_scale.data.token_index import INDEX_NAME, confined_path, parse_index
 from spectral_scale.data.tokens import TokenFolder, open_tokens
 from spectral_scale.errors import DataError
 

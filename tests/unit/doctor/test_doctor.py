@@ -15,7 +15,7 @@ from spectral_scale.cli.main import main
 from spectral_scale.doctor import group, machine, storage
 from spectral_scale.doctor.findings import Finding, exit_code
 from spectral_scale.parallel.collective import SingleProcess
-from spectral_scale.parallel.facts import RankFacts
+from spectral_scale.parallel.rank_info import RankFacts
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import tiny_words
 
@@ -40,7 +40,7 @@ def test_a_healthy_machine(
 def sick_rank(run_dir: str) -> dict[str, Any]:
     """Two ranks of different software, clocks and sums; each rank's exit code and rank 0's text."""
     from spectral_scale.doctor.examine import Subject, examine
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
 
     facts = detect_rank_facts()
     if facts.rank == 1:
@@ -77,7 +77,7 @@ def test_a_job_that_would_fail(tmp_path: Path) -> None:
 
 def healthy_rank(run_dir: str) -> list[str]:
     from spectral_scale.doctor.examine import Subject, examine
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
 
     found = examine(Subject(run_dir=Path(run_dir), device="cpu"), detect_rank_facts())
     return [f"{finding.name}: {finding.verdict}" for finding in found]

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spectral_scale.checkpoint.layout import list_checkpoints
 from spectral_scale.checkpoint.manager import CheckpointManager
+from spectral_scale.checkpoint.names import list_checkpoints
 from spectral_scale.checkpoint.reader import CheckpointReader
-from spectral_scale.engine.switches import ask
 from spectral_scale.errors import CheckpointError
+from spectral_scale.supervision.control_files import ask
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import tiny_config, train_tiny
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from spectral_scale.config.schema import HealthConfig
-from spectral_scale.engine.health import HealthMonitor
-from spectral_scale.engine.incident_file import read_incidents
 from spectral_scale.errors import HealthError
+from spectral_scale.supervision.health import HealthMonitor
+from spectral_scale.supervision.incidents import read_incidents
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import tiny_config, train_in_turn, train_tiny
 
@@ -66,7 +66,7 @@ def test_so_many_in_a_row_go_back_and_not_for_ever() -> None:
 def poisoned_loader(bad: tuple[int, ...], rank: int | None = None) -> None:
     """From now on the loss of these data steps is NaN in this process, if it is that rank."""
     from spectral_scale.engine import loop
-    from spectral_scale.parallel.facts import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_facts
 
     if rank is not None and detect_rank_facts().rank != rank:
         return

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_scale.engine.compare import (
+from spectral_scale.artifacts.compare import (
     RELATIVE_TOLERANCE,
     compare_logits,
     comparison_ids,

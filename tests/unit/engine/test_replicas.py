@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from spectral_scale.engine.replicas import check_replicas, tensor_hash
 from spectral_scale.errors import HealthError
+from spectral_scale.supervision.replica_check import check_replicas, tensor_hash
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import one_process_group, tiny_config, train_tiny
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from spectral_scale.artifacts.prune import PrunableModel, curve_table, pruning_curve
 from spectral_scale.engine.evaluate import Evaluation
-from spectral_scale.engine.prune import PrunableModel, curve_table, pruning_curve
 from spectral_scale.errors import ConfigError
 
 

@@ -10,12 +10,13 @@ import pytest
 
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.cli.main import main
-from spectral_scale.engine import loop, time_limit
-from spectral_scale.engine.attempts import Attempts
-from spectral_scale.engine.status import read_status, write_status
-from spectral_scale.engine.switches import Switches, ask
-from spectral_scale.engine.time_limit import TimeLimit
+from spectral_scale.engine import loop
 from spectral_scale.errors import ConfigError, NoProgressError
+from spectral_scale.supervision import time_limit
+from spectral_scale.supervision.attempts import Attempts
+from spectral_scale.supervision.control_files import Switches, ask
+from spectral_scale.supervision.status import read_status, write_status
+from spectral_scale.supervision.time_limit import TimeLimit
 from spectral_scale.testing.tiny import tiny_words
 
 CHANGES: dict[str, Any] = {"train__steps": 8, "model__num_layers": 1, "checkpoint__interval": 100}

@@ -15,7 +15,7 @@ from spectral_scale.data.prepare import prepare
 from spectral_scale.data.tokens import open_tokens
 from spectral_scale.engine.build import Run, build_run
 from spectral_scale.engine.evaluate import evaluate
-from spectral_scale.parallel.facts import RankFacts, detect_rank_facts
+from spectral_scale.parallel.rank_info import RankFacts, detect_rank_facts
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import tiny_config, train_tiny
 

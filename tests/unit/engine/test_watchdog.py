@@ -9,10 +9,10 @@ from typing import NoReturn
 
 import pytest
 
-from spectral_scale.engine.heartbeat import Heartbeat, Listener, known_dead, read_beats
-from spectral_scale.engine.launcher import LauncherWatch
-from spectral_scale.engine.stragglers import Stragglers
-from spectral_scale.engine.watchdog import LONG_SECONDS, Watchdog
+from spectral_scale.supervision.heartbeat import Heartbeat, Listener, known_dead, read_beats
+from spectral_scale.supervision.launcher_watch import LauncherWatch
+from spectral_scale.supervision.stragglers import Stragglers
+from spectral_scale.supervision.watchdog import LONG_SECONDS, Watchdog
 
 
 def never(verdict: str, end_hanging: Callable[[], None]) -> NoReturn:

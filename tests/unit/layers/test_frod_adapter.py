@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from spectral_scale import FRoDController, SpectralConfig, convert_frod, load_adapter, save_adapter
 from spectral_scale.errors import ConfigError
-from spectral_scale.layers.convert import merge
-from spectral_scale.layers.frod import frod_layers
-from spectral_scale.layers.frod_adapter import FACTS_NAME, TENSORS_NAME
+from spectral_scale.methods.convert import merge
+from spectral_scale.methods.frod.adapter import FACTS_NAME, TENSORS_NAME
+from spectral_scale.methods.frod.layer import frod_layers
 
 WIDTH = 16
 CONFIG = SpectralConfig(method="frod", sparsity=0.1)

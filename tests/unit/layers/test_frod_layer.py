@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.layers.convert import merge
-from spectral_scale.layers.frod import FRoDLinear, category_of, convert_frod, frod_layers
-from spectral_scale.layers.frod_pattern import Pattern, draw_positions, entries
+from spectral_scale.methods.convert import merge
+from spectral_scale.methods.frod.controller import FRoDController
+from spectral_scale.methods.frod.layer import FRoDLinear, category_of, convert_frod, frod_layers
+from spectral_scale.methods.frod.sparsity import Pattern, draw_positions, entries
 from spectral_scale.optim.groups import param_groups
-from spectral_scale.spectral.frod_controller import FRoDController
 
 WIDTH, SPARSITY = 16, 0.1
 CONFIG = SpectralConfig(method="frod", sparsity=SPARSITY)
@@ -93,7 +93,7 @@ def test_gradients_by_finite_differences() -> None:
     layer = next(iter(frod_layers(trained(converted(dense()))).values()))
     basis, inverse = layer.shared()
     x = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
-    from spectral_scale.layers.frod_product import FRoDProduct
+    from spectral_scale.methods.frod.product import FRoDProduct
 
     def product(x: Tensor, mixing: Tensor, delta: Tensor, bias: Tensor) -> Tensor:
         return FRoDProduct.apply(x, layer.base, mixing, delta, bias, basis, inverse)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from spectral_scale.config.schema import SpectralConfig
-from spectral_scale.layers.convert import merge
-from spectral_scale.layers.frod import convert_frod, frod_layers
-from spectral_scale.layers.frod_pattern import Pattern
-from spectral_scale.ops.joint_decomposition import column_lengths, inverse_lengths
-from spectral_scale.spectral.frod_controller import FRoDController
+from spectral_scale.methods.convert import merge
+from spectral_scale.methods.frod.controller import FRoDController
+from spectral_scale.methods.frod.joint_decomposition import column_lengths, inverse_lengths
+from spectral_scale.methods.frod.layer import convert_frod, frod_layers
+from spectral_scale.methods.frod.sparsity import Pattern
 
 peft = pytest.importorskip("peft", minversion="0.21", reason="peft >= 0.21 has FRoD")
 

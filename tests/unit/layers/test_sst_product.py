@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectral_scale.layers import sst_product
-from spectral_scale.layers.sst import SpectralLinear
-from spectral_scale.layers.sst_product import SpectralProduct, column_sums, sum_of_products
+from spectral_scale.methods.sst import product as sst_product
+from spectral_scale.methods.sst.layer import SpectralLinear
+from spectral_scale.methods.sst.product import SpectralProduct, column_sums, sum_of_products
 from spectral_scale.testing.oracle import PlainSpectralProduct
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectral_scale.layers.sst_product import SpectralProduct
+from spectral_scale.methods.sst.product import SpectralProduct
 from spectral_scale.ops.decomposition import compose, svd
 
 SHAPES = [(6, 9), (9, 6), (7, 7)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectral_scale.layers.sst import SpectralLinear
+from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.metrics.flops import (
     attention_flops_per_token,
     dense_linear_flops,

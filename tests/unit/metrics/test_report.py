@@ -10,7 +10,7 @@ import pytest
 
 from spectral_scale.errors import ConfigError
 from spectral_scale.metrics import report as report_module
-from spectral_scale.metrics.report import build_report, write_report
+from spectral_scale.metrics.report.page import build_report, write_report
 
 VOID = {"meta", "img", "br", "hr", "link"}
 
@@ -195,8 +195,8 @@ def test_steps_of_unequal_size_are_compared_by_tokens(make_run):
 
 
 def report_axis(run_dirs):
-    from spectral_scale.metrics.report_figures import common_axis
-    from spectral_scale.metrics.report_run import load_runs
+    from spectral_scale.metrics.report.figures import common_axis
+    from spectral_scale.metrics.report.run import load_runs
 
     return common_axis(load_runs(run_dirs))
 

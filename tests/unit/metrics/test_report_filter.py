@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from spectral_scale.metrics.report import build_report
+from spectral_scale.metrics.report.page import build_report
 
 pytestmark = pytest.mark.usefixtures("quick_charts")
 FREQUENCIES = [0.0, 0.5, 1.5, 2.0]

@@ -11,11 +11,11 @@ from torch import nn
 
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
-from spectral_scale.layers.convert import convert
+from spectral_scale.methods.convert import convert
+from spectral_scale.methods.sst.controller import SpectralController
 from spectral_scale.models.build import build_model, compile_blocks, materialise
 from spectral_scale.models.weights import KeyedWeights
 from spectral_scale.optim.groups import param_groups
-from spectral_scale.spectral.controller import SpectralController
 
 TINY = Architecture(
     family="opt", hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, ffn_size=32,

@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from spectral_scale.config.presets import PRESETS, Architecture, resolve_architecture
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
 from spectral_scale.engine.build import initialise_dense
-from spectral_scale.layers.convert import convert
+from spectral_scale.methods.convert import convert
+from spectral_scale.methods.sst.controller import SpectralController
 from spectral_scale.models.build import build_model, choose_attention, materialise
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
 from spectral_scale.parallel.table import parameter_table
-from spectral_scale.spectral.controller import SpectralController
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 100}

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from spectral_scale.config.presets import PRESETS
-from spectral_scale.config.schema import ModelConfig
-from spectral_scale.config.tensor_parallel import allowed_sizes, tensor_parallel_problems
-from spectral_scale.errors import ConfigError
-from spectral_scale.models.build import build_model
-from spectral_scale.models.megatron_config import megatron_architecture, megatron_settings
-from spectral_scale.models.megatron_state import (
+from spectral_scale.backends.megatron.gpt_config import megatron_architecture, megatron_settings
+from spectral_scale.backends.megatron.gpt_state import (
     parameter_chunks,
     read_parameter,
     state_reader,
     to_megatron,
     to_transformers,
 )
-from spectral_scale.models.megatron_weights import megatron_weights
+from spectral_scale.backends.megatron.gpt_weights import megatron_weights
+from spectral_scale.config.presets import PRESETS
+from spectral_scale.config.schema import ModelConfig
+from spectral_scale.config.tensor_parallel import allowed_sizes, tensor_parallel_problems
+from spectral_scale.errors import ConfigError
+from spectral_scale.models.build import build_model
 from spectral_scale.parallel.rectangles import tiling_fault
 from spectral_scale.parallel.tensor_parallel import cut_dimension, held_rectangle
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectral_scale.ops.joint_decomposition import (
+from spectral_scale.methods.frod.joint_decomposition import (
     JointBasis,
     column_lengths,
     gram,

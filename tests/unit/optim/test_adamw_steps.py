@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.backends.torch import TorchBackend
+from spectral_scale.backends.torch.backend import TorchBackend
 from spectral_scale.config.schema import OptimizerConfig, SpectralConfig
-from spectral_scale.layers.convert import convert
+from spectral_scale.methods.convert import convert
+from spectral_scale.methods.sst.controller import SpectralController
 from spectral_scale.optim.build import build_adamw, create_state
 from spectral_scale.optim.groups import kinds, param_groups
-from spectral_scale.parallel.facts import RankFacts
-from spectral_scale.spectral.controller import SpectralController
+from spectral_scale.parallel.rank_info import RankFacts
 
 CONFIG = OptimizerConfig(lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_scale.baselines.lora import convert_lora
 from spectral_scale.config.presets import PRESETS
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
 from spectral_scale.errors import ConfigError
-from spectral_scale.layers.convert import convert
+from spectral_scale.methods.convert import convert
+from spectral_scale.methods.lora.layer import convert_lora
 from spectral_scale.models.build import build_model
 from spectral_scale.optim.groups import group_kind, kinds, param_groups
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectral_scale.parallel.exchange import Exchange, even_slices
-from spectral_scale.parallel.pieces import ShardGroup
+from spectral_scale.parallel.flat_shards import ShardGroup
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.traffic import TrafficCounter
 

@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from spectral_scale.backends.fsdp2.store import FSDP2Store
 from spectral_scale.optim.build import create_state
-from spectral_scale.parallel.fsdp2_store import FSDP2Store
+from spectral_scale.parallel.dtensor_collectives import local
 from spectral_scale.parallel.group import join_alone
-from spectral_scale.parallel.shards import local
 
 
 @pytest.fixture(scope="module", autouse=True)

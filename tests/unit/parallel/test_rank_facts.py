@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from spectral_scale.backends.torch import pick_device
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.facts import RankFacts, detect_rank_facts, require_rendezvous
+from spectral_scale.parallel.device import pick_device
+from spectral_scale.parallel.rank_info import RankFacts, detect_rank_facts, require_rendezvous
 
 
 def test_no_launcher_means_one_process() -> None:

@@ -17,8 +17,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.collective import SingleProcess
+from spectral_scale.parallel.dtensor_layout import Cut, Layout, Layouts, piece
 from spectral_scale.parallel.group import join_alone
-from spectral_scale.parallel.layouts import Cut, Layout, Layouts, piece
 from spectral_scale.parallel.rectangles import tiling_fault
 from spectral_scale.parallel.store import TorchStore
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_scale.backends.zero_profile import count_products_in_place, log_level
-from spectral_scale.layers.sst import SpectralLinear
+from spectral_scale.backends.deepspeed.profiling import count_products_in_place, log_level
+from spectral_scale.methods.sst.layer import SpectralLinear
 
 IN, OUT, RANK, TOKENS = 12, 20, 4, 6
 

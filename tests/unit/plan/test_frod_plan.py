@@ -6,14 +6,14 @@ import torch
 from spectral_scale.config.load import load_config
 from spectral_scale.config.presets import resolve_architecture
 from spectral_scale.engine.methods import convert_model
-from spectral_scale.layers.frod_pattern import Pattern, draw_positions
-from spectral_scale.layers.frod_product import FRoDProduct, SharedBasis
+from spectral_scale.methods.frod.controller import FRoDController
+from spectral_scale.methods.frod.product import FRoDProduct, SharedBasis
+from spectral_scale.methods.frod.sparsity import Pattern, draw_positions
 from spectral_scale.models.build import build_model, materialise
 from spectral_scale.models.weights import KeyedWeights
 from spectral_scale.plan.build import checkpoint_bytes
 from spectral_scale.plan.inventory import take_inventory
 from spectral_scale.plan.memory import FORMED, owned_bytes, svd_bytes
-from spectral_scale.spectral.frod_controller import FRoDController
 from spectral_scale.testing.memory import PeakMemory
 
 WORDS = {

@@ -14,7 +14,7 @@ from spectral_scale.engine.build import build_run
 from spectral_scale.engine.loop import TrainingLoop
 from spectral_scale.engine.measure import memory
 from spectral_scale.metrics.sinks import NullLog
-from spectral_scale.parallel.facts import RankFacts, detect_rank_facts
+from spectral_scale.parallel.rank_info import RankFacts, detect_rank_facts
 from spectral_scale.plan.activations import activation_bytes
 from spectral_scale.plan.build import plan_run, verdict
 from spectral_scale.plan.inventory import take_inventory

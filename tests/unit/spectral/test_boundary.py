@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from spectral_scale import SpectralConfig, SpectralController, convert, merge, param_groups
 from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.layers.convert import spectral_layers
-from spectral_scale.spectral.bank import SpectralBank
-from spectral_scale.spectral.drawing import draw_triplets
-from spectral_scale.spectral.phases import PHASES
+from spectral_scale.methods.convert import spectral_layers
+from spectral_scale.methods.sst.bank import SpectralBank
+from spectral_scale.methods.sst.drawing import draw_triplets
+from spectral_scale.methods.sst.phases import PHASES
 
 LR = 1e-2
 SHAPES = [(24, 32), (32, 16)]

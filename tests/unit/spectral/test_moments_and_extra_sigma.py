@@ -8,9 +8,9 @@ from spectral_scale import SpectralConfig, SpectralController, convert, param_gr
 from spectral_scale.config.check import check_config
 from spectral_scale.config.schema import ModelConfig, RunConfig
 from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.layers.convert import spectral_layers
+from spectral_scale.methods.convert import spectral_layers
+from spectral_scale.methods.sst.moments import positions
 from spectral_scale.parallel.store import TorchStore
-from spectral_scale.spectral.moments import positions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 K, STEPS = 16, 6

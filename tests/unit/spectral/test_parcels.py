@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spectral_scale import SpectralConfig, SpectralController, convert, param_groups
-from spectral_scale.layers.sst import SpectralLinear
-from spectral_scale.spectral import parcels
-from spectral_scale.spectral.parcels import delivered_bytes, plan_rounds
+from spectral_scale.methods.sst import buckets as parcels
+from spectral_scale.methods.sst.buckets import delivered_bytes, plan_rounds
+from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.testing.memory import PeakMemory
 
 

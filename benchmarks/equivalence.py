@@ -1,0 +1,226 @@
+"""The equivalence matrix: every backend against one process, as a table.
+
+    python benchmarks/equivalence.py --output docs/equivalence.md
+
+Trains a tiny OPT, and on megatron-core a LLaMA with grouped queries, too, by SST in fp32 for ten
+steps, two swaps and a re-SVD among them, on 1 to 8 processes of this machine. Takes half an hour
+on two cores. TP: ranks that share each matrix; SP: with sequence parallelism; DP: copies. On
+megatron-core, what ranks hold alike was also compared after every step, bit for bit. Losses must be
+within 1e-5; in bf16, where DeepSpeed computes everything in bf16 and one process only products,
+within 1e-3.
+"""
+
+import argparse
+import os
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from spectral_scale.data.prepare import prepare
+from spectral_scale.testing.distributed import run_distributed
+from spectral_scale.testing.equivalence import Distance, distance
+from spectral_scale.testing.megatron import train_in_turn_on_cpu
+from spectral_scale.testing.tiny import save_tiny_llama, tiny_config, train_in_turn
+
+BATCH = 48
+SETTINGS: dict[str, Any] = {
+    "train__steps": 10,
+    "train__global_batch_size": BATCH,
+    "model__num_heads": 4,
+    # Above rounding, which Adam would blow up to full steps.
+    "optimizer__eps": 1e-5,
+    # So low that sigma stays above zero, as in runs of useful length.
+    "optimizer__spectral_lr": 1e-4,
+}
+FSDP2 = {"parallel__backend": "fsdp2"}
+ZERO = {"parallel__backend": "deepspeed"}
+OFFLOAD = {"parallel__offload": "cpu"}
+BF16 = {"train__precision": "bf16"}
+BACKENDS: dict[str, dict[str, Any]] = {
+    "DDP": {},
+    "FSDP2": FSDP2,
+    "HSDP 2x2": FSDP2 | {"parallel__shard_group": 2},
+    "FSDP2, residual replicated": FSDP2 | {"parallel__residual": "replicated"},
+    "FSDP2, tensor parallel 2": FSDP2 | {"parallel__tensor_parallel": 2},
+    **{f"ZeRO-{stage}": ZERO | {"parallel__zero_stage": stage} for stage in range(4)},
+    "ZeRO-1 in bf16 (BF16_Optimizer)": ZERO | {"parallel__zero_stage": 1} | BF16,
+    "ZeRO-2 + offload": ZERO | {"parallel__zero_stage": 2} | OFFLOAD,
+    "ZeRO-3 + offload": ZERO | {"parallel__zero_stage": 3} | OFFLOAD,
+}
+CASES = [(1, 4, 0.1, "residual"), (2, 1, 0.0, "factored"), (3, 4, 0.1, "residual")]
+CASES += [(4, 4, 0.1, "factored"), (4, 1, 0.0, "residual")]
+MEGATRON = {"Megatron, OPT": "opt", "Megatron, LLaMA": "llama"}
+LARGEST = {"fp32": 1e-5, "bf16": 1e-3}
+"""Difference of a loss that is accepted."""
+Shared = tuple[str, float, str, str]
+"""Model, clipping, storage, precision."""
+HEADER = ["backend", "processes", "accumulation", "clipping", "storage"]
+HEADER += ["largest difference of a loss", "of a weight", "same triplets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run on several processes."""
+
+    backend: str
+    processes: int
+    accumulation: int
+    clip: float
+    storage: str
+    parallel: dict[str, Any]
+    """What one process does without."""
+    model: str = "opt"
+
+    @property
+    def precision(self) -> str:
+        """Of both."""
+        return self.parallel.get("train__precision", "fp32")
+
+    @property
+    def alone(self) -> Shared:
+        """What it has in common with the run in one process."""
+        return self.model, self.clip, self.storage, self.precision
+
+    def settings(self) -> dict[str, Any]:
+        copies = self.processes // self.parallel.get("parallel__tensor_parallel", 1)
+        micro = BATCH // (copies * self.accumulation)
+        return self.parallel | {"train__micro_batch_size": micro}
+
+    def cells(self) -> list[str]:
+        clipping = "on" if self.clip else "off"
+        return [
+            self.backend, str(self.processes), str(self.accumulation), clipping, self.storage
+        ]  # fmt: skip
+
+
+def rows(name: str) -> Iterator[Row]:
+    """Those of one of BACKENDS or MEGATRON, in order of processes."""
+    if name in MEGATRON:
+        yield from sorted(_megatron_rows(name), key=lambda row: row.processes)
+        return
+    for processes, accumulation, clip, storage in CASES:
+        shared = BACKENDS[name].get("parallel__tensor_parallel", 1)
+        if (name.startswith("HSDP") and processes != 4) or processes % shared:
+            continue
+        yield Row(
+            backend=name,
+            processes=processes,
+            accumulation=accumulation,
+            clip=clip,
+            storage=storage,
+            parallel=BACKENDS[name],
+        )
+
+
+def _megatron_rows(name: str) -> Iterator[Row]:
+    """Every combination; sequence parallelism needs ranks that share a sequence."""
+    for tensor, sequence, data, storage in product(
+        (1, 2, 4), (False, True), (1, 2), ("residual", "factored")
+    ):
+        if sequence and tensor == 1:
+            continue
+        yield Row(
+            backend=f"{name}: TP {tensor}{' SP' if sequence else ''} x DP {data}",
+            processes=tensor * data,
+            accumulation=3 - data,
+            clip=0.1 if storage == "residual" else 0.0,
+            storage=storage,
+            parallel={
+                "parallel__backend": "megatron",
+                "parallel__tensor_parallel": tensor,
+                "parallel__sequence_parallel": sequence,
+                "health__replica_interval": 1,  # what ranks hold alike is compared at every step
+            },
+            model=MEGATRON[name],
+        )
+
+
+def main() -> int:
+    """Print the table, and write it if asked for; 1 if a row misses the bounds."""
+    known = [*BACKENDS, *MEGATRON]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--backends", nargs="*", default=known, choices=known)
+    parser.add_argument("--output", type=Path, help="markdown file to write")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [_line(HEADER), _line(["---"] * len(HEADER))]
+        print("\n".join(lines), flush=True)
+        good = True
+        for row, found in Measurement(Path(folder)).of(arguments.backends):
+            good &= found.loss < LARGEST[row.precision]
+            good &= found.indices_equal and found.steps_equal
+            lines.append(_line([*row.cells(), *_shown(found)]))
+            print(lines[-1], flush=True)
+    if arguments.output is not None:
+        title = f"# Every backend against one process\n\n{(__doc__ or '').split(chr(10), 2)[2]}\n"
+        arguments.output.write_text(title + "\n".join(lines) + "\n", encoding="utf-8")
+    return 0 if good else 1
+
+
+class Measurement:
+    """Runs of several rows by the same processes, and the runs they are compared with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.corpus = folder, small_corpus(folder)
+        self._models: dict[str, dict[str, Any]] = {"opt": {}}
+        self._models["llama"] = save_tiny_llama(folder / "llama", self.corpus)
+        self._alone: dict[Shared, dict[str, Any]] = {}
+
+    def of(self, backends: list[str]) -> Iterator[tuple[Row, Distance]]:
+        """Each row with its distance from one process."""
+        self._train_alone({row.alone for name in backends for row in rows(name)})
+        for name in backends:
+            train = train_in_turn_on_cpu if name in MEGATRON else train_in_turn
+            for world, group in groupby(rows(name), key=lambda row: row.processes):
+                together = list(group)
+                runs = [(self._config(row.alone, row.settings()), None) for row in together]
+                ranks = run_distributed(train, world, runs, timeout_seconds=500)
+                for row, results in zip(together, zip(*ranks, strict=True), strict=True):
+                    yield row, distance(results, self._alone[row.alone])
+
+    def _train_alone(self, wanted: set[Shared]) -> None:
+        keys = sorted(wanted)
+        runs = [(self._config(key, {"train__micro_batch_size": BATCH // 2}), None) for key in keys]
+        found = run_distributed(train_in_turn, 1, runs, timeout_seconds=500)[0]
+        self._alone = dict(zip(keys, found, strict=True))
+
+    def _config(self, shared: Shared, own: dict[str, Any]) -> Any:
+        model, clip, storage, precision = shared
+        common = {"optimizer__clip_grad_norm": clip, "spectral__storage": storage}
+        common["train__precision"] = precision
+        run_dir = Path(tempfile.mkdtemp(dir=self.folder)) / "run"
+        settings = SETTINGS | self._models[model] | common | own
+        return tiny_config(self.corpus, run_dir, **settings)
+
+
+def _shown(found: Distance) -> list[str]:
+    same = "yes" if found.indices_equal and found.steps_equal else "NO"
+    return [f"{found.loss:.0e}", f"{found.weights:.0e}", same]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def small_corpus(folder: Path) -> Path:
+    """A few sources of the standard library, prepared."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    texts = []
+    for name in ("argparse.py", "ast.py", "calendar.py"):
+        texts.append(folder / f"{name}.txt")
+        texts[-1].write_text((stdlib / name).read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    prepare(texts[1:], folder / "train", train_bpe=512, progress=False)
+    tokenizer = folder / "train" / "tokenizer"
+    prepare(texts[:1], folder / "valid", tokenizer=tokenizer, progress=False)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,386 @@
+"""What every launcher does with signals, lost ranks and errors, and what becomes of the run.
+
+    python benchmarks/launchers.py [--only NAME …] [--output FOLDER] [--render FILE]
+
+Two ranks (one under `plain`) of a tiny run are started by each launcher that is installed, and each
+event is done to it; for srun the cluster of tests/slurm is started where no SLURM answers. Looked
+at: status.json, the newest checkpoint (every byte verified), processes
+left after the launcher and the ranks had time to end, the launcher's exit code, and the time from
+the event to the end of the last process. Exit code 0 only if everything is as documented.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from spectral_scale.checkpoint.verify import inspect_checkpoints
+from spectral_scale.errors import CheckpointError
+from spectral_scale.metrics.history import load_history
+from spectral_scale.supervision.heartbeat import read_beats
+from spectral_scale.supervision.status import read_status
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests" / "slurm"))
+
+from slurm_cluster import CannotStartError, running_cluster  # noqa: E402
+
+SCRIPT = str(ROOT / "launch" / "pretrain.py")
+MARK = "SPECTRAL_SCALE_LAUNCHER_MARK"
+PATIENCE_SECONDS = 100.0
+HANG_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How two ranks are started."""
+
+    program: str
+    """What must be installed."""
+    words: tuple[str, ...]
+    """Before the training command's own words."""
+    kills_its_ranks_on: tuple[str, ...] = ()
+    """Events after which it gives its ranks no time."""
+
+
+def _beside_python(name: str) -> str:
+    """A console script of this interpreter's environment."""
+    return str(Path(sys.executable).with_name(name))
+
+
+LAUNCHERS = {
+    "plain": Launcher(sys.executable, (sys.executable, SCRIPT)),
+    "torchrun": Launcher(
+        _beside_python("torchrun"),
+        (_beside_python("torchrun"), "--standalone", "--nproc-per-node=2", SCRIPT),
+    ),
+    "deepspeed": Launcher(
+        _beside_python("deepspeed"),
+        (_beside_python("deepspeed"), "--num_gpus=2", "--master_port={port}", SCRIPT),
+    ),
+    "mpirun": Launcher(
+        "mpirun",
+        ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, SCRIPT),
+    ),
+    "mpich": Launcher("mpirun.mpich", ("mpirun.mpich", "-n", "2", sys.executable, SCRIPT)),
+    "srun": Launcher(
+        "srun",
+        ("srun", "--nodes=1", "--ntasks=2", "--disable-status", "--job-name={run}")
+        + (sys.executable, SCRIPT),
+        kills_its_ranks_on=("SIGTERM to the launcher",),
+    ),
+}
+
+SAVED, INTACT, NOTHING = "saved and resumable", "last checkpoint intact", "nothing begun"
+GRACEFUL = ("SIGTERM", "SIGUSR1", "SIGINT")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One event under one launcher."""
+
+    launcher: str
+    """Of LAUNCHERS."""
+    event: str
+    """What was done."""
+    state: str
+    """Of status.json."""
+    reason: str
+    """Of status.json."""
+    exit_code: int | None
+    """Of the launcher; None if it had to be killed."""
+    checkpoint: int | None
+    """Step of the newest checkpoint, if all its bytes are good."""
+    saved_at_end: bool
+    """Whether that is the step the run ended at."""
+    orphans: int
+    """Processes left when time was up."""
+    seconds: float
+    """From the event to the end of the last process."""
+
+    def outcome(self) -> str:
+        """In the words of the documentation."""
+        if self.orphans:
+            return f"{self.orphans} processes left behind"
+        if self.state == "stopped" and self.saved_at_end:
+            return SAVED
+        if self.checkpoint is not None:
+            return INTACT
+        return NOTHING
+
+
+def events(launcher: str) -> dict[str, str]:
+    """Event -> documented outcome."""
+    found = {}
+    for name in GRACEFUL:
+        found[f"{name} to the launcher"] = SAVED
+        if launcher != "plain":
+            found[f"{name} to one rank"] = SAVED
+    found["STOP file"] = SAVED
+    if launcher == "srun":
+        found["scancel"] = SAVED
+    if launcher != "plain":
+        found["one rank SIGKILLed"] = INTACT
+        found["one rank SIGSTOPped"] = INTACT
+    found["configuration error"] = NOTHING
+    return found | dict.fromkeys(LAUNCHERS[launcher].kills_its_ranks_on, INTACT)
+
+
+def missing() -> list[str]:
+    """Launchers that are not installed."""
+    return [name for name, each in LAUNCHERS.items() if shutil.which(each.program) is None]
+
+
+@contextlib.contextmanager
+def slurm() -> Iterator[None]:
+    """A controller that answers: the site's, or that of tests/slurm, until the end."""
+    if subprocess.run(["scontrol", "ping"], capture_output=True).returncode == 0:
+        yield
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm") as folder,
+        running_cluster(Path(folder).resolve()) as cluster,
+    ):
+        os.environ["SLURM_CONF"] = cluster.environment()["SLURM_CONF"]
+        yield
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Processes of one start: they inherit its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def ranks_of(run_dir: Path) -> list[psutil.Process]:
+    """The ranks, by their own heartbeats."""
+    return [psutil.Process(beat.pid) for beat in read_beats(run_dir)]
+
+
+def training_words(run_dir: Path, launcher: str) -> list[str]:
+    """A run that does not end by itself."""
+    values = {
+        "model.hidden_size": 32,
+        "model.num_layers": 1,
+        "model.num_heads": 2,
+        "model.sequence_length": 32,
+        "spectral.spectral_rank": 8,
+        "train.run_dir": run_dir,
+        "train.steps": 1_000_000,
+        "train.eval_interval": 1_000_000,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 2,
+        "train.device": "cpu",
+        "checkpoint.interval": 5,
+        "health.hang_timeout_seconds": HANG_SECONDS,
+        "metrics.log_interval": 1,
+        "metrics.tensorboard": "false",
+        "metrics.progress": "false",
+    }
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def observe(launcher: str, event: str, folder: Path) -> Observation:
+    """Start, disturb, wait, look."""
+    mark, run_dir = uuid.uuid4().hex, folder / f"{launcher}-{event.replace(' ', '_')}"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    port = 20_000 + os.getpid() % 20_000
+    words = [w.format(port=port, run=run_dir.name) for w in LAUNCHERS[launcher].words]
+    words += training_words(run_dir, launcher)
+    if event == "configuration error":
+        words.append("--train.micro_batch_size=3")
+    log = folder / f"{run_dir.name}.log"
+    environment = os.environ | {
+        MARK: mark,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "SPECTRAL_SCALE_MEETING_SECONDS": "300",
+    }
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            words, stdout=stream, stderr=stream, env=environment, start_new_session=True
+        )
+    try:
+        if event != "configuration error":
+            wait_for_step(process, run_dir, 7, log)
+        began = time.monotonic()
+        act(event, process, run_dir)
+        wait_for_end(process, mark)
+        seconds = time.monotonic() - began
+        left = marked(mark)
+    finally:
+        for each in marked(mark):
+            each.kill()
+        code = process.poll()
+        if code is None:
+            process.kill()
+            process.wait()
+    return look(launcher, event, run_dir, code, len(left), seconds)
+
+
+def wait_for_step(process: "subprocess.Popen[bytes]", run_dir: Path, step: int, log: Path) -> None:
+    """Until the run has come that far."""
+    deadline = time.monotonic() + 240
+    while max((x["step"] for x in load_history(run_dir).current()), default=0) < step:
+        if process.poll() is not None or time.monotonic() > deadline:
+            sys.exit(f"the run did not come to step {step}; see {log}")
+        time.sleep(0.05)
+
+
+def act(event: str, process: "subprocess.Popen[bytes]", run_dir: Path) -> None:
+    """Do it."""
+    name, _, to = event.partition(" to ")
+    if name in GRACEFUL and to == "the launcher":
+        process.send_signal(getattr(signal, name))
+    elif name in GRACEFUL:
+        ranks_of(run_dir)[1].send_signal(getattr(signal, name))
+    elif event == "STOP file":
+        (run_dir / "STOP").touch()
+    elif event == "scancel":
+        subprocess.run(["scancel", f"--name={run_dir.name}"], check=True)
+    elif event == "one rank SIGKILLed":
+        ranks_of(run_dir)[1].kill()
+    elif event == "one rank SIGSTOPped":
+        ranks_of(run_dir)[1].suspend()
+
+
+def wait_for_end(process: "subprocess.Popen[bytes]", mark: str) -> None:
+    """Until the launcher and everything it started has ended, or patience has."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None and not marked(mark):
+            return
+        time.sleep(0.2)
+
+
+def look(
+    launcher: str, event: str, run_dir: Path, code: int | None, orphans: int, seconds: float
+) -> Observation:
+    """What is left of the run."""
+    status = read_status(run_dir)
+    try:
+        newest = inspect_checkpoints(run_dir)[0]
+        step = newest.step if newest.good else None
+    except CheckpointError:
+        step = None
+    return Observation(
+        launcher=launcher,
+        event=event,
+        state=status.get("state", "none"),
+        reason=str(status.get("reason", "")),
+        exit_code=code,
+        checkpoint=step,
+        saved_at_end=step is not None and step == status.get("step"),
+        orphans=orphans,
+        seconds=round(seconds, 1),
+    )
+
+
+def render(found: list[Observation]) -> str:
+    """The table of docs/launchers.md."""
+    head = ["launcher", "event", "outcome", "status.json", "launcher's exit code", "seconds"]
+    lines = [head, ["---"] * len(head)]
+    for each in found:
+        outcome = each.outcome()
+        if outcome != events(each.launcher)[each.event]:
+            outcome = f"**{outcome}** (documented: {events(each.launcher)[each.event]})"
+        state = each.reason if each.state == "stopped" else each.state
+        lines.append(
+            [each.launcher, each.event, outcome, state, str(each.exit_code), f"{each.seconds:.0f}"]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+PAGE = """# Launchers
+
+One behaviour under every launcher: a run that is asked to stop finishes its step, saves and ends;
+one that loses a rank ends with its last checkpoint intact; nothing is left behind. Written by
+`python benchmarks/launchers.py --render docs/launchers.md`; two ranks on one machine (one
+under `plain`), `health.hang_timeout_seconds` {hang}, all bytes of the checkpoint verified after
+each event.
+{missing}
+Exit codes of the ranks are those of `spectral-scale train` (0, 75, 78, 93, else failure). torchrun
+ends with 1 whatever its ranks end with, and launchers that a signal kills end with that signal:
+read `status.json` (`state`, `exit_code`, `requeue`) rather than the launcher's code.
+
+- **torchrun** dies of SIGUSR1 and `deepspeed` of any signal without telling their ranks, which
+  notice that their launcher is gone, save and end. `torchrun --signals-to-handle
+  SIGTERM,SIGINT,SIGUSR1` hands SIGUSR1 on.
+- **mpirun** is Open MPI's, `mpich` is MPICH's `mpirun`. On one host MPICH's ranks find each other
+  by the process that started them; on several mpi4py must load the launcher's own library
+  (`MPI4PY_MPIABI=mpich`), or `-genv MASTER_ADDR HOST -genv MASTER_PORT 29500` says where they meet.
+- **deepspeed --launcher openmpi, mpich and slurm** train through `mpirun` and `srun` (a test each);
+  signals to these were not tried. DeepSpeed's helper for MPICH ends with 0 whatever its rank ends
+  with: read `status.json`. It calls whatever is named `mpirun`, which must be MPICH's.
+- **srun** ends its ranks by SIGKILL when it gets SIGTERM itself: end a job by `scancel`, which
+  gives the ranks SIGTERM and SLURM's `KillWait` seconds, or by `spectral-scale stop`. At the first
+  Ctrl-C it only tells the state of its tasks; with `--disable-status`, as here, it hands it on.
+  The scripts of `slurm/` are tested on a real SLURM of two nodes by `tests/slurm`.
+
+The seconds are from the event to the end of the last process, on two cores that many other
+processes used at the same time; of a stopped rank, {hang} are the timeout (45 by default).
+
+{table}
+"""
+
+
+def main() -> int:
+    """Run all, print or render."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", choices=LAUNCHERS, default=list(LAUNCHERS))
+    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--render", type=Path, default=None)
+    arguments = parser.parse_args()
+    folder = arguments.output or Path(tempfile.mkdtemp(prefix="launchers"))
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / "observations.json"
+    found = [Observation(**x) for x in json.loads(results.read_text())] if results.exists() else []
+    known = {(x.launcher, x.event) for x in found}
+    absent = missing()
+    with contextlib.ExitStack() as stack:
+        if "srun" in set(arguments.only).difference(absent):
+            try:
+                stack.enter_context(slurm())
+            except CannotStartError as error:
+                print(f"srun is left out: {error}", file=sys.stderr)
+                absent.append("srun")
+        for launcher in arguments.only:
+            for event in events(launcher) if launcher not in absent else ():
+                if (launcher, event) in known:
+                    continue
+                found.append(observe(launcher, event, folder))
+                print(json.dumps(asdict(found[-1])), flush=True)
+                results.write_text(json.dumps([asdict(x) for x in found], indent=1))
+    order = {(n, e): i for i, (n, e) in enumerate((n, e) for n in LAUNCHERS for e in events(n))}
+    found.sort(key=lambda x: order[x.launcher, x.event])
+    if arguments.render is not None:
+        shown = {x.launcher for x in found}
+        names = ", ".join(name for name in LAUNCHERS if name not in shown)
+        note = f"Not usable where this was run, and so not shown: {names}.\n" if names else ""
+        page = PAGE.format(hang=HANG_SECONDS, missing=note, table=render(found))
+        arguments.render.write_text(page, encoding="utf-8")
+    wrong = [x for x in found if x.outcome() != events(x.launcher)[x.event]]
+    for each in wrong:
+        print(f"not as documented: {each}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Turns a run into files: exported weights, adapters, pruned models, perplexities."""

@@ -1,0 +1,182 @@
+"""Perplexity of a saved run or of a transformers folder on any prepared data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from spectral_scale.artifacts.model_folder import read_record
+from spectral_scale.artifacts.restore import open_run, restore_model
+from spectral_scale.artifacts.run_tokens import tokens_of_run
+from spectral_scale.config.presets import Architecture, resolve_architecture
+from spectral_scale.config.schema import ModelConfig
+from spectral_scale.data.loader import ValidationLoader
+from spectral_scale.data.tokenizer_match import TokenizerCheck, check_folder_tokenizer
+from spectral_scale.data.tokens import TokenFolder, open_tokens
+from spectral_scale.engine.build import PRODUCT_DTYPES
+from spectral_scale.engine.data import check_vocabulary
+from spectral_scale.engine.evaluate import Evaluation, Watch, evaluate
+from spectral_scale.errors import ConfigError
+from spectral_scale.models.folder import is_transformers_folder, load_folder
+from spectral_scale.parallel.collective import SingleProcess
+from spectral_scale.parallel.device import pick_device
+
+Precision = Literal["auto", "fp32", "bf16"]
+DEFAULT_BATCH_SIZE = 8
+EVERYTHING = 1 << 62
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityRequest:
+    """What to measure."""
+
+    target: Path
+    """A run folder, one of its checkpoints, or a transformers folder."""
+    data: Path | None = None
+    """A token folder; None: the run's validation data."""
+    sequences: int | None = None
+    """At most so many, spread evenly over the data; None: all of it."""
+    sequence_length: int | None = None
+    """Tokens a sequence; None: as trained, or all positions of a foreign folder."""
+    batch_size: int | None = None
+    """Sequences a forward pass; None: the run's, or 8."""
+    precision: Precision = "auto"
+    """auto: as the run trained (then its logged validation loss comes back exactly), or fp32."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """What was measured, and on what."""
+
+    target: str
+    """As given."""
+    step: int | None
+    """The checkpoint's; None for a transformers folder that does not say."""
+    data: str
+    """The token folder."""
+    tokenizer: TokenizerCheck
+    """Whether the target's tokenizer was held against the data's."""
+    sequence_length: int
+    """Tokens a sequence."""
+    sequences: int
+    """Sequences read."""
+    tokens: int
+    """Tokens predicted."""
+    precision: str
+    """fp32, bf16, fp16 or fp64."""
+    loss: float
+    """Mean negative log-likelihood a token, nats."""
+    perplexity: float
+    """exp of the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """A model ready to be measured."""
+
+    model: PreTrainedModel
+    tokens: TokenFolder
+    tokenizer: TokenizerCheck
+    sequence_length: int
+    batch_size: int
+    precision: str
+    step: int | None
+
+
+def measure_perplexity(request: PerplexityRequest, watch: Watch | None = None) -> Perplexity:
+    """Load the target and run it over the data. Raises ConfigError, DataError, CheckpointError."""
+    device = pick_device(request.device, 0)
+    if is_transformers_folder(request.target):
+        subject = _folder_subject(request, device)
+    else:
+        subject = _run_subject(request, device)
+    loader = ValidationLoader(
+        subject.tokens,
+        sequence_length=subject.sequence_length,
+        num_sequences=EVERYTHING if request.sequences is None else request.sequences,
+        micro_batch_size=subject.batch_size,
+    )
+    result = evaluate_model(subject.model, loader, precision=subject.precision, watch=watch)
+    return Perplexity(
+        target=str(request.target),
+        step=subject.step,
+        data=str(subject.tokens.path),
+        tokenizer=subject.tokenizer,
+        sequence_length=subject.sequence_length,
+        sequences=loader.num_sequences,
+        tokens=result.tokens,
+        precision=subject.precision,
+        loss=result.loss,
+        perplexity=result.perplexity,
+    )
+
+
+def evaluate_model(
+    model: PreTrainedModel, loader: ValidationLoader, *, precision: str, watch: Watch | None = None
+) -> Evaluation:
+    """Loss in this process, where the model is."""
+    return evaluate(
+        model,
+        loader,
+        device=next(model.parameters()).device,
+        collective=SingleProcess(),
+        autocast=PRODUCT_DTYPES.get(precision),
+        watch=watch,
+    )
+
+
+def _run_subject(request: PerplexityRequest, device: torch.device) -> _Subject:
+    run = open_run(request.target)
+    tokens = tokens_of_run(run, request.data)
+    trained = run.config.train.precision
+    precision = trained if request.precision == "auto" else request.precision
+    model = restore_model(run, device=device, exact=precision not in PRODUCT_DTYPES)
+    if precision != "fp64":
+        for parameter in model.parameters():
+            if parameter.dtype == torch.float64:
+                parameter.data = parameter.data.float()
+    return _Subject(
+        model=model,
+        tokens=tokens,
+        tokenizer="same",
+        sequence_length=_sequence_length(
+            request, run.config.model.sequence_length, run.architecture
+        ),
+        batch_size=request.batch_size or run.config.train.micro_batch_size,
+        precision=precision,
+        step=run.step,
+    )
+
+
+def _folder_subject(request: PerplexityRequest, device: torch.device) -> _Subject:
+    folder = request.target
+    if request.data is None:
+        raise ConfigError(f"{folder} is a transformers folder; give --data FOLDER to measure it on")
+    architecture = resolve_architecture(ModelConfig(path=str(folder), sequence_length=1))
+    record = read_record(folder)
+    tokens = open_tokens(request.data)
+    checked = check_folder_tokenizer(folder, tokens)
+    check_vocabulary(architecture.vocab_size, tokens)
+    default = int(record.get("sequence_length", architecture.max_positions))
+    return _Subject(
+        model=load_folder(folder, device=device, dtype=torch.float32),
+        tokens=tokens,
+        tokenizer=checked,
+        sequence_length=_sequence_length(request, default, architecture),
+        batch_size=request.batch_size or DEFAULT_BATCH_SIZE,
+        precision="fp32" if request.precision == "auto" else request.precision,
+        step=record.get("step"),
+    )
+
+
+def _sequence_length(request: PerplexityRequest, default: int, architecture: Architecture) -> int:
+    length = request.sequence_length or default
+    if length > architecture.max_positions:
+        raise ConfigError(
+            f"--sequence-length {length} exceeds the model's {architecture.max_positions} positions"
+        )
+    return length

@@ -1,0 +1,220 @@
+"""DeepSpeed's ZeRO stages, with and without optimizer state on the CPU.
+
+DeepSpeed shards, reduces and steps; scaling of the loss, clipping, state and checkpoints are ours,
+so that a run means the same here as on any other backend.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_scale.backends.base import Accept, Replicated, StepStats
+from spectral_scale.backends.deepspeed import checkpoint_state, cpu_adam, loss_scale
+from spectral_scale.backends.deepspeed.clipping import (
+    clip_by_kind,
+    gradients_by_kind,
+    norms_by_kind,
+)
+from spectral_scale.backends.deepspeed.cpu_adam import offloaded_adam
+from spectral_scale.backends.deepspeed.optimizer_state import without_update
+from spectral_scale.backends.deepspeed.profiling import (
+    count_products_in_place,
+    log_level,
+    print_traffic,
+)
+from spectral_scale.backends.deepspeed.store import ZeroStore
+from spectral_scale.config.deepspeed_json import read_deepspeed_json, resolve_deepspeed
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.errors import ConfigError, SpectralScaleError
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
+from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.device import pick_device
+from spectral_scale.parallel.group import join_alone, join_group, leave_group
+from spectral_scale.parallel.rank_info import RankFacts
+
+RESOLVED_NAME = "ds_config.json"
+"""In the run folder: what DeepSpeed was initialized with."""
+
+
+class DeepSpeedBackend:
+    """Implements `Backend` on a DeepSpeed engine."""
+
+    collective: Collective
+
+    def __init__(self, config: RunConfig, facts: RankFacts) -> None:
+        self.device = pick_device(config.train.device, facts.local_rank)
+        self.collective = join_group(facts.world_size, self.device)
+        if facts.world_size == 1:
+            join_alone(self.device)  # the engine reduces over one rank, too
+        self.data_rank, self.data_world_size = facts.rank, facts.world_size
+        self.data_collective = self.collective
+        self._config = config
+        self.deepspeed_config = resolve_deepspeed(config, world_size=facts.world_size)
+        self._deepspeed = _import_deepspeed(self.device, facts, log_level(self.deepspeed_config))
+        _require_precision(self._deepspeed, config.train.precision, self.device)
+        self._last = True
+        self._model: nn.Module
+        self._engine: Any
+        self._store: ZeroStore
+        self._scaler: Any = None
+
+    def shard(self, model: nn.Module) -> None:
+        """DeepSpeed shards when it gets the optimizer."""
+        self._model = model
+
+    def own_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """DeepSpeed's Adam for state on the CPU, where it is wanted and can be built."""
+        if self._config.parallel.offload == "none" or not isinstance(optimizer, torch.optim.AdamW):
+            return optimizer
+        path = self._config.parallel.deepspeed_config
+        wanted = read_deepspeed_json(path).get(cpu_adam.KEY, "auto")
+        found = offloaded_adam(self._deepspeed, optimizer, self.collective, wanted=wanted)
+        self.deepspeed_config[cpu_adam.KEY] = cpu_adam.is_cpu_adam(found)
+        return found
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Initialize the engine; it computes in the run's precision and keeps fp32 masters."""
+        trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        exact = {}
+        if self._config.train.precision != "fp32":  # the engine would round them first
+            exact = {fqn: p.detach().clone().view(-1) for fqn, p in trained.items()}
+        self._save_resolved()
+        self._engine, *_ = self._deepspeed.initialize(
+            model=self._model, optimizer=optimizer, config=self.deepspeed_config
+        )
+        if self._measures("flops_profiler"):
+            count_products_in_place(self._model)
+        self._store = ZeroStore(self._engine, self.collective)
+        if self._config.train.precision == "fp16":
+            self._scaler = self._engine.optimizer.loss_scaler
+        for fqn, value in exact.items():
+            start, numel = self._store.layout.weight_range(trained[fqn])
+            self._store.write(fqn, value.narrow(0, start, numel))
+        engine: nn.Module = self._engine
+        return engine
+
+    def store(self) -> ZeroStore:
+        """Fragments of masters and moments."""
+        return self._store
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        """DeepSpeed reduces by its own count of micro-batches, which must agree."""
+        self._last = last
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed averages over ranks, so the loss is scaled up to make it a sum."""
+        self._engine.backward(loss * self.collective.world_size, scale_wrt_gas=False)
+        if not self._last:
+            self._engine.step()  # counts the micro-batch, no more
+
+    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
+        """Clip each kind of group by its own norm, then let DeepSpeed update and clear."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            raise RuntimeError("DeepSpeed expects more micro-batches before the optimizer step")
+        scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+        gradients = gradients_by_kind(self._store)
+        norms = norms_by_kind(self._store, gradients, loss_scale=scale)
+        scale_of_step = None if self._scaler is None else scale
+        if self._scaler is not None and not loss_scale.all_finite(norms):
+            self._skip_overflow(scale)
+            return StepStats(
+                applied=False, grad_norms=norms, loss_scale=scale_of_step, overflowed=True
+            )
+        if accept is not None and not accept(norms):
+            with without_update(self._store.inner):
+                self._engine.step()  # clears gradients and counts micro-batches, no more
+            return StepStats(applied=False, grad_norms=norms, loss_scale=scale_of_step)
+        clip_by_kind(gradients, norms, max_norm=clip_grad_norm)
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        if self._scaler is not None and not applied:
+            raise SpectralScaleError(
+                "DeepSpeed skipped a step as overflowed whose gradient norms are finite; start "
+                "again to resume from the last checkpoint, and report this"
+            )
+        return StepStats(applied=applied, grad_norms=norms, loss_scale=scale_of_step)
+
+    def _skip_overflow(self, scale: float) -> None:
+        """Let DeepSpeed drop the gradients and lower the loss scale."""
+        if loss_scale.cannot_lower(self._scaler):
+            raise SpectralScaleError(
+                f"fp16 gradients overflow at loss scale {scale:g}, the smallest allowed; lower "
+                "the learning rates, lower fp16.loss_scale or fp16.min_loss_scale of the "
+                "DeepSpeed JSON, or train in bf16, then start again to resume"
+            )
+        self._engine.step()
+        if self._engine.was_step_applied():
+            raise SpectralScaleError(
+                "DeepSpeed applied a step whose gradients had overflowed in fp16; start again to "
+                "resume from the last checkpoint, and report this"
+            )
+
+    def state_chunks(self) -> Iterator[TensorChunk]:
+        """Masters and moments, each piece from the rank that keeps it, and fp16's loss scale."""
+        yield from checkpoint_state.state_chunks(self._store)
+        if self._scaler is not None and self.collective.rank == 0:
+            yield from loss_scale.state_chunks(self._scaler)
+
+    def replicated(self) -> Iterator[Replicated]:
+        """The module's weights below stage 3, and in stage 0 the moments."""
+        return checkpoint_state.replicated(self._store)
+
+    def load_state(self, read: ReadTensor) -> None:
+        """Masters, the module's weights, moments and loss scale, in place."""
+        checkpoint_state.load_state(self._store, read)
+        if self._scaler is not None:
+            loss_scale.load_state(self._scaler, read)
+
+    def _save_resolved(self) -> None:
+        if self.collective.rank == 0:
+            path = Path(self._config.train.run_dir) / RESOLVED_NAME
+            text = json.dumps(self.deepspeed_config, indent=2, sort_keys=True) + "\n"
+            path.write_text(text, encoding="utf-8")
+
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the process group; collective unless this rank has failed."""
+        if not failed and self._measures("comms_logger"):
+            print_traffic(self._deepspeed)
+        leave_group(failed=failed)
+
+    def _measures(self, section: str) -> bool:
+        return bool(self.deepspeed_config.get(section, {}).get("enabled"))
+
+
+def open_backend(config: RunConfig, facts: RankFacts) -> DeepSpeedBackend:
+    """Start DeepSpeed. Collective. Raises ConfigError."""
+    return DeepSpeedBackend(config, facts)
+
+
+def _require_precision(deepspeed: Any, precision: str, device: torch.device) -> None:
+    """Raise ConfigError if DeepSpeed refuses the precision on this device."""
+    accelerator = deepspeed.accelerator.get_accelerator()
+    supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+    if precision in supported and not supported[precision]():
+        others = [p for p, check in supported.items() if check()]
+        raise ConfigError(
+            f"train.precision={precision}: DeepSpeed does not support it on this {device.type}; "
+            f"set train.precision to one of {['fp32', *others]}"
+        )
+
+
+def _import_deepspeed(device: torch.device, facts: RankFacts, level: int) -> Any:
+    """DeepSpeed, told which device to use, and how loud to be."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(facts.local_rank))
+    import deepspeed
+    from deepspeed.utils import logger as chatter
+
+    chatter.setLevel(level)
+    if device.type == "cpu":
+        # Its shared-memory collectives are compiled at every machine's first start, and sum in an
+        # order of their own; gloo is there already.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

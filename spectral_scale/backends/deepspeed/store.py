@@ -1,0 +1,229 @@
+"""Logical parameters of a model that DeepSpeed trains, for controllers: the `ParameterStore`.
+
+Both copies are always written: the module's weight, or the next forward pass would use the old one,
+and the master, or the next step would bring the old one back.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spectral_scale.backends.deepspeed.clipping import Directions
+from spectral_scale.backends.deepspeed.optimizer_state import create_state, set_step
+from spectral_scale.backends.deepspeed.partitions import Fragment, Layout, layout_of
+from spectral_scale.errors import SpectralError
+from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
+from spectral_scale.parallel.packing import broadcast_into, unpack
+from spectral_scale.parallel.store import MOMENTS
+
+
+class ZeroStore:
+    """Parameters of a `deepspeed.initialize`d engine: ZeRO-0 (fp32), 1, 2, 3, BF16_Optimizer.
+
+    Creating it gives the optimizer its state, and makes every optimizer step retract the
+    directions itself (see `Directions`).
+
+    Args:
+        engine: what `deepspeed.initialize` returned for a converted model.
+        collective: all ranks that train it; by default the default process group.
+
+    Collective: all ranks construct it and call its methods alike. Raises ConfigError for an
+    optimizer of DeepSpeed's whose parameters cannot be reached.
+    """
+
+    def __init__(self, engine: Any, collective: Collective | None = None) -> None:
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.collective = collective or (
+            ProcessGroup(engine.device) if several else SingleProcess()
+        )
+        self.layout: Layout = layout_of(engine.optimizer)
+        self.inner: torch.optim.Optimizer = (
+            engine.optimizer if self.layout.replicated else engine.optimizer.optimizer
+        )
+        self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        self.names = {id(parameter): fqn for fqn, parameter in self.parameters.items()}
+        self.fragments: dict[str, Fragment | None] = {
+            self.names[id(parameter)]: self.layout.fragment(self.names[id(parameter)], parameter)
+            for flat in self.layout.flats()
+            for parameter in flat.members
+        }
+        create_state(self.inner, self.layout)
+        self.device = engine.device
+        self.ranges = self._exchange_ranges()
+        """Parameter -> (first element, number of elements) that each rank keeps."""
+        self._directions = Directions(self, engine.module)
+
+    # -- ParameterStore ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+        """The master, or a frozen weight, on the owner; each element is sent once, by a rank that
+        keeps it."""
+        parameter, rank = self.parameters[fqn], self.collective.rank
+        if self._every_rank_has_it(parameter):
+            return parameter.detach() if rank == owner else None
+        mine = self._piece(fqn)
+        if rank != owner:
+            if mine is not None:
+                _exchange([dist.P2POp(dist.isend, mine, owner)])
+            return None
+        dtype = torch.float32 if parameter.requires_grad else parameter.dtype
+        flat = torch.zeros(sum(n for _, n in self.ranges[fqn]), dtype=dtype, device=self.device)
+        parts = {r: flat[s : s + n] for r, (s, n) in enumerate(self.ranges[fqn]) if n}
+        if mine is not None:
+            parts.pop(owner).copy_(mine)
+        _exchange([dist.P2POp(dist.irecv, part, source) for source, part in parts.items()])
+        return flat.view(self.layout.shape(parameter))
+
+    @torch.no_grad()
+    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+        """Trained parameters travel in fp32, frozen ones in the module's precision: one broadcast
+        for all of a precision or, where weights are sharded, one message to each rank."""
+        flat: dict[str, Tensor | None] = {}
+        for fqn, value in values.items():
+            if 0 not in self.layout.shape(self.parameters[fqn]):
+                flat[fqn] = None if value is None else value.detach().reshape(-1)
+        if self.layout.shards_weights:
+            for fqn, part in self._scatter(flat, owner).items():
+                self.write(fqn, part)
+            return
+        into = {fqn: self._landing(fqn) for fqn in flat}
+        broadcast_into(into, flat, self.collective, owner=owner)
+        for fqn in (f for f in into if self.parameters[f].requires_grad):
+            self.write(fqn, into[fqn])
+
+    @torch.no_grad()
+    def reset_moments(self, fqns: Sequence[str]) -> int:
+        """Zero the moments of the masters and the steps they share.
+
+        Raises SpectralError if parameters that are not in `fqns` share those steps.
+        """
+        chosen = set(fqns)
+        for flat in self.layout.flats():
+            inside = {self.names[id(parameter)] for parameter in flat.members}
+            if not inside & chosen:
+                continue
+            if left_out := sorted(inside - chosen):
+                raise SpectralError(
+                    f"{left_out[0]} shares an optimizer group, and so Adam's step, with parameters "
+                    "whose moments are reset; build the groups with spectral_scale.param_groups"
+                )
+            set_step(self.inner, flat.tensor, 0.0)
+        zeroed = 0
+        for fragment in filter(None, (self.fragments[fqn] for fqn in fqns)):
+            for key in MOMENTS:
+                moments = fragment.of(self.inner.state[fragment.flat][key])
+                zeroed += moments.zero_().numel()
+        if self.layout.replicated:
+            return zeroed
+        return int(self.collective.all_reduce_sum(torch.tensor(zeroed, device=self.device)))
+
+    def retract_columns(self, fqns: Iterable[str]) -> None:
+        """Check that the last step did it. Raises SpectralError if it did not."""
+        self._directions.require(fqns)
+
+    @torch.no_grad()
+    def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
+        """Rounding keeps the sign, so both copies are clamped where they are."""
+        for fqn in fqns:
+            fragment = self.fragments[fqn]
+            if fragment is not None:
+                fragment.master.clamp_min_(0)
+            self.layout.clamp_weight(self.parameters[fqn])
+
+    # -- what the backend needs, too --------------------------------------------------------
+
+    def write(self, fqn: str, part: Tensor) -> None:
+        """Overwrite both copies with this rank's `weight_range` of the value, 1-D. Collective."""
+        parameter, fragment = self.parameters[fqn], self.fragments.get(fqn)
+        if fragment is not None:
+            offset = fragment.start - self.layout.weight_range(parameter)[0]
+            self.write_master(fragment, part.narrow(0, offset, fragment.numel))
+        self.write_weight(parameter, part)
+
+    def write_master(self, fragment: Fragment, part: Tensor) -> None:
+        """Overwrite the copy that the optimizer trains."""
+        fragment.master.copy_(part)
+
+    def write_weight(self, parameter: nn.Parameter, part: Tensor) -> None:
+        """Overwrite the copy that the module computes with. Collective."""
+        self.layout.write_weight(parameter, part)
+
+    # -- small parts ------------------------------------------------------------------------
+
+    def _every_rank_has_it(self, parameter: nn.Parameter) -> bool:
+        """Whole weights are the value if they are frozen, and, in full precision, equal the masters
+        that they were copied from."""
+        exact = not parameter.requires_grad or parameter.dtype == torch.float32
+        return self.layout.replicated or (exact and not self.layout.shards_weights)
+
+    def _piece(self, fqn: str) -> Tensor | None:
+        """What this rank keeps of a value, 1-D, if anything."""
+        parameter = self.parameters[fqn]
+        if parameter.requires_grad:
+            fragment = self.fragments[fqn]
+            return None if fragment is None else fragment.master.to(self.device)
+        weight = self.layout.weight(parameter)
+        return weight.to(self.device) if weight.numel() else None
+
+    def _exchange_ranges(self) -> dict[str, list[tuple[int, int]]]:
+        """Parameter -> (first element, number of elements) kept by each rank."""
+        mine = {n: (0, 0) if f is None else (f.start, f.numel) for n, f in self.fragments.items()}
+        for fqn, parameter in self.parameters.items():
+            if not parameter.requires_grad:
+                mine[fqn] = self.layout.weight_range(parameter)
+        ranks = self.collective.broadcast_json(self.collective.gather_json(mine))
+        return {fqn: [tuple(rank[fqn]) for rank in ranks] for fqn in mine}
+
+    def _landing(self, fqn: str) -> Tensor:
+        """Where a whole value arrives, 1-D: a frozen weight in place, so that it never exists
+        twice, a trained one apart, from where both its copies are written."""
+        parameter = self.parameters[fqn]
+        if parameter.requires_grad:
+            return torch.empty(parameter.numel(), dtype=torch.float32, device=self.device)
+        return parameter.detach().view(-1)
+
+    def _scatter(self, values: Mapping[str, Tensor | None], owner: int) -> dict[str, Tensor]:
+        """This rank's `weight_range` of each of the owner's 1-D values; one message a rank and
+        precision."""
+        rank, world = self.collective.rank, self.collective.world_size
+        parts = {fqn: self._empty_part(fqn) for fqn in values}
+        for dtype in dict.fromkeys(part.dtype for part in parts.values()):
+            chosen = [fqn for fqn, part in parts.items() if part.dtype == dtype]
+            mine = torch.cat([parts[fqn] for fqn in chosen])
+            if rank != owner:
+                _exchange([dist.P2POp(dist.irecv, mine, owner)] if mine.numel() else [])
+            else:
+                packed = [self._packed(values, chosen, r, dtype) for r in range(world)]
+                mine = packed[rank]
+                others = [(r, p) for r, p in enumerate(packed) if r != rank and p.numel()]
+                _exchange([dist.P2POp(dist.isend, p, r) for r, p in others])
+            unpack(mine, [parts[fqn] for fqn in chosen])
+        return parts
+
+    def _packed(
+        self, values: Mapping[str, Tensor | None], fqns: list[str], rank: int, dtype: torch.dtype
+    ) -> Tensor:
+        """What another rank holds of the values, one after another."""
+        parts = []
+        for fqn in fqns:
+            value = values[fqn]
+            if value is None:
+                raise ValueError(f"the owner gave no value for {fqn}")
+            partition = cast(Any, self.parameters[fqn]).partition_numel()
+            parts.append(value[rank * partition : (rank + 1) * partition].to(self.device, dtype))
+        return torch.cat(parts)
+
+    def _empty_part(self, fqn: str) -> Tensor:
+        parameter = self.parameters[fqn]
+        dtype = torch.float32 if parameter.requires_grad else parameter.dtype
+        _, numel = self.layout.weight_range(parameter)
+        return torch.empty(numel, dtype=dtype, device=self.device)
+
+
+def _exchange(operations: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()

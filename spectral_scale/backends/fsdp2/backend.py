@@ -1,0 +1,239 @@
+"""FSDP2 and HSDP: every parameter cut over ranks by torch's `fully_shard`, gathered block by block.
+
+Trained weights are gathered and their gradients summed in their own precision (float32), frozen
+ones are gathered in theirs (bf16 in bf16 runs) and never reduced. Products run under autocast, as
+on the torch backend: a mixed-precision policy of FSDP would round embeddings, norms and the
+residual stream too, and so train other numbers.
+"""
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+from spectral_scale.backends.base import Accept, Replicated, StepStats
+from spectral_scale.backends.fsdp2.store import FSDP2Store
+from spectral_scale.backends.fsdp2.tensor_parallel import LogitsInParts, apply_tensor_parallel
+from spectral_scale.config.capability import shard_group_size, shards_residual
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.optim.build import create_state
+from spectral_scale.optim.groups import kinds
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
+from spectral_scale.parallel.collective import ProcessGroup
+from spectral_scale.parallel.device import pick_device
+from spectral_scale.parallel.dtensor_collectives import local, sum_over_shards
+from spectral_scale.parallel.dtensor_layout import Layout, Layouts
+from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
+from spectral_scale.parallel.rank_info import RankFacts
+
+CLIP_EPSILON = 1e-6
+"""Added to a norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
+
+
+class FSDP2Backend:
+    """Implements `Backend` on `fully_shard`.
+
+    Args:
+        facts: where this process stands.
+        device: `auto`, `cpu` or `cuda`.
+        shard_group: ranks that share one copy of the model; fewer than all of them is HSDP.
+        shard_frozen: cut frozen weights too; else every rank holds them whole.
+        tensor_parallel: neighbouring ranks that share each matrix and see the same data.
+    """
+
+    def __init__(
+        self,
+        facts: RankFacts,
+        device: str,
+        *,
+        shard_group: int,
+        shard_frozen: bool,
+        tensor_parallel: int = 1,
+    ) -> None:
+        self.device = pick_device(device, facts.local_rank)
+        self.collective = join_group(facts.world_size, self.device)
+        if facts.world_size == 1:
+            join_alone(self.device)
+        self.data_rank = facts.rank // tensor_parallel
+        self.data_world_size = facts.world_size // tensor_parallel
+        self._mesh = _mesh(self.device, facts.world_size, shard_group, tensor_parallel)
+        self._tensor_parallel = tensor_parallel
+        self.data_collective = self.collective
+        if tensor_parallel > 1:
+            # Gradients of losses on other data are all this group sums; TP ranks repeat each other.
+            self.data_collective = ProcessGroup(torch.device("cpu"), self._mesh.get_group("shard"))
+        self._shard_frozen = shard_frozen
+        self._layouts = Layouts(self._mesh)
+        self._model: nn.Module
+        self._root: FSDPModule
+        self._optimizer: torch.optim.Optimizer
+
+    def shard(self, model: nn.Module) -> None:
+        """Cut every block, then what remains, in place."""
+        # transformers' blocks return views, which nothing changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        mesh = self._mesh
+        if self._tensor_parallel > 1:
+            apply_tensor_parallel(model, mesh["tensor"])
+            mesh = mesh["shard"]
+        frozen = {p for p in model.parameters() if not p.requires_grad}
+        ignored = set() if self._shard_frozen else frozen
+        for module in [*transformer_blocks(model), model]:
+            sharded = fully_shard(module, mesh=mesh, ignored_params=ignored)
+            # The loss is this rank's share of the step's, so gradients are summed, not averaged.
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
+        model.register_forward_hook(_free_root_after_evaluation)
+        self._model, self._root = model, sharded
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Create the optimizer's state, cut as the parameters are."""
+        self._optimizer = optimizer
+        create_state(optimizer)
+        return LogitsInParts(self._model) if self._tensor_parallel > 1 else self._model
+
+    def store(self) -> FSDP2Store:
+        """Parameters by name, scattered from and gathered to their owners."""
+        return FSDP2Store(self._model, self._optimizer, self.collective, mesh=self._mesh)
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients stay whole on each rank until the last micro-batch, then are summed and cut."""
+        self._root.set_requires_gradient_sync(last)
+        self._root.set_is_last_backward(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients are summed over ranks as the backward pass leaves each block."""
+        with loss_parallel() if self._tensor_parallel > 1 else nullcontext():
+            loss.backward()
+
+    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
+        """Clip each kind of group by its own norm, step, and drop the gradients."""
+        gradients = {
+            kind: [p.grad for group in groups for p in group["params"] if p.grad is not None]
+            for kind, groups in kinds(self._optimizer.param_groups).items()
+        }
+        norms = self._norms(gradients)
+        applied = accept is None or accept(norms)
+        if applied:
+            if clip_grad_norm > 0:
+                for kind, members in gradients.items():
+                    coefficient = (clip_grad_norm / (norms[kind] + CLIP_EPSILON)).clamp_max_(1.0)
+                    torch._foreach_mul_([local(g) for g in members], coefficient)
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepStats(applied=applied, grad_norms=norms)
+
+    def state_chunks(self) -> Iterator[TensorChunk]:
+        """This rank's pieces of trained parameters and moments; copies write nothing twice."""
+        for name, tensor in self._state():
+            if not isinstance(tensor, DTensor):
+                if self.collective.rank == 0:
+                    yield whole(name, tensor)
+                continue
+            layout, shape = self._layouts.of(tensor), tuple(tensor.shape)
+            box = layout.rectangle(shape)
+            if layout.is_first_copy and box.numel:
+                yield TensorChunk(name, local(tensor), shape, box.offset)
+
+    def replicated(self) -> Iterator[Replicated]:
+        """What `fully_shard` left whole and, under HSDP, the pieces of the other copies."""
+        frozen = (
+            (f"model/{fqn}", parameter.detach())
+            for fqn, parameter in self._model.named_parameters()
+            if not parameter.requires_grad
+        )
+        for name, tensor in itertools.chain(frozen, self._state()):
+            if not isinstance(tensor, DTensor):
+                yield name, tensor, 0
+            elif len((layout := self._layouts.of(tensor)).copy_ranks) > 1:
+                yield name, local(tensor), layout.index
+
+    def load_state(self, read: ReadTensor) -> None:
+        """Overwrite this rank's pieces in place; only their elements are read."""
+        for name, tensor in self._state():
+            if not isinstance(tensor, DTensor):
+                tensor.copy_(read(name))
+                continue
+            box = self._layouts.of(tensor).rectangle(tuple(tensor.shape))
+            if box.numel:
+                local(tensor).copy_(read(name, offset=box.offset, shape=box.shape))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the process group; collective unless this rank has failed."""
+        leave_group(failed=failed)
+
+    def _norms(self, gradients: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        """Norm of each kind's gradient over all pieces: one all-reduce, of one number a kind."""
+        parts = [
+            (kind, layout, torch.nn.utils.get_total_norm(map(local, members)).square())
+            for kind, of_kind in gradients.items()
+            for layout, members in self._by_layout(of_kind).items()
+        ]
+        sums = sum_over_shards([part[2] for part in parts], [part[1] for part in parts])
+        totals = {kind: torch.zeros((), device=self.device) for kind in gradients}
+        for (kind, _, _), square in zip(parts, sums, strict=True):
+            totals[kind] = totals[kind] + square
+        return {kind: total.sqrt() for kind, total in totals.items()}
+
+    def _by_layout(self, tensors: list[Tensor]) -> dict[Layout | None, list[Tensor]]:
+        found: dict[Layout | None, list[Tensor]] = {}
+        for tensor in tensors:
+            layout = self._layouts.of(tensor) if isinstance(tensor, DTensor) else None
+            found.setdefault(layout, []).append(tensor)
+        return found
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self._optimizer.param_groups:
+            for fqn, parameter in zip(group["fqns"], group["params"], strict=True):
+                yield f"model/{fqn}", parameter.detach()
+                for key, value in sorted(self._optimizer.state[parameter].items()):
+                    yield f"optimizer/{fqn}/{key}", value
+
+
+def open_backend(config: RunConfig, facts: RankFacts) -> FSDP2Backend:
+    """Start it for a run; see `engine.hosts`. Collective."""
+    return FSDP2Backend(
+        facts,
+        config.train.device,
+        shard_group=shard_group_size(config.parallel, facts.world_size),
+        shard_frozen=shards_residual(config.parallel),
+        tensor_parallel=config.parallel.tensor_parallel,
+    )
+
+
+def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The members of every list of modules: what is gathered and freed together."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            yield from module
+
+
+def _free_root_after_evaluation(root: nn.Module, *_: object) -> None:
+    """Without a backward pass to come, `fully_shard` would leave the root's weights whole."""
+    if isinstance(root, FSDPModule) and not torch.is_grad_enabled():
+        root.reshard()
+
+
+def _mesh(
+    device: torch.device, world_size: int, shard_group: int, tensor_parallel: int
+) -> DeviceMesh:
+    """All ranks in a line, or in rows that hold one copy of the model, or one matrix, each."""
+    if tensor_parallel > 1:
+        shape, names = (world_size // tensor_parallel, tensor_parallel), ("shard", "tensor")
+    elif shard_group == world_size:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    else:
+        shape, names = (world_size // shard_group, shard_group), ("copy", "shard")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():
+        keep_until_exit(group)
+    return mesh

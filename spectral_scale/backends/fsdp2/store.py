@@ -1,0 +1,131 @@
+"""How the spectral controller reaches parameters that `fully_shard` has cut into DTensors."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.dtensor_collectives import gather, local, scatter, sum_over_shards
+from spectral_scale.parallel.dtensor_layout import Layout, Layouts
+from spectral_scale.parallel.group import present_group
+from spectral_scale.parallel.packing import broadcast_into
+from spectral_scale.parallel.rectangles import Rectangle
+from spectral_scale.parallel.store import rearrange, rearrange_moments, zero_moments
+
+
+class FSDP2Store:
+    """A `ParameterStore` of a model under `fully_shard` (FSDP2 or HSDP).
+
+    Parameters that were left out of it (`ignored_params`), whole on every rank, are served too.
+
+    Args:
+        model: after `fully_shard`.
+        optimizer: a torch optimizer over its parameters; None: there are no moments to reset.
+        collective: all ranks of the model; by default those of the default process group.
+        mesh: all ranks as a mesh, if parameters lie on a part of it only (tensor parallelism).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        collective: Collective | None = None,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._reshard()
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = optimizer
+        self.collective = collective or present_group()
+        self.mesh = mesh
+        self._layouts = Layouts(mesh)
+
+    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+        """The pieces, put together on the owner."""
+        self._reshard()
+        parameter = self._parameters[fqn]
+        if isinstance(parameter, DTensor):
+            return gather(parameter, self._layouts.of(parameter), owner=owner)
+        return parameter.detach() if self.collective.rank == owner else None
+
+    @torch.no_grad()
+    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+        """Scatter from the owner, or broadcast what ranks hold whole: all parameters of a dtype and
+        a placement in one message."""
+        self._reshard()
+        packets: dict[tuple[int, torch.dtype], dict[str, DTensor]] = {}
+        kept_whole: dict[str, Tensor] = {}
+        for fqn in values:
+            parameter = self._parameters[fqn]
+            if isinstance(parameter, DTensor):
+                kind = (id(self._layouts.of(parameter)), parameter.dtype)
+                packets.setdefault(kind, {})[fqn] = parameter
+            else:
+                kept_whole[fqn] = parameter.detach()
+        broadcast_into(kept_whole, values, self.collective, owner=owner)
+        for packet in packets.values():
+            into = list(packet.values())
+            whole = [values[fqn] for fqn in packet]
+            scatter(whole, into, self._layouts.of(into[0]), owner=owner)
+
+    @torch.no_grad()
+    def reset_moments(self, fqns: Sequence[str]) -> int:
+        """Zero exp_avg, exp_avg_sq and step of each parameter that has them."""
+        parameters = (self._parameters[fqn] for fqn in fqns)
+        return zero_moments(self._optimizer, parameters, local) if self._optimizer else 0
+
+    @torch.no_grad()
+    def move_moments(self, fqn: str, source: Tensor) -> int:
+        """Rearrange exp_avg and exp_avg_sq along the last axis, gathering them if it is cut."""
+        if self._optimizer is None:
+            return 0
+        parameter = self._parameters[fqn]
+        return rearrange_moments(self._optimizer, parameter, source, self._rearrange, local)
+
+    @torch.no_grad()
+    def retract_columns(self, fqns: Iterable[str]) -> None:
+        """Scale every column to unit length: one all-reduce of r squared norms a factor.
+
+        Norms are summed over ranks only where rows are spread over ranks.
+        """
+        self._reshard()
+        factors = [self._parameters[fqn] for fqn in fqns]
+        squares = [torch.linalg.vector_norm(local(f), dim=0).square_() for f in factors]
+        cut = [self._row_layout(f) for f in factors]
+        for factor, square in zip(factors, sum_over_shards(squares, cut), strict=True):
+            norms = square.sqrt_().clamp_min_(torch.finfo(factor.dtype).tiny)
+            local(factor).div_(norms)
+
+    @torch.no_grad()
+    def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
+        """sigma = max(sigma, 0)."""
+        self._reshard()
+        for fqn in fqns:
+            local(self._parameters[fqn]).clamp_min_(0)
+
+    def _reshard(self) -> None:
+        """Free gathered copies: after a forward without a backward the root's parameters are still
+        whole, and what is written to the shards would not be seen."""
+        for module in self._fsdp_modules:
+            module.reshard()
+
+    def _rearrange(self, moment: Tensor, source: Tensor, new: Tensor) -> None:
+        """Column j becomes column `source[j]`, or zero where `new`."""
+        layout = self._layouts.of(moment) if isinstance(moment, DTensor) else None
+        mine, shape = local(moment), tuple(moment.shape)
+        if layout is None or layout.dim != len(shape) - 1:
+            rearrange(mine, source, new)
+            return
+        whole = cast(DTensor, moment).full_tensor().index_select(-1, source).masked_fill_(new, 0.0)
+        box = layout.rectangle(shape)
+        mine.copy_(whole[box.slices_in(Rectangle((0,) * len(shape), shape))])
+
+    def _row_layout(self, parameter: Tensor) -> Layout | None:
+        """The layout if rows (dimension 0) are what is cut; else columns are whole here."""
+        layout = self._layouts.of(parameter) if isinstance(parameter, DTensor) else None
+        return layout if layout is not None and layout.dim == 0 else None

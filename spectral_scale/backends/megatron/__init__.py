@@ -1,0 +1,1 @@
+"""megatron-core: tensor parallelism in groups of neighbouring ranks, data parallelism across."""

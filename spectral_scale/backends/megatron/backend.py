@@ -1,0 +1,222 @@
+"""megatron-core: tensor parallelism within groups of neighbouring ranks, data parallelism across.
+
+Gradients are summed by Megatron's DistributedDataParallel and `finalize_model_grads`, steps are
+those of its FP32Optimizer or, with `parallel.distributed_optimizer`, its DistributedOptimizer.
+Weights and moments are fp32; bf16 runs compute products under autocast and hold frozen weights in
+bf16, as on the torch backend.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectral_scale.backends.base import Accept, Replicated, StepStats
+from spectral_scale.backends.megatron.adapter import (
+    GPTForward,
+    build_spectral_gpt,
+    recompute_layers,
+    take_place,
+)
+from spectral_scale.backends.megatron.checkpoint_state import MegatronState
+from spectral_scale.backends.megatron.gradients import counted_squares, sum_partial_gradients
+from spectral_scale.backends.megatron.optimizer import Masters, wrap_adamw
+from spectral_scale.backends.megatron.store import MegatronStore
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.models.weights import InitialWeights
+from spectral_scale.optim.build import create_state
+from spectral_scale.optim.groups import kinds
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
+from spectral_scale.parallel.collective import Collective, ProcessGroup
+from spectral_scale.parallel.device import pick_device
+from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
+from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rectangles import Rectangle
+from spectral_scale.parallel.table import ParameterTable
+from spectral_scale.parallel.tensor_parallel import held_rectangle
+
+CLIP_EPSILON = 1e-6
+"""Added to a norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
+
+
+class MegatronBackend:
+    """Implements `Backend` and `ModelMaker` on megatron-core."""
+
+    def __init__(self, config: RunConfig, facts: RankFacts) -> None:
+        self.config = config
+        self.device = pick_device(config.train.device, facts.local_rank)
+        self.collective = join_group(facts.world_size, self.device)
+        if facts.world_size == 1:
+            join_alone(self.device)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.parallel.tensor_parallel
+        )
+        self._tensor = parallel_state.get_tensor_model_parallel_group()
+        self._data = parallel_state.get_data_parallel_group()
+        reducing = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for group in (self._tensor, self._data, reducing):
+            keep_until_exit(group)
+        model_parallel_cuda_manual_seed(config.train.seed)
+        self.data_rank, self.data_world_size = self._data.rank(), self._data.size()
+        self.data_collective: Collective = self.collective
+        if self._tensor.size() > 1:
+            self.data_collective = ProcessGroup(torch.device("cpu"), self._data)
+        self._model: nn.Module
+        self._wrapped: DistributedDataParallel
+        self._optimizer: torch.optim.Optimizer
+        self._host: Any
+        self._table: ParameterTable
+
+    def make(
+        self,
+        model: PreTrainedModel,
+        table: ParameterTable,
+        weights: InitialWeights,
+        *,
+        dtype: torch.dtype,
+        frozen_dtype: torch.dtype,
+        fresh: bool,
+    ) -> None:
+        """Build the GPTModel and put its parameters in the place of the model's, in place."""
+        parallel = self.config.parallel
+        gpt = build_spectral_gpt(
+            model,
+            self.config.spectral,
+            tensor_parallel=self._tensor.size(),
+            sequence_parallel=parallel.sequence_parallel,
+            completion=parallel.factor_gradients,
+            fused_attention=model.config._attn_implementation == "sdpa",
+            dtype=dtype,
+            frozen_dtype=frozen_dtype,
+            device=self.device,
+        )
+        if self.config.model.activation_checkpointing:
+            recompute_layers(gpt)
+        take_place(model, gpt, table)
+        self._gpt, self._table = gpt, table
+        if fresh:
+            self._initialise_dense(model, weights)
+
+    def shard(self, model: nn.Module) -> None:
+        """Wrap the GPTModel in Megatron's DistributedDataParallel."""
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=self.config.parallel.distributed_optimizer,
+            check_for_nan_in_grad=False,
+        )
+        self._model = model
+        self._wrapped = DistributedDataParallel(
+            config=self._gpt.config, ddp_config=settings, module=self._gpt
+        )
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Wrap the optimizer in Megatron's and create its state."""
+        if not isinstance(optimizer, torch.optim.AdamW):
+            raise TypeError(f"Megatron's optimizers wrap AdamW, not {type(optimizer).__name__}")
+        self._host = wrap_adamw(optimizer, self._wrapped, clip_grad=0.0)
+        self._optimizer = optimizer
+        create_state(optimizer)
+        self._state = MegatronState(
+            self._model, self._table, Masters(self._host), self._tensor, self._data
+        )
+        self._wrapped.zero_grad_buffer()
+        return GPTForward(self._wrapped, self._tensor)
+
+    def store(self) -> MegatronStore:
+        """Parameters by name, gathered to and scattered from their owners."""
+        return MegatronStore(self._model, self._host, self.collective, self._table)
+
+    @contextmanager
+    def accumulate(self, *, last: bool) -> Iterator[None]:
+        """Gradients stay on each rank until the last micro-batch, then are summed."""
+        yield
+        if last:
+            finalize_model_grads([self._wrapped])
+            sum_partial_gradients(self._gpt.parameters(), self._tensor)
+            self._host.prepare_grads()
+
+    def backward(self, loss: Tensor) -> None:
+        """Every rank's gradients, into Megatron's buffers."""
+        loss.backward()
+
+    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
+        """Clip each kind of group by its own norm, step, and drop the gradients."""
+        norms = self._norms()
+        applied = accept is None or accept(norms)
+        if applied:
+            if clip_grad_norm > 0:
+                for kind, groups in kinds(self._optimizer.param_groups).items():
+                    factor = (clip_grad_norm / (norms[kind] + CLIP_EPSILON)).clamp_max_(1.0)
+                    if gradients := _gradients(groups):  # a rank's shard may hold none
+                        torch._foreach_mul_(gradients, factor)
+            self._host.step_with_ready_grads()
+        self._host.zero_grad()
+        self._wrapped.zero_grad_buffer()
+        return StepStats(applied=applied, grad_norms=norms)
+
+    def state_chunks(self) -> Iterator[TensorChunk]:
+        """The parts of trained parameters and moments that no other rank writes."""
+        return self._state.chunks()
+
+    def replicated(self) -> Iterator[Replicated]:
+        """Parameters, and moments unless the DistributedOptimizer shards them."""
+        return self._state.replicated()
+
+    def load_state(self, read: ReadTensor) -> None:
+        """Overwrite this rank's parts in place; only their elements are read."""
+        self._state.load(read)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the process groups; collective unless this rank has failed."""
+        parallel_state.destroy_model_parallel()
+        leave_group(failed=failed)
+
+    def _norms(self) -> dict[str, Tensor]:
+        """Norm of each kind's gradient; what ranks hold whole counts once. One all-reduce."""
+        by_kind = kinds(self._optimizer.param_groups)
+        squares = torch.stack(
+            [
+                counted_squares(
+                    (p for group in groups for p in group["params"]),
+                    tensor_rank=self._tensor.rank(),
+                    device=self.device,
+                )
+                for groups in by_kind.values()
+            ]
+        )
+        sharded = self.config.parallel.distributed_optimizer
+        dist.all_reduce(squares, group=None if sharded else self._tensor)
+        return {k: s.sqrt().float() for k, s in zip(by_kind, squares, strict=True)}
+
+    @torch.no_grad()
+    def _initialise_dense(self, model: nn.Module, weights: InitialWeights) -> None:
+        """Whole tensors by name, of which this rank takes its part: never a draw for a part."""
+        for fqn, parameter in model.named_parameters():
+            if self._table[fqn].layer is None:
+                shape = self._table[fqn].global_shape
+                box = held_rectangle(
+                    fqn, shape, parts=self._tensor.size(), index=self._tensor.rank()
+                )
+                frame = Rectangle((0,) * len(shape), shape)
+                parameter.copy_(weights.get(fqn, shape)[box.slices_in(frame)])
+
+
+def _gradients(groups: list[dict[str, Any]]) -> list[Tensor]:
+    return [p.grad for group in groups for p in group["params"] if p.grad is not None]
+
+
+def open_backend(config: RunConfig, facts: RankFacts) -> MegatronBackend:
+    """Start it for a run; see `engine.hosts`. Collective."""
+    return MegatronBackend(config, facts)

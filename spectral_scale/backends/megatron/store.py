@@ -1,0 +1,208 @@
+"""How the spectral controller reaches parameters over tensor- and data-parallel ranks."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from spectral_scale.backends.megatron.matrix import SpectralMatrix
+from spectral_scale.backends.megatron.optimizer import Masters
+from spectral_scale.backends.megatron.partitioning import cut_of
+from spectral_scale.backends.megatron.shards import MegatronPieces
+from spectral_scale.errors import ConfigError
+from spectral_scale.methods.convert import spectral_layers
+from spectral_scale.methods.owners import assign_owners
+from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.flat_shards import Pieces
+from spectral_scale.parallel.group import present_group
+from spectral_scale.parallel.packing import broadcast_into, unpack
+from spectral_scale.parallel.store import MOMENTS
+from spectral_scale.parallel.table import ParameterTable
+
+
+class MegatronStore:
+    """A `ParameterStore` of a model with Megatron's tensor parallelism, on several copies.
+
+    An owner is one rank of all. What is cut is gathered to it within its own tensor-parallel group;
+    on the way back each rank of that group hands its part on to its data-parallel group.
+
+    Args:
+        model: not wrapped; its parameters carry Megatron's marks of how they are cut.
+        optimizer: a torch AdamW, or Megatron's around one; None: there are no moments to reset.
+        collective: all ranks of the model; by default those of the default process group.
+        table: the parameters' whole shapes; for `pieces`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any | None,
+        collective: Collective | None = None,
+        table: ParameterTable | None = None,
+    ) -> None:
+        self.collective = collective or present_group()
+        self._table = table
+        self._layers = spectral_layers(model)
+        self._parameters = dict(model.named_parameters())
+        self._cuts = {fqn: cut_of(p) for fqn, p in self._parameters.items()}
+        self._device = next(iter(self._parameters.values())).device
+        self._masters = None if optimizer is None else Masters(optimizer)
+        self._tensor = parallel_state.get_tensor_model_parallel_group()
+        self._data = parallel_state.get_data_parallel_group()
+        self._tensor_ranks, self._data_ranks = map(
+            dist.get_process_group_ranks, (self._tensor, self._data)
+        )
+        if self._tensor.size() * self._data.size() != self.collective.world_size:
+            raise ConfigError(
+                f"{self._tensor.size()} tensor-parallel x {self._data.size()} data-parallel ranks "
+                f"are not the {self.collective.world_size} of the run; pipeline, context and "
+                "expert parallelism are not supported"
+            )
+        if self._tensor_ranks != self._group_of(self.collective.rank):
+            raise ConfigError(
+                f"tensor-parallel ranks {self._tensor_ranks} are not neighbours; call "
+                "initialize_model_parallel with its default order"
+            )
+
+    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+        """The whole value on the owner, from the ranks of its tensor-parallel group."""
+        parameter, dim = self._parameters[fqn].detach(), self._cuts[fqn]
+        if dim is None:
+            return parameter if self.collective.rank == owner else None
+        return self._gather(parameter, dim, owner)
+
+    @torch.no_grad()
+    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+        """Scatter to the owner's tensor-parallel group, then broadcast to the other copies."""
+        whole = {f: self._parameters[f].detach() for f in values if self._cuts[f] is None}
+        broadcast_into(whole, {fqn: values[fqn] for fqn in whole}, self.collective, owner=owner)
+        packets: dict[torch.dtype, list[str]] = {}
+        for fqn in values:
+            if fqn not in whole and self._parameters[fqn].numel():
+                packets.setdefault(self._parameters[fqn].dtype, []).append(fqn)
+        for fqns in packets.values():
+            self._deliver(fqns, values, owner)
+
+    @torch.no_grad()
+    def reset_moments(self, fqns: Sequence[str]) -> int:
+        """Zero exp_avg, exp_avg_sq and step; the moments zeroed, each counted once over ranks."""
+        zeroed = torch.zeros((), dtype=torch.int64, device=self._device)
+        for fqn in fqns:
+            parameter = self._parameters[fqn]
+            held = self._masters.held(parameter) if self._masters else None
+            if held is None:
+                continue
+            for name in MOMENTS:
+                if name in held[2]:
+                    held[2][name].zero_()
+                    zeroed += held[2][name].numel() if self._counts(fqn) else 0
+            if "step" in held[2]:
+                held[2]["step"].zero_()
+        return int(self.collective.all_reduce_sum(zeroed))
+
+    @torch.no_grad()
+    def retract_columns(self, fqns: Iterable[str]) -> None:
+        """Scale every column to unit length: one all-reduce of the cut factors' squared norms."""
+        names = list(fqns)
+        factors = [self._parameters[fqn] for fqn in names]
+        squares = [torch.linalg.vector_norm(f, dim=0).square_() for f in factors]
+        cut = [s for fqn, s in zip(names, squares, strict=True) if self._cuts[fqn] == 0]
+        if cut and self._tensor.size() > 1:
+            total = torch.cat(cut)
+            dist.all_reduce(total, group=self._tensor)
+            unpack(total, cut)
+        for factor, square in zip(factors, squares, strict=True):
+            factor.div_(square.sqrt_().clamp_min_(torch.finfo(factor.dtype).tiny))
+
+    @torch.no_grad()
+    def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
+        """sigma = max(sigma, 0)."""
+        for fqn in fqns:
+            self._parameters[fqn].clamp_min_(0)
+
+    def pieces(self) -> Pieces:
+        """Flat pieces of what the optimizer steps. Collective. Raises ConfigError without one."""
+        if self._masters is None or self._table is None:
+            raise ConfigError("a MegatronStore has pieces only if it was given optimizer and table")
+        return MegatronPieces(
+            self._parameters, self._table, self._masters, self._tensor, self._data
+        )
+
+    def initial_weights(self) -> Callable[[str], Tensor]:
+        """Dense weights of a converted model, each gathered to its owner, for the controller.
+
+        Whole matrices, so that a decomposition never sees a shard. Collective. Raises ConfigError
+        if a layer has none.
+        """
+        layers = {n: m for n, m in self._layers.items() if isinstance(m, SpectralMatrix)}
+        shapes = {n: (m.out_features, m.in_features) for n, m in layers.items()}
+        found: dict[str, Tensor | None] = {}
+        for name, owner in assign_owners(shapes, self.collective.world_size).items():
+            part, layers[name].initial_part = layers[name].initial_part, None
+            if part is None:
+                raise ConfigError(
+                    f"{name} has no dense weight; it was not made by convert_gpt, or another "
+                    "store has taken it already"
+                )
+            dim = 0 if layers[name].kind == "column" else 1
+            found[name] = self._gather(part, dim, owner)
+
+        def weight(name: str) -> Tensor:
+            value = found.pop(name)
+            if value is None:
+                raise ConfigError(f"{name} is asked for on a rank that does not own it")
+            return value
+
+        return weight
+
+    def _counts(self, fqn: str) -> bool:
+        """Whether this rank's moments of it are counted, and not those of another copy."""
+        first_copy = self._data.rank() == 0 or (self._masters is not None and self._masters.sharded)
+        return first_copy and (self._cuts[fqn] is not None or self._tensor.rank() == 0)
+
+    def _group_of(self, rank: int) -> list[int]:
+        """The tensor-parallel group of any rank."""
+        size = self._tensor.size()
+        return [rank // size * size + i for i in range(size)]
+
+    def _gather(self, part: Tensor, dim: int, owner: int) -> Tensor | None:
+        """Parts of the owner's tensor-parallel group, put together there; None elsewhere."""
+        if self._tensor.size() == 1:
+            return part if self.collective.rank == owner else None
+        if owner not in self._tensor_ranks:
+            return None
+        mine = part.detach().contiguous()
+        parts = None
+        if self.collective.rank == owner:
+            parts = [torch.empty_like(mine) for _ in range(self._tensor.size())]
+        dist.gather(mine, parts, dst=owner, group=self._tensor)
+        return None if parts is None else torch.cat(parts, dim=dim)
+
+    def _deliver(
+        self, fqns: Sequence[str], values: Mapping[str, Tensor | None], owner: int
+    ) -> None:
+        """Cut tensors of one dtype: this rank's parts of the owner's whole values, in place."""
+        into = [self._parameters[fqn].detach() for fqn in fqns]
+        parts = self._parts(fqns, values) if self.collective.rank == owner else None
+        flat = into[0].new_empty(sum(t.numel() for t in into)) if parts is None else parts[0]
+        if self._tensor.size() > 1 and owner in self._tensor_ranks:
+            flat = torch.empty_like(flat)
+            dist.scatter(flat, parts, src=owner, group=self._tensor)
+        if self._data.size() > 1:
+            source = self._group_of(owner)[self._tensor.rank()]
+            dist.broadcast(flat, src=source, group=self._data)
+        unpack(flat, into)
+
+    def _parts(self, fqns: Sequence[str], values: Mapping[str, Tensor | None]) -> list[Tensor]:
+        """The owner's values cut: one flat tensor for each tensor-parallel rank."""
+        parts: list[list[Tensor]] = [[] for _ in range(self._tensor.size())]
+        for fqn in fqns:
+            target, value, dim = self._parameters[fqn], values[fqn], self._cuts[fqn]
+            if value is None or dim is None:
+                raise RuntimeError(f"the owner has no value of {fqn}")
+            for part, piece in zip(parts, value.chunk(len(parts), dim=dim), strict=True):
+                part.append(piece.to(target).reshape(-1))
+        return [torch.cat(part) for part in parts]

@@ -1,0 +1,119 @@
+"""One process, or DistributedDataParallel: every rank holds every parameter whole."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from spectral_scale.backends.base import Accept, Replicated, StepStats
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.optim.build import create_state
+from spectral_scale.optim.groups import kinds
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, overwrite, whole
+from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.device import pick_device
+from spectral_scale.parallel.group import join_group, leave_group
+from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.store import TorchStore
+
+
+class TorchBackend:
+    """Implements `Backend` on plain torch."""
+
+    collective: Collective
+
+    def __init__(self, facts: RankFacts, device: str) -> None:
+        self.device = pick_device(device, facts.local_rank)
+        self.collective = join_group(facts.world_size, self.device)
+        self.data_rank, self.data_world_size = facts.rank, facts.world_size
+        self.data_collective = self.collective
+        self._model: nn.Module
+        self._wrapped: nn.Module
+        self._optimizer: torch.optim.Optimizer
+
+    def shard(self, model: nn.Module) -> None:
+        """Nothing is sharded: every rank keeps the whole model."""
+        self._model = model
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Create the optimizer's state, and wrap the model if there is more than one rank."""
+        self._optimizer = optimizer
+        create_state(optimizer)
+        self._wrapped = self._model
+        if self.collective.world_size > 1:
+            self._wrapped = DistributedDataParallel(
+                self._model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        return self._wrapped
+
+    def store(self) -> TorchStore:
+        """Whole parameters and their moments."""
+        return TorchStore(self._model, self._optimizer, self.collective)
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        """DDP reduces gradients in the last micro-batch only."""
+        if last or not isinstance(self._wrapped, DistributedDataParallel):
+            return nullcontext()
+        return self._wrapped.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """DDP averages over ranks, so the loss is scaled up to make it a sum."""
+        scale = self.collective.world_size
+        (loss * scale if scale > 1 else loss).backward()
+
+    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
+        """Clip each kind of group by its own norm, step, and drop the gradients."""
+        parameters = {
+            kind: [p for group in groups for p in group["params"]]
+            for kind, groups in kinds(self._optimizer.param_groups).items()
+        }
+        norms = {
+            kind: torch.nn.utils.get_total_norm([p.grad for p in members if p.grad is not None])
+            for kind, members in parameters.items()
+        }
+        applied = accept is None or accept(norms)
+        if applied:
+            if clip_grad_norm > 0:
+                for kind, members in parameters.items():
+                    torch.nn.utils.clip_grads_with_norm_(members, clip_grad_norm, norms[kind])
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepStats(applied=applied, grad_norms=norms)
+
+    def state_chunks(self) -> Iterator[TensorChunk]:
+        """Trained parameters and moments, written by rank 0."""
+        if self.collective.rank == 0:
+            yield from (whole(name, tensor) for name, tensor in self._state())
+
+    def replicated(self) -> Iterator[Replicated]:
+        """Everything: frozen and trained parameters, and moments."""
+        for fqn, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                yield f"model/{fqn}", parameter.detach(), 0
+        yield from ((name, tensor, 0) for name, tensor in self._state())
+
+    def load_state(self, read: ReadTensor) -> None:
+        """Overwrite trained parameters and moments in place from a checkpoint."""
+        overwrite(self._state(), read)
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self._optimizer.param_groups:
+            for fqn, parameter in zip(group["fqns"], group["params"], strict=True):
+                yield f"model/{fqn}", parameter.detach()
+                for key, value in sorted(self._optimizer.state[parameter].items()):
+                    yield f"optimizer/{fqn}/{key}", value
+
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the process group, if there is one; collective unless this rank has failed."""
+        leave_group(failed=failed)
+
+
+def open_backend(config: RunConfig, facts: RankFacts) -> TorchBackend:
+    """Start it for a run; see `engine.hosts`."""
+    return TorchBackend(facts, config.train.device)

@@ -1,1 +1,0 @@
-"""The methods Sparse Spectral Training is compared with, under the same harness and settings."""

@@ -1,0 +1,1 @@
+"""One torch-free specification for each training method."""

@@ -1,0 +1,192 @@
+"""Dense linears to spectral layers and back, loudly: what was touched is returned and counted."""
+
+import fnmatch
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch import nn
+
+from spectral_scale.config.check import trains_all_sigma
+from spectral_scale.config.schema import SpectralConfig
+from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.methods.layer import FactoredLinear, factored_layers
+from spectral_scale.methods.sst.layer import SpectralLinear
+from spectral_scale.parallel.dtensor_collectives import is_sharded
+
+logger = logging.getLogger(__name__)
+
+Layer = TypeVar("Layer", bound=FactoredLinear)
+
+
+def convert(
+    model: nn.Module,
+    config: SpectralConfig,
+    *,
+    targets: Sequence[str] | None = None,
+    frozen_dtype: torch.dtype | None = None,
+) -> dict[str, SpectralLinear]:
+    """Replace dense linears by spectral layers, in place; returns the new layers by fqn.
+
+    Works on meta models (weights are supplied later) and on real ones (each dense weight waits on
+    its layer until a SpectralController decomposes it).
+
+    Args:
+        model: converted in place.
+        config: rank, storage and gradient form.
+        targets: fnmatch patterns of module names; None takes every nn.Linear inside a numbered
+            block (`...layers.3.fc1`), which leaves embeddings and output layers dense.
+        frozen_dtype: dtype of the frozen weights; None: that of the dense weight.
+
+    Raises:
+        ConfigError: a pattern or the model yields no linear, a weight is shared, or r is too large.
+    """
+
+    def make(linear: nn.Linear) -> SpectralLinear:
+        return SpectralLinear(
+            linear.in_features,
+            linear.out_features,
+            config.spectral_rank,
+            storage=config.storage,
+            extra_sigma=config.extra_sigma,
+            enhanced=config.gradient == "enhanced",
+            active_sigma_only=not trains_all_sigma(config) and not config.extra_sigma,
+            bias=linear.bias is not None,
+            frozen_dtype=frozen_dtype,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+
+    converted = replace_linears(model, config.spectral_rank, make, targets=targets)
+    logger.info(
+        "converted %d linear layers: %d triplets train at a time (%s storage)",
+        len(converted),
+        len(converted) * config.spectral_rank,
+        config.storage,
+    )
+    return converted
+
+
+def replace_linears(
+    model: nn.Module,
+    spectral_rank: int,
+    make: Callable[[nn.Linear], Layer],
+    *,
+    targets: Sequence[str] | None = None,
+) -> dict[str, Layer]:
+    """Put `make(linear)` in the place of every targeted linear; the new layers by fqn.
+
+    The bias moves over, and a real (not meta) dense weight waits as `initial_weight`. Raises
+    ConfigError as `convert` does, before anything is changed.
+    """
+    names = find_targets(model, targets)
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
+    for name, linear in linears.items():
+        _check_rank(name, linear.weight, spectral_rank)
+    converted = {}
+    for name, linear in linears.items():
+        layer = make(linear)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        if not linear.weight.is_meta:
+            layer.initial_weight = linear.weight.detach()
+        parent_name, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child, layer)
+        converted[name] = layer
+    return converted
+
+
+def freeze_dense(model: nn.Module, frozen_dtype: torch.dtype) -> int:
+    """Freeze all parameters but the factors of converted layers, in place; how many they are.
+
+    Those of linears take `frozen_dtype` unless they are tied to an embedding: products cast them to
+    it anyway. Embeddings and norms stay in float32 at least.
+    """
+    kept = {
+        id(getattr(layer, leaf))
+        for layer in factored_layers(model).values()
+        for leaf in layer.trained_shapes()
+    }
+    modules = [m for m in model.modules() if isinstance(m, nn.Linear | FactoredLinear)]
+    linear = {id(p) for module in modules for p in module.parameters(recurse=False)}
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    linear -= {id(p) for module in embeddings for p in module.parameters(recurse=False)}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    for parameter in frozen:
+        wide = torch.promote_types(frozen_dtype, torch.float32)
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(frozen_dtype if id(parameter) in linear else wide)
+    logger.info("froze %d parameters that no method converts", len(frozen))
+    return len(frozen)
+
+
+def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
+    """Converted layers by fqn, in the model's order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SpectralLinear)}
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> int:
+    """Replace converted layers by dense nn.Linear of the same function, in place; their number."""
+    layers = factored_layers(model)
+    for name, layer in layers.items():
+        if layer.merged_by is not None:
+            raise SpectralError(f"{name} is merged by {layer.merged_by}; call that instead")
+        if not layer.ready:
+            raise SpectralError(f"{name} cannot be merged: no controller gave it values")
+        if any(map(is_sharded, layer.parameters())):
+            raise SpectralError(
+                f"{name} cannot be merged: its weights are cut into pieces; save a checkpoint, "
+                "load it into a model that is whole, and merge that"
+            )
+        weight = layer.effective_weight()
+        dense = nn.Linear(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            device="meta",
+        )
+        dense.weight = nn.Parameter(weight)
+        if layer.bias is not None:
+            dense.bias = nn.Parameter(layer.bias.detach())
+        parent_name, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child, dense)
+    return len(layers)
+
+
+def find_targets(model: nn.Module, targets: Sequence[str] | None = None) -> list[str]:
+    """Names of the linears a method trains its way; see `convert` for `targets` and errors."""
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    if targets is None:
+        found = [name for name in linears if any(p.isdigit() for p in name.split("."))]
+    else:
+        for pattern in targets:
+            if not fnmatch.filter(linears, pattern):
+                raise ConfigError(f"target {pattern!r} matches no nn.Linear; there are: {linears}")
+        found = [name for name in linears if any(fnmatch.fnmatch(name, t) for t in targets)]
+    if not found:
+        raise ConfigError(
+            "no linear layer to convert: no nn.Linear lies inside a numbered block; "
+            f"name them with targets=[...]; the model's linears are: {linears}"
+        )
+    _refuse_shared(model, found)
+    return found
+
+
+def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
+    holders: dict[int, list[str]] = {}
+    for fqn, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(fqn)
+    for name in names:
+        shared = holders[id(model.get_submodule(name).weight)]
+        if len(shared) > 1:
+            raise ConfigError(f"{name} shares its weight ({', '.join(shared)}); leave it dense")
+
+
+def _check_rank(name: str, weight: torch.Tensor, spectral_rank: int) -> None:
+    if spectral_rank > min(weight.shape):
+        raise ConfigError(
+            f"{name} is {weight.shape[0]} x {weight.shape[1]}: spectral_rank="
+            f"{spectral_rank} exceeds {min(weight.shape)}; lower it"
+        )

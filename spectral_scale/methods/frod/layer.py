@@ -1,0 +1,159 @@
+"""FRoD's linear layer (Wan et al., arXiv 2512.23485): sparse full-rank updates in a shared basis.
+
+The U-free delta form: U is a function of the frozen weight and the category's basis, so a layer
+keeps its weight alone, and starts as exactly the function it had.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spectral_scale.config.schema import SpectralConfig
+from spectral_scale.errors import SpectralError
+from spectral_scale.methods.convert import replace_linears
+from spectral_scale.methods.frod.product import (
+    FRoDProduct,
+    SharedBasis,
+    adapted_weight,
+    directions,
+)
+from spectral_scale.methods.frod.sparsity import entries
+from spectral_scale.methods.layer import FactoredLinear, in_product_dtype
+from spectral_scale.parallel.table import Role
+
+logger = logging.getLogger(__name__)
+
+
+class FRoDLinear(FactoredLinear):
+    """y = x (W + U (S + diag(delta)) V^T)^T + bias with W = U diag(lambda) V^T.
+
+    Parameters (of fixed shape for the whole run):
+        mixing (floor(s n^2),): trained entries of S, zero at first.
+        value_delta (n,): trained change of lambda, zero at first.
+        bias (out,): as the dense layer's, if it has one.
+        base (out, in), frozen: W.
+
+    A controller gives `basis` (one object for all layers of a category) and `inverse_lengths` (n,),
+    1 / lambda; neither is a parameter or buffer, so that no host casts or shards it.
+    """
+
+    parameter_roles: ClassVar[dict[str, Role]] = {
+        "mixing": "mixing",
+        "value_delta": "value_delta",
+        "base": "mixed",
+    }
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        sparsity: float,
+        bias: bool = True,
+        frozen_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.num_mixing = entries(in_features, sparsity)
+
+        def trained(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+
+        self.mixing = trained(self.num_mixing)
+        self.value_delta = trained(in_features)
+        self.bias = trained(out_features) if bias else None
+        base = torch.zeros(out_features, in_features, device=device, dtype=frozen_dtype or dtype)
+        self.base = nn.Parameter(base, requires_grad=False)
+        self.basis: SharedBasis | None = None
+        self.inverse_lengths: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's."""
+        basis, inverse_lengths = self.shared()
+        x = in_product_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):  # the weight is formed in V's precision
+            y = FRoDProduct.apply(
+                x.reshape(-1, self.in_features),
+                self.base,
+                self.mixing,
+                self.value_delta,
+                self.bias,
+                basis,
+                inverse_lengths,
+            )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def shared(self) -> tuple[SharedBasis, Tensor]:
+        """The category's basis and this layer's 1 / lambda. Raises SpectralError before a
+        controller has given them."""
+        if not self.ready or self.basis is None or self.inverse_lengths is None:
+            raise SpectralError(
+                "a converted layer was used before its category was decomposed; "
+                "create the FRoDController after convert_frod() and before the first forward"
+            )
+        return self.basis, self.inverse_lengths
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical shapes of the coefficients, whatever a host did to the storage."""
+        return {"mixing": (self.num_mixing,), "value_delta": (self.in_features,)}
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """The dense weight (out, in), in V's dtype: what a forward pass in that dtype uses."""
+        basis, inverse_lengths = self.shared()
+        u = directions(self.base, basis, inverse_lengths)
+        return adapted_weight(self.base, u, basis, self.mixing, self.value_delta)
+
+    def extra_repr(self) -> str:
+        """Shapes, as nn.Linear prints its own."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"mixing={self.num_mixing}, bias={self.bias is not None}"
+        )
+
+
+def convert_frod(
+    model: nn.Module,
+    config: SpectralConfig,
+    *,
+    targets: Sequence[str] | None = None,
+    frozen_dtype: torch.dtype | None = None,
+) -> dict[str, FRoDLinear]:
+    """Replace dense linears by FRoD layers, in place; returns the new layers by fqn.
+
+    The same linears, arguments and errors as `convert`; a FRoDController decomposes them.
+    """
+
+    def make(linear: nn.Linear) -> FRoDLinear:
+        return FRoDLinear(
+            linear.in_features,
+            linear.out_features,
+            sparsity=config.sparsity,
+            bias=linear.bias is not None,
+            frozen_dtype=frozen_dtype,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+
+    converted = replace_linears(model, 1, make, targets=targets)
+    logger.info(
+        "converted %d linear layers to FRoD with %d coefficients",
+        len(converted),
+        sum(layer.num_mixing + layer.in_features for layer in converted.values()),
+    )
+    return converted
+
+
+def frod_layers(model: nn.Module) -> dict[str, FRoDLinear]:
+    """Converted layers by fqn, in the model's order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, FRoDLinear)}
+
+
+def category_of(fqn: str) -> str:
+    """Layers of one role in different blocks share a category: the last two parts of the name, as
+    FRoD's published code has it (`self_attn.q_proj`), without numbers (`fc1`)."""
+    return ".".join(part for part in fqn.split(".")[-2:] if not part.isdigit()) or "linear"

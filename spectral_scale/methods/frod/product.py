@@ -1,0 +1,131 @@
+"""The weight of a FRoD layer, its product, and the gradients of its coefficients.
+
+The weight is formed for each pass and freed after it: nothing of its size is kept, and a step costs
+the layer's dense products plus about 10 m n^2 FLOPs for each micro-batch, whatever its tokens (16
+where products with S are dense).
+Gradients of the coefficients come from the dense gradient G = dL/dW: dL/dS_pq = u_p^T G v_q.
+
+Shape suffixes: T tokens, O out_features, I in_features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spectral_scale.methods.frod.sparsity import Pattern
+from spectral_scale.methods.sst.product import column_sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedBasis:
+    """What all layers of a category hold in common, once on each rank; no host touches it."""
+
+    category: str
+    """The last parts of the layers' names."""
+    v: Tensor
+    """(n, n) V."""
+    v_inverse_t: Tensor
+    """(n, n) V^-T."""
+    pattern: Pattern
+    """Where S has entries."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors."""
+        return self.v.nbytes + self.v_inverse_t.nbytes + self.pattern.positions.nbytes
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """What a tensor-parallel rank holds of a weight: some of its rows, or some of its columns.
+
+    With rows here, U's rows are here, too. U's columns each need all columns of W: ranks that hold
+    some sum U, m n elements in each pass. The gradients of the coefficients are sums over both.
+    """
+
+    columns: slice | None
+    """Those that are here; None: rows are cut, columns are whole."""
+    sum: Callable[[Tensor], Tensor]
+    """The sum over ranks, as a new tensor."""
+
+
+def directions(
+    base_OI: Tensor, basis: SharedBasis, inverse_lengths: Tensor, part: WeightPart | None = None
+) -> Tensor:
+    """U^T (n, m) = diag(1 / lambda) V^-1 W^T, in V's dtype. Collective if columns are cut."""
+    columns = None if part is None else part.columns
+    v_inverse_t = basis.v_inverse_t if columns is None else basis.v_inverse_t[columns]
+    u = v_inverse_t.t() @ base_OI.to(basis.v.dtype).t()
+    if part is not None and columns is not None:
+        u = part.sum(u)
+    return u.mul_(inverse_lengths[:, None])
+
+
+def adapted_weight(
+    base_OI: Tensor,
+    u_IO: Tensor,
+    basis: SharedBasis,
+    mixing: Tensor,
+    value_delta: Tensor,
+    part: WeightPart | None = None,
+) -> Tensor:
+    """W + U (S + diag(delta)) V^T (m, n), in V's dtype; exactly W if both are zero."""
+    inner = basis.pattern.apply(mixing, u_IO)
+    inner.addcmul_(u_IO, value_delta.to(u_IO.dtype)[:, None])
+    return torch.addmm(base_OI.to(u_IO.dtype), inner.t(), _here(basis.v, part).t())
+
+
+def _here(v: Tensor, part: WeightPart | None) -> Tensor:
+    """V's rows that stand for the weight's columns on this rank."""
+    return v if part is None or part.columns is None else v[part.columns]
+
+
+class FRoDProduct(torch.autograd.Function):
+    """y = x (W + U (S + diag(delta)) V^T)^T + bias, with U = W V^-T diag(1 / lambda)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        base_OI: Tensor,
+        mixing: Tensor,
+        value_delta: Tensor,
+        bias_O: Tensor | None,
+        basis: SharedBasis,
+        inverse_lengths: Tensor,
+        part: WeightPart | None = None,
+    ) -> Tensor:
+        """In x's dtype; the weight is formed in V's and rounded once. Of a part of the weight, the
+        part's outputs, or its inputs' share of them."""
+        u = directions(base_OI, basis, inverse_lengths, part)
+        weight = adapted_weight(base_OI, u, basis, mixing, value_delta, part).to(x_TI.dtype)
+        ctx.save_for_backward(x_TI, base_OI, mixing, value_delta)
+        ctx.basis, ctx.inverse_lengths, ctx.part = basis, inverse_lengths, part
+        ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        bias = None if bias_O is None else bias_O.to(x_TI.dtype)
+        return torch.nn.functional.linear(x_TI, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, S, delta and bias; the weight is formed again."""
+        g = grads[0]
+        x, base, mixing, value_delta = ctx.saved_tensors
+        basis: SharedBasis = ctx.basis
+        part: WeightPart | None = ctx.part
+        u = directions(base, basis, ctx.inverse_lengths, part)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = g @ adapted_weight(base, u, basis, mixing, value_delta, part).to(g.dtype)
+        h = _here(basis.v, part).t() @ (x.t() @ g).to(u.dtype)
+        d_mixing, d_delta = basis.pattern.products(u, h), (u * h).sum(1)
+        if part is not None:
+            both = part.sum(torch.cat([d_mixing, d_delta]))
+            d_mixing, d_delta = both.split([d_mixing.numel(), d_delta.numel()])
+        d_mixing, d_delta = d_mixing.to(mixing.dtype), d_delta.to(value_delta.dtype)
+        d_bias = column_sums(g, ctx.bias_dtype) if ctx.needs_input_grad[4] else None
+        return d_x, None, d_mixing, d_delta, d_bias, None, None, None

@@ -1,0 +1,44 @@
+"""A FRoD layer of which each tensor-parallel rank holds rows or columns of the frozen weight.
+
+The basis and the coefficients are whole on every rank. Column-parallel: U's rows are where W's are,
+and nothing but the gradients of the coefficients is summed. Row-parallel: U needs all columns of W,
+so that each pass sums m n elements, once.
+"""
+
+from torch import Tensor, autocast
+
+from spectral_scale.methods.frod.layer import FRoDLinear
+from spectral_scale.methods.frod.product import FRoDProduct, WeightPart
+from spectral_scale.methods.layer import in_product_dtype
+from spectral_scale.methods.tensor_parallel_context import Sharing
+
+
+class TensorParallelFRoDLinear(FRoDLinear):
+    """A FRoDLinear in parts; made by `share`, never directly.
+
+    Logical sizes and shapes stay those of the whole layer.
+    """
+
+    sharing: Sharing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Column-parallel: (..., in) -> (..., part of out); row-parallel: the other way round."""
+        basis, inverse_lengths = self.shared()
+        sharing, by_outputs = self.sharing, self.sharing.by_outputs
+        x = sharing.enter(x) if by_outputs else in_product_dtype(x)
+        width = x.shape[-1]
+        columns = None if by_outputs else slice(sharing.index * width, (sharing.index + 1) * width)
+        with autocast(x.device.type, enabled=False):  # the weight is formed in V's precision
+            y = FRoDProduct.apply(
+                x.reshape(-1, width),
+                *(sharing.local(p) for p in (self.base, self.mixing, self.value_delta)),
+                sharing.local(self.bias) if self.bias is not None and by_outputs else None,
+                basis,
+                inverse_lengths,
+                WeightPart(columns, sharing.bottleneck.sum),
+            )
+            if not by_outputs:
+                y = sharing.leave(y)
+                if self.bias is not None:
+                    y = y + sharing.local(self.bias).to(y.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,139 @@
+"""The Sparse Spectral Training linear layer (arXiv 2405.15481).
+
+Knows nothing of schedules, banks, optimizers or processes.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spectral_scale.errors import SpectralError
+from spectral_scale.methods.layer import FactoredLinear, in_product_dtype
+from spectral_scale.methods.sst.product import SpectralProduct
+from spectral_scale.parallel.table import Role
+
+
+class SpectralLinear(FactoredLinear):
+    """A linear layer of which r singular triplets train at a time.
+
+    Parameters (all of fixed shape for the whole run):
+        u (out, r), v (in, r): trained directions, unit columns.
+        sigma (r + s,), or (k,) in factored storage: singular values, those of u and v first.
+        bias (out,): as the dense layer's, if it has one.
+        residual (out, in), frozen: everything not trained (residual storage).
+        u_fixed (out, f), v_fixed (in, f), frozen: directions of which at most sigma trains; all
+            f = k - r others in factored storage, f = s extra ones in residual storage, if any.
+    """
+
+    parameter_roles: ClassVar[dict[str, Role]] = {
+        "u": "direction",
+        "v": "direction",
+        "sigma": "value",
+        "residual": "residual",
+        "u_fixed": "fixed",
+        "v_fixed": "fixed",
+    }
+    residual: nn.Parameter | None
+    u_fixed: nn.Parameter | None
+    v_fixed: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spectral_rank: int,
+        *,
+        storage: str = "residual",
+        extra_sigma: int = 0,
+        enhanced: bool = True,
+        active_sigma_only: bool = False,
+        bias: bool = True,
+        frozen_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.spectral_rank = spectral_rank
+        self.enhanced, self.active_sigma_only = enhanced, active_sigma_only
+        k = min(in_features, out_features)
+
+        def trained(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+
+        def frozen(*shape: int) -> nn.Parameter:
+            zeros = torch.zeros(shape, device=device, dtype=frozen_dtype or dtype)
+            return nn.Parameter(zeros, requires_grad=False)
+
+        self.u = trained(out_features, spectral_rank)
+        self.v = trained(in_features, spectral_rank)
+        in_residual = storage == "residual"
+        self.num_fixed = extra_sigma if in_residual else k - spectral_rank
+        self.sigma = trained(spectral_rank + self.num_fixed)
+        self.bias = trained(out_features) if bias else None
+        self.residual = frozen(out_features, in_features) if in_residual else None
+        holds_fixed = self.num_fixed > 0 or not in_residual
+        self.u_fixed = frozen(out_features, self.num_fixed) if holds_fixed else None
+        self.v_fixed = frozen(in_features, self.num_fixed) if holds_fixed else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's."""
+        x = self._prepared(x)
+        y = SpectralProduct.apply(
+            x.reshape(-1, self.in_features),
+            self.residual,
+            self.u,
+            self.v,
+            self.u_fixed,
+            self.v_fixed,
+            self.sigma,
+            self.bias,
+            self.enhanced,
+            self.active_sigma_only,
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """The input in the dtype of the product. Raises SpectralError before there are values."""
+        if not self.ready:
+            raise SpectralError(
+                "a converted layer was used before its triplets were installed; "
+                "create the SpectralController after convert() and before the first forward"
+            )
+        return in_product_dtype(x)
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical shapes of the factors the optimizer sees, whatever a host did to the storage."""
+        r = self.spectral_rank
+        sigma = (r + self.num_fixed,)
+        return {"u": (self.out_features, r), "v": (self.in_features, r), "sigma": sigma}
+
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical shapes of the frozen parameters, whatever a host did to the storage."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.u_fixed is not None:
+            shapes["u_fixed"] = (self.out_features, self.num_fixed)
+            shapes["v_fixed"] = (self.in_features, self.num_fixed)
+        if self.residual is not None:
+            shapes["residual"] = (self.out_features, self.in_features)
+        return shapes
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """The dense weight (out, in) this layer stands for, in u's dtype."""
+        r = self.spectral_rank
+        weight = (self.u * self.sigma[:r]) @ self.v.t()
+        if self.residual is not None:
+            weight += self.residual
+        if self.u_fixed is not None and self.v_fixed is not None:
+            dtype = weight.dtype
+            weight += (self.u_fixed.to(dtype) * self.sigma[r:]) @ self.v_fixed.t().to(dtype)
+        return weight
+
+    def extra_repr(self) -> str:
+        """Shapes and storage, as nn.Linear prints its own."""
+        storage = "residual" if self.residual is not None else "factored"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"spectral_rank={self.spectral_rank}, storage={storage}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,128 @@
+"""What becomes of Adam's moments at a boundary: `spectral.boundary_moments`.
+
+A moment belongs to its triplet, not to the column that holds it. At a swap the columns change
+hands, so whatever is kept moves with its triplet and the newcomers start from zero.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_scale.config.schema import SpectralConfig
+from spectral_scale.errors import SpectralError
+from spectral_scale.methods.sst.bank import Triplets
+from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.store import MomentMover, ParameterStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Which triplet stood behind each column and each singular value of a layer."""
+
+    directions: Tensor
+    """Indices (r,) behind u's and v's columns; empty if no moment may be kept."""
+    sigma: Tensor
+    """Indices behind the singular values."""
+
+
+Change = tuple[Held, Held, int]
+"""What was held before a swap and is held after it, of how many triplets."""
+
+
+def held(entry: Triplets, *, all_sigma: bool) -> Held:
+    """As the entry stands now; nothing after a decomposition, whose triplets are new ones."""
+    if not entry.active.numel():
+        return Held(directions=entry.active, sigma=entry.active)
+    return Held(directions=entry.active, sigma=entry.held_sigma(all_sigma=all_sigma))
+
+
+def positions(before: Tensor, after: Tensor, size: int) -> Tensor:
+    """Where in `before` each index of `after` (all below `size`) stands, -1 where it does not."""
+    place = torch.full((size,), -1, dtype=torch.int64, device=after.device)
+    place[before.to(after.device)] = torch.arange(before.numel(), device=after.device)
+    return place[after]
+
+
+def settle_all_moments(
+    store: ParameterStore,
+    collective: Collective,
+    config: SpectralConfig,
+    *,
+    owners: Mapping[str, int],
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    changes: Mapping[str, Change],
+    device: torch.device,
+) -> tuple[int, int]:
+    """Zero the moments of what trained before, or keep those that `config` lets stay. Collective.
+
+    Returns how many were zeroed and how many kept. Raises SpectralError if the store cannot move
+    moments and has to.
+
+    Args:
+        owners: layer -> rank.
+        shapes: of each layer's trained parameters.
+        changes: by layer, of those that this rank owns.
+        device: of the parameters.
+    """
+    if config.boundary_moments == "reset":
+        return store.reset_moments(
+            [f"{n}.{leaf}" for n, leaves in shapes.items() for leaf in leaves]
+        ), 0
+    if not isinstance(store, MomentMover):
+        raise SpectralError(
+            f"spectral.boundary_moments={config.boundary_moments} needs a store that can move "
+            f"moments; {type(store).__name__} cannot: set it to reset"
+        )
+    zeroed = kept = 0
+    for name, owner in owners.items():
+        counts = settle_moments(
+            store,
+            collective,
+            config,
+            name,
+            owner=owner,
+            shapes=shapes[name],
+            change=changes.get(name),
+            device=device,
+        )
+        zeroed, kept = zeroed + counts[0], kept + counts[1]
+    return zeroed, kept
+
+
+def settle_moments(
+    store: MomentMover,
+    collective: Collective,
+    config: SpectralConfig,
+    name: str,
+    *,
+    owner: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    change: Change | None,
+    device: torch.device,
+) -> tuple[int, int]:
+    """Keep what `config.boundary_moments` keeps of one layer's moments and zero the rest.
+
+    Collective. Returns how many moments were zeroed and how many kept.
+
+    Args:
+        shapes: of the layer's trained parameters u, v and sigma.
+        change: what was held before and is held now, of k triplets; given on the owner.
+        device: of the parameters.
+    """
+    zeroed = kept = 0
+    for leaf, shape in shapes.items():
+        source = torch.full(shape[-1:], -1, dtype=torch.int64, device=device)
+        if leaf == "sigma" or config.boundary_moments == "keep_redrawn":
+            if change is not None:
+                before, after, k = change
+                attribute = "sigma" if leaf == "sigma" else "directions"
+                pair = (getattr(before, attribute), getattr(after, attribute))
+                source.copy_(positions(*pair, k))
+            collective.broadcast(source, owner)
+        staying = int((source >= 0).sum())
+        zeroed += store.move_moments(f"{name}.{leaf}", source)
+        kept += 2 * staying * math.prod(shape[:-1])
+    return zeroed, kept

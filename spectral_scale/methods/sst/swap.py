@@ -1,0 +1,238 @@
+"""The boundary protocol: collect, commit, decompose, sample, rebuild, agree, deliver, reset.
+
+Every rank runs the same phases in the same order; only owners compute, and all of them at the same
+time: nothing that waits for another rank comes between two decompositions.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spectral_scale.config.schema import SpectralConfig
+from spectral_scale.errors import SpectralError
+from spectral_scale.methods.schedule import SpectralSchedule
+from spectral_scale.methods.sst.bank import SpectralBank
+from spectral_scale.methods.sst.buckets import (
+    Parcel,
+    delivered_bytes,
+    delivered_leaves,
+    plan_rounds,
+)
+from spectral_scale.methods.sst.checks import check_counts, prove_installed
+from spectral_scale.methods.sst.drawing import draw_triplets
+from spectral_scale.methods.sst.layer import SpectralLinear
+from spectral_scale.methods.sst.moments import Change, Held, held, settle_all_moments
+from spectral_scale.methods.sst.phases import OwnerWork, PhaseClock
+from spectral_scale.methods.sst.report import BoundaryReport
+from spectral_scale.methods.sst.spectrum import LayerSpectrum, describe
+from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.store import ParameterStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Boundary:
+    """Runs boundaries. All methods are collective, and raise SpectralError on all ranks alike."""
+
+    config: SpectralConfig
+    """The method's settings."""
+    seed: int
+    """Of every draw."""
+    schedule: SpectralSchedule
+    """Which matrices are decomposed when."""
+    layers: Mapping[str, SpectralLinear]
+    """Converted layers by name."""
+    owners: Mapping[str, int]
+    """Layer -> the rank that computes for it."""
+    bank: SpectralBank
+    """This rank's triplets."""
+    store: ParameterStore
+    """How parameters are reached."""
+    collective: Collective
+    """All ranks that train the model."""
+    clock: PhaseClock
+    """Times the phases."""
+    _proven: bool = field(default=False, init=False)
+
+    def run(self, iteration: int) -> BoundaryReport:
+        """End one iteration and begin `iteration`."""
+        started = time.perf_counter()
+        self.clock.start(iteration)
+        report = BoundaryReport(iteration=iteration)
+        work = OwnerWork()
+        spectra = self._take_back(work)
+        for name in self._mine:
+            if work.problem is None and self.schedule.starts_round(iteration, self._offset(name)):
+                with self.clock.phase("decompose"), work.on(name):
+                    self._redecompose(name, report)
+        self._agree(work.problem, "boundary")
+        self._gather_spectra(spectra, report)
+        self.begin(iteration, report)
+        check_counts(report, self.layers, self.config.spectral_rank)
+        if not self._proven:
+            self._prove(report)
+        report.seconds, report.phase_seconds = time.perf_counter() - started, self.clock.seconds
+        return report
+
+    def begin(self, iteration: int, report: BoundaryReport | None = None) -> None:
+        """Draw, build and install the triplets of `iteration`."""
+        report = report or BoundaryReport(iteration=iteration)
+        work = OwnerWork()
+        changes: dict[str, Change] = {}
+        for name in self._mine:
+            if work.problem is not None:
+                break
+            with self.clock.phase("sample"), work.on(name):
+                before = self._held(name)
+                report.swapped_triplets += self._draw(name, iteration)
+                changes[name] = before, self._held(name), self.bank[name].sigma.numel()
+        self._agree(work.problem, "sampling")
+        self.deliver(trained=True)
+        report.layers = len(self.layers)
+        report.active_triplets = sum(x.trained_shapes()["u"][1] for x in self.layers.values())
+        with self.clock.phase("reset"):
+            zeroed, kept = settle_all_moments(
+                self.store,
+                self.collective,
+                self.config,
+                owners=self.owners,
+                shapes={name: layer.trained_shapes() for name, layer in self.layers.items()},
+                changes=changes,
+                device=self._device,
+            )
+            report.moments_reset, report.moments_kept = zeroed, kept
+            self._sum_counts(report)
+
+    def deliver(self, *, trained: bool) -> None:
+        """Bring the owners' factors (if `trained`) and frozen rest into every rank's layers."""
+        sizes = {name: delivered_bytes(layer) for name, layer in self.layers.items()}
+        for parcels in plan_rounds(self.owners, sizes):
+            work = OwnerWork()
+            built: dict[str, Tensor] = {}
+            for name in (n for p in parcels if p.owner == self.collective.rank for n in p.names):
+                if work.problem is not None:
+                    break
+                with self.clock.phase("rebuild"), work.on(name):
+                    built |= self._build(name, trained)
+            self._agree(work.problem, "rebuild")
+            for parcel in parcels:
+                with self.clock.phase("deliver"):
+                    self._install(parcel, built, trained)
+
+    # -- the owner's work -------------------------------------------------------------------
+
+    @property
+    def _mine(self) -> list[str]:
+        return [name for name, owner in self.owners.items() if owner == self.collective.rank]
+
+    def _take_back(self, work: OwnerWork) -> dict[str, LayerSpectrum]:
+        """Bank the trained values of every matrix on its owner; the owner's spectra."""
+        spectra: dict[str, LayerSpectrum] = {}
+        for name, owner in self.owners.items():
+            with self.clock.phase("collect"):
+                u, sigma, v = (
+                    self.store.collect(f"{name}.{leaf}", owner=owner)
+                    for leaf in ("u", "sigma", "v")
+                )
+            if owner != self.collective.rank or work.problem is not None:
+                continue
+            with self.clock.phase("commit"), work.on(name):
+                if u is None or sigma is None or v is None:
+                    raise RuntimeError("the store delivered nothing to the owner")
+                self.bank.commit(name, u, sigma, v)
+                spectra[name] = describe(self.bank[name])
+        return spectra
+
+    def _redecompose(self, name: str, report: BoundaryReport) -> None:
+        try:
+            self.bank.redecompose(name)
+            report.redecomposed += 1
+        except torch.linalg.LinAlgError as error:
+            logger.warning(
+                "rank %d: %s keeps its factors for another round: %s",
+                self.collective.rank,
+                name,
+                error,
+            )
+            report.kept_factors += 1
+
+    def _draw(self, name: str, iteration: int) -> int:
+        position = self.schedule.position(iteration, self._offset(name))
+        return draw_triplets(
+            self.bank[name], self.config, seed=self.seed, layer=name, position=position
+        )
+
+    def _build(self, name: str, trained: bool) -> dict[str, Tensor]:
+        """What a layer shall hold, by fqn; frozen values in the precision that they travel in."""
+        layer = self.layers[name]
+        factored = layer.residual is None
+        found = self.bank.frozen_values(name, factored=factored)
+        found = {leaf: v.to(getattr(layer, leaf).dtype) for leaf, v in found.items()}
+        if trained:
+            found |= self.bank.trained_values(name, all_sigma=factored)
+        return {f"{name}.{leaf}": value for leaf, value in found.items()}
+
+    # -- what ranks do together -------------------------------------------------------------
+
+    def _install(self, parcel: Parcel, built: Mapping[str, Tensor], trained: bool) -> None:
+        mine = parcel.owner == self.collective.rank
+        fqns = [
+            f"{name}.{leaf}"
+            for name in parcel.names
+            for leaf in delivered_leaves(self.layers[name], trained=trained)
+        ]
+        values = {fqn: built[fqn] if mine else None for fqn in fqns}
+        self.store.install(values, owner=parcel.owner)
+        for name in parcel.names:
+            self.layers[name].ready = True
+
+    def _sum_counts(self, report: BoundaryReport) -> None:
+        mine = [report.swapped_triplets, report.redecomposed, report.kept_factors]
+        totals = torch.tensor(mine, dtype=torch.int64, device=self._device)
+        counts = self.collective.all_reduce_sum(totals).tolist()
+        report.swapped_triplets, report.redecomposed, report.kept_factors = counts
+
+    def _gather_spectra(self, mine: Mapping[str, LayerSpectrum], report: BoundaryReport) -> None:
+        with self.clock.phase("agree"):
+            raw = {name: spectrum.to_json() for name, spectrum in mine.items()}
+            gathered = self.collective.gather_json(raw) or []
+        merged = {name: item for part in gathered for name, item in part.items()}
+        report.spectra = {n: LayerSpectrum(**merged[n]) for n in self.layers if n in merged}
+
+    def _agree(self, problem: str | None, what: str) -> None:
+        with self.clock.phase("agree"):
+            agreed = self.collective.agree(problem, what=what)
+        if agreed is not None:
+            raise SpectralError(agreed)
+
+    def _prove(self, report: BoundaryReport) -> None:
+        prove_installed(
+            report,
+            bank=self.bank,
+            owners=self.owners,
+            store=self.store,
+            collective=self.collective,
+            device=self._device,
+        )
+        self._proven = True
+
+    # -- small parts ------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.layers.values())).u.device
+
+    def _held(self, name: str) -> Held:
+        return held(self.bank[name], all_sigma=self.layers[name].residual is None)
+
+    def _offset(self, name: str) -> int:
+        """By how many iterations the rounds of this matrix are shifted."""
+        if not self.config.stagger_rounds:
+            return 0
+        index = list(self.layers).index(name)
+        return index * self.schedule.iterations_per_round // len(self.layers)

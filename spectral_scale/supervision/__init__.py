@@ -1,0 +1,1 @@
+"""Watches over a run: signals, consensus of the ranks, health, heartbeats, exit status."""

@@ -1,0 +1,65 @@
+"""Signals, and a launcher that is gone: what one rank notices and all act upon together."""
+
+import signal
+import time
+from types import FrameType, TracebackType
+
+from spectral_scale.supervision.launcher_watch import LauncherWatch
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ECHO_SECONDS = 2.0
+"""A signal this soon after the first is the same request: on Ctrl-C the terminal signals the whole
+group and a launcher such as torchrun signals its workers again."""
+
+
+class StopRequest:
+    """Turns the first signal into a flag; one that comes later ends the process at once.
+
+    Use as a context manager around the loop. The previous checkpoint stays valid either way.
+
+    Args:
+        launched: whether a launcher started this process: then its end is a request, too, so that
+            no rank goes on as an orphan.
+    """
+
+    def __init__(self, *, launched: bool = False) -> None:
+        self._received = 0
+        self._received_at = 0.0
+        self._previous: dict[int, object] = {}
+        self._launcher = LauncherWatch() if launched else None
+
+    def __enter__(self) -> "StopRequest":
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._received:
+            self._received, self._received_at = number, now
+        elif now - self._received_at > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    @property
+    def received_number(self) -> int:
+        """The signal this rank received; 0 if none."""
+        return self._received
+
+    @staticmethod
+    def name_of(number: int) -> str:
+        """SIGTERM for 15."""
+        return signal.Signals(number).name
+
+    def launcher_gone(self) -> bool:
+        """Whether what started this process has ended."""
+        return self._launcher is not None and self._launcher.gone()

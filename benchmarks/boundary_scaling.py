@@ -58,11 +58,11 @@ def measure(config: Any) -> dict[str, Any]:
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
 
     create_run_folder(Path(config.train.run_dir))
-    run = build_run(config, detect_rank_facts())
+    run = build_run(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     found: list[dict[str, Any]] = []
     for batch in run.loader.steps(0, 1 + BOUNDARIES):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_scale import FilterConfig, SpectralFilter
-from spectral_scale.parallel.flat_shards import TensorPieces
+from spectral_scale.parallel.flat_shards import TensorShards
 
 FILTERS = {
     "layers, path": FilterConfig(kind="rational"),
@@ -58,7 +58,7 @@ def measure(width: int, layers: int, tokens: int, repeats: int) -> dict[str, lis
     model = Stack(width, layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     inputs = torch.randn(tokens, width)
-    pieces = TensorPieces(dict(model.named_parameters()))
+    pieces = TensorShards(dict(model.named_parameters()))
     roles = dict.fromkeys(pieces.shapes, "matrix")
     filters = {name: SpectralFilter(pieces, roles, config) for name, config in FILTERS.items()}
     found: dict[str, list[float]] = {"step": []} | {name: [] for name in filters}

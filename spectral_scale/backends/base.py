@@ -37,7 +37,7 @@ class StepStats:
 
 
 @runtime_checkable
-class OptimizerHost(Protocol):
+class OptimizerOwner(Protocol):
     """A backend that may step an optimizer of its own."""
 
     def own_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -24,7 +24,7 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Boundary:
+class SwapTimes:
     """Cost of swapping triplets, and a step's share of it."""
 
     swap_seconds: float
@@ -60,7 +60,7 @@ class VariantResult:
     """Counted by use: weights, gradients, moments, bank."""
     formula_bytes: dict[str, int]
     """By formula, likewise."""
-    boundary: Boundary | None
+    boundary: SwapTimes | None
     """None for dense training."""
 
 

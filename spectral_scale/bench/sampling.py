@@ -50,20 +50,20 @@ def _timed_step(subject: Subject) -> Sample:
     return {**phases, "step": sum(phases.values()), "cpu": cpu}
 
 
-def time_boundaries(subject: Subject, iterations_per_round: int) -> tuple[Sample, Sample]:
+def time_swaps(subject: Subject, iterations_per_round: int) -> tuple[Sample, Sample]:
     """A boundary that only swaps (medians), and one that ends the round of every matrix.
 
     Each as `step` and `cpu` seconds. With one iteration a round every boundary ends one.
     """
     t2 = iterations_per_round
-    ends = _timed_boundary(subject, t2)
+    ends = _timed_swap(subject, t2)
     if t2 == 1:
         return ends, ends
-    swaps = [_timed_boundary(subject, t2 * (i + 1) + 1) for i in range(SWAPS)]
+    swaps = [_timed_swap(subject, t2 * (i + 1) + 1) for i in range(SWAPS)]
     return {key: median(swap[key] for swap in swaps) for key in ends}, ends
 
 
-def _timed_boundary(subject: Subject, iteration: int) -> Sample:
+def _timed_swap(subject: Subject, iteration: int) -> Sample:
     gc.collect()
     timer = StepTimer(subject.synchronize)
     begin = time.process_time()

@@ -8,13 +8,13 @@ import torch
 
 from spectral_scale.bench.machine import LoadWatch, describe_machine, load_warning
 from spectral_scale.bench.memory import state_formula
-from spectral_scale.bench.results import Boundary, Spread, StepBench, VariantResult
+from spectral_scale.bench.results import Spread, StepBench, SwapTimes, VariantResult
 from spectral_scale.bench.sampling import (
     PHASES,
     Notify,
     Sample,
     interleave,
-    time_boundaries,
+    time_swaps,
     warm_up,
 )
 from spectral_scale.bench.settings import (
@@ -81,7 +81,7 @@ def _result(
     *,
     counted: dict[str, int],
     formula: dict[str, int],
-    boundary: Boundary | None,
+    boundary: SwapTimes | None,
 ) -> VariantResult:
     own, dense = samples[variant], samples["dense"]
 
@@ -104,12 +104,12 @@ def _result(
     )
 
 
-def _boundary(subject: Subject, samples: list[Sample], notify: Notify) -> Boundary | None:
+def _boundary(subject: Subject, samples: list[Sample], notify: Notify) -> SwapTimes | None:
     if subject.controller is None:
         return None
     notify(f"boundaries of {subject.variant}")
     schedule = subject.controller.schedule
-    swap, ends = time_boundaries(subject, schedule.iterations_per_round)
+    swap, ends = time_swaps(subject, schedule.iterations_per_round)
 
     def amortised(key: str) -> float:
         every_round = (ends[key] - swap[key]) / schedule.iterations_per_round
@@ -118,7 +118,7 @@ def _boundary(subject: Subject, samples: list[Sample], notify: Notify) -> Bounda
     def share(key: str) -> float:
         return amortised(key) / Spread.of([sample[key] for sample in samples]).median
 
-    return Boundary(
+    return SwapTimes(
         swap_seconds=swap["step"],
         redecompose_seconds=ends["step"],
         iterations_per_round=schedule.iterations_per_round,

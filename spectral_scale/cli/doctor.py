@@ -47,12 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
     from spectral_scale.doctor.examine import examine
     from spectral_scale.doctor.findings import Finding, exit_code
 
-    findings = examine(_subject(arguments), placement.facts)
+    findings = examine(_subject(arguments), placement.rank_info)
     findings.insert(0, Finding(name="ranks", verdict="ok", text=placement.note))
     if placement.warning is not None:
         findings.insert(1, Finding(name="ranks", verdict="warning", text=placement.warning))
     code = exit_code(findings)
-    if placement.facts.rank == 0:
+    if placement.rank_info.rank == 0:
         if arguments.format == "json":
             print(json.dumps({"findings": [f.to_json() for f in findings], "exit_code": code}))
         else:

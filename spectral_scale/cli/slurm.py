@@ -12,7 +12,7 @@ from typing import Any
 
 from spectral_scale.cli.arguments import add_run_config, load_run_config, positive
 from spectral_scale.cluster.rendezvous import job_rendezvous
-from spectral_scale.cluster.requeue import judge_ending, requeue
+from spectral_scale.cluster.requeue import requeue, requeue_decision
 from spectral_scale.cluster.sbatch import SCRIPTS, render, tasks_a_node
 from spectral_scale.config.deepspeed_json import with_deepspeed_json
 from spectral_scale.config.load import ResolvedConfig
@@ -87,7 +87,7 @@ def _conclude(code: int, run_dir: Path, *, since: float) -> int:
     from spectral_scale.supervision.status import read_status
 
     job = os.environ.get("SLURM_JOB_ID", "")
-    ending = judge_ending(code, read_status(run_dir), job=job, since=since)
+    ending = requeue_decision(code, read_status(run_dir), job=job, since=since)
     print(f"the run ended with {ending.code} ({ending.reason})", flush=True)
     if ending.requeue:
         prevented = requeue(job)

@@ -27,8 +27,8 @@ from spectral_scale.errors import SpectralScaleError
 if TYPE_CHECKING:
     from spectral_scale.engine.build import Run
     from spectral_scale.engine.loop import Outcome
-    from spectral_scale.parallel.rank_info import RankFacts
-    from spectral_scale.supervision.exit_status import Ending
+    from spectral_scale.parallel.rank_info import RankInfo
+    from spectral_scale.supervision.exit_status import ExitStatus
 
 logger = logging.getLogger(__name__)
 
@@ -81,34 +81,34 @@ def train(resolved: ResolvedConfig, *, output: str, flags: LauncherFlags) -> int
     """
     config = with_deepspeed_json(resolved.config)
     placement = adopt_launcher(flags)
-    facts = placement.facts
-    check_config(config, world_size=facts.world_size)
+    rank_info = placement.rank_info
+    check_config(config, world_size=rank_info.world_size)
 
     from spectral_scale.engine.build import check_inputs
-    from spectral_scale.supervision.exit_status import Ending
+    from spectral_scale.supervision.exit_status import ExitStatus
     from spectral_scale.supervision.run_folder import create_run_folder, log_to_file
 
-    check_inputs(config, facts)
+    check_inputs(config, rank_info)
     run_dir = Path(config.train.run_dir)
     create_run_folder(run_dir)
-    handler = log_to_file(run_dir, facts.rank)
+    handler = log_to_file(run_dir, rank_info.rank)
     logger.info(placement.note)
     if placement.warning is not None:
         logger.warning(placement.warning)
         _say(f"warning: {placement.warning}")
-    ending = Ending(
+    exit_status = ExitStatus(
         run_dir,
-        rank=facts.rank,
+        rank=rank_info.rank,
         steps=config.train.steps,
         max_starts=config.train.max_starts_without_progress,
     )
     try:
-        with _alone(run_dir, facts.rank):
+        with _alone(run_dir, rank_info.rank):
             try:
-                ending.begin()
-                return _train(config, facts, run_dir, output, ending)
+                exit_status.begin()
+                return _train(config, rank_info, run_dir, output, exit_status)
             except BaseException as error:
-                replaced = ending.failed(error)
+                replaced = exit_status.failed(error)
                 if replaced is not error:
                     raise replaced from error
                 raise
@@ -127,13 +127,13 @@ def _alone(run_dir: Path, rank: int) -> Iterator[None]:
 
 
 def _train(
-    config: RunConfig, facts: "RankFacts", run_dir: Path, output: str, ending: "Ending"
+    config: RunConfig, rank_info: "RankInfo", run_dir: Path, output: str, exit_status: "ExitStatus"
 ) -> int:
     from spectral_scale.engine.build import build_run
 
-    built = build_run(config, facts)
+    built = build_run(config, rank_info)
     try:
-        code = _loop(built, run_dir, output, ending)
+        code = _loop(built, run_dir, output, exit_status)
     except BaseException:
         built.backend.close(failed=True)
         raise
@@ -141,7 +141,7 @@ def _train(
     return code
 
 
-def _loop(built: "Run", run_dir: Path, output: str, ending: "Ending") -> int:
+def _loop(built: "Run", run_dir: Path, output: str, exit_status: "ExitStatus") -> int:
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import MetricsLog, NullLog
     from spectral_scale.supervision.run_folder import write_config
@@ -170,7 +170,7 @@ def _loop(built: "Run", run_dir: Path, output: str, ending: "Ending") -> int:
         progress = make_progress(
             start_step=built.start_step, steps=steps, bar=config.metrics.progress
         )
-    loop = TrainingLoop(built, log, progress, end=ending.at_once)
+    loop = TrainingLoop(built, log, progress, end=exit_status.at_once)
     loop.guard.time_limit.require_useful()
     outcome = loop.train()
     log.close()

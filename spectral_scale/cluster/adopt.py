@@ -1,4 +1,4 @@
-"""One start for all launchers: their facts become torch's variables, which every host reads."""
+"""One start for all launchers: what they say of a rank becomes torch's variables."""
 
 import os
 from collections.abc import MutableMapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from spectral_scale.cluster.detect import LauncherFlags, detect, outside_a_step
 from spectral_scale.cluster.interface import VARIABLES, interface_settings
 from spectral_scale.cluster.rendezvous import Rendezvous, find_rendezvous
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 NO_FLAGS = LauncherFlags()
 
@@ -16,7 +16,7 @@ NO_FLAGS = LauncherFlags()
 class Placement:
     """Where this process stands, and what to log about it once there is a log."""
 
-    facts: RankFacts
+    rank_info: RankInfo
     """Rank, world size, local rank, and which source said so."""
     note: str
     """One line: the source, the meeting place and the interfaces."""
@@ -33,40 +33,43 @@ def adopt_launcher(
     interfaces of gloo and NCCL where a run has several ranks; touches nothing otherwise. Every rank
     calls it, before torch.distributed and DeepSpeed look. Raises ConfigError.
     """
-    facts = detect(flags, environment)
-    if facts.world_size == 1:
+    rank_info = detect(flags, environment)
+    if rank_info.world_size == 1:
         return Placement(
-            facts=facts, note=f"1 process ({facts.source})", warning=_alone(facts, environment)
+            rank_info=rank_info,
+            note=f"1 process ({rank_info.source})",
+            warning=_alone(rank_info, environment),
         )
-    meeting = find_rendezvous(facts, flags, environment)
-    environment.update(_torch_variables(facts, meeting))
+    meeting = find_rendezvous(rank_info, flags, environment)
+    environment.update(_torch_variables(rank_info, meeting))
     environment.update(
         interface_settings(meeting.address, meeting.port, flags.network_interface, environment)
     )
     interfaces = ", ".join(f"{name}={environment.get(name, 'unset')}" for name in VARIABLES)
     return Placement(
-        facts=facts,
-        note=f"rank {facts.rank} of {facts.world_size}, local rank {facts.local_rank}, from "
-        f"{facts.source}; meeting at {meeting.address} port {meeting.port} ({meeting.source}); "
+        rank_info=rank_info,
+        note=f"rank {rank_info.rank} of {rank_info.world_size}, local rank "
+        f"{rank_info.local_rank}, from {rank_info.source}; "
+        f"meeting at {meeting.address} port {meeting.port} ({meeting.source}); "
         f"{interfaces}",
     )
 
 
-def _torch_variables(facts: RankFacts, meeting: Rendezvous) -> dict[str, str]:
+def _torch_variables(rank_info: RankInfo, meeting: Rendezvous) -> dict[str, str]:
     values = {
-        "RANK": str(facts.rank),
-        "WORLD_SIZE": str(facts.world_size),
-        "LOCAL_RANK": str(facts.local_rank),
+        "RANK": str(rank_info.rank),
+        "WORLD_SIZE": str(rank_info.world_size),
+        "LOCAL_RANK": str(rank_info.local_rank),
         "MASTER_ADDR": meeting.address,
         "MASTER_PORT": str(meeting.port),
     }
-    if facts.local_world_size is not None:
-        values["LOCAL_WORLD_SIZE"] = str(facts.local_world_size)
+    if rank_info.local_world_size is not None:
+        values["LOCAL_WORLD_SIZE"] = str(rank_info.local_world_size)
     return values
 
 
-def _alone(facts: RankFacts, environment: MutableMapping[str, str]) -> str | None:
-    tasks = outside_a_step(facts, environment)
+def _alone(rank_info: RankInfo, environment: MutableMapping[str, str]) -> str | None:
+    tasks = outside_a_step(rank_info, environment)
     if tasks is None:
         return None
     return (

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from spectral_scale.cluster.launchers import OPEN_MPI, PMI, SLURM, read_facts
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rank_info import RankFacts, detect_rank_facts
+from spectral_scale.parallel.rank_info import RankInfo, detect_rank_info
 
 AGENTS = ("GROUP_WORLD_SIZE", "CROSS_SIZE")
 """Variables of torchrun and of DeepSpeed's launcher: how many of them make up the run."""
@@ -26,29 +26,29 @@ class LauncherFlags:
     """Name of the interface that the ranks talk over."""
 
 
-def detect(flags: LauncherFlags, environment: Mapping[str, str]) -> RankFacts:
-    """The facts of the first source that has any. Raises ConfigError where sources contradict."""
+def detect(flags: LauncherFlags, environment: Mapping[str, str]) -> RankInfo:
+    """What the first source that knows says. Raises ConfigError where sources contradict."""
     found = list(_sources(flags, environment))
     if not found:
-        facts = RankFacts()
-        _check_local_flag(flags, facts, said="LOCAL_RANK" in environment)
-        return facts
-    facts, *others = found
+        rank_info = RankInfo()
+        _check_local_flag(flags, rank_info, said="LOCAL_RANK" in environment)
+        return rank_info
+    rank_info, *others = found
     for other in others:
-        _check_agreement(facts, other, environment)
-    _check_partial(facts, environment)
-    _check_local_flag(flags, facts, said=True)
-    return _with_bound_gpu(facts, environment)
+        _check_agreement(rank_info, other, environment)
+    _check_partial(rank_info, environment)
+    _check_local_flag(flags, rank_info, said=True)
+    return _with_bound_gpu(rank_info, environment)
 
 
-def outside_a_step(facts: RankFacts, environment: Mapping[str, str]) -> int | None:
+def outside_a_step(rank_info: RankInfo, environment: Mapping[str, str]) -> int | None:
     """Tasks that a SLURM job has though this process, alone, was not started by srun; else None."""
     tasks = environment.get("SLURM_NTASKS", "")
-    alone = facts.world_size == 1 and "SLURM_STEP_NUM_TASKS" not in environment
+    alone = rank_info.world_size == 1 and "SLURM_STEP_NUM_TASKS" not in environment
     return int(tasks) if alone and tasks.isdigit() and int(tasks) > 1 else None
 
 
-def _sources(flags: LauncherFlags, environment: Mapping[str, str]) -> Iterator[RankFacts]:
+def _sources(flags: LauncherFlags, environment: Mapping[str, str]) -> Iterator[RankInfo]:
     if flags.rank is not None or flags.world_size is not None:
         yield _from_flags(flags)
     slurm, pmi = read_facts(SLURM, environment), read_facts(PMI, environment)
@@ -56,11 +56,11 @@ def _sources(flags: LauncherFlags, environment: Mapping[str, str]) -> Iterator[R
         pmi = None  # srun --mpi=pmi2: SLURM's own variables say more
     launched = [f for f in (read_facts(OPEN_MPI, environment), pmi, slurm) if f is not None]
     if "RANK" in environment or (not launched and "WORLD_SIZE" in environment):
-        yield detect_rank_facts(environment)
+        yield detect_rank_info(environment)
     yield from launched
 
 
-def _from_flags(flags: LauncherFlags) -> RankFacts:
+def _from_flags(flags: LauncherFlags) -> RankInfo:
     if flags.rank is None or flags.world_size is None or not 0 <= flags.rank < flags.world_size:
         raise ConfigError(
             f"--rank {flags.rank} and --world-size {flags.world_size} do not say where this "
@@ -69,7 +69,7 @@ def _from_flags(flags: LauncherFlags) -> RankFacts:
     local = flags.local_rank
     if local is None and flags.world_size > 1:
         raise ConfigError("--rank and --world-size need --local-rank, the position on this host")
-    return RankFacts(
+    return RankInfo(
         rank=flags.rank,
         world_size=flags.world_size,
         local_rank=local or 0,
@@ -77,49 +77,50 @@ def _from_flags(flags: LauncherFlags) -> RankFacts:
     )
 
 
-def _check_agreement(facts: RankFacts, outer: RankFacts, environment: Mapping[str, str]) -> None:
-    """`outer` started `facts`'s launcher, one or more of its processes each, or is the same."""
+def _check_agreement(rank_info: RankInfo, outer: RankInfo, environment: Mapping[str, str]) -> None:
+    """`outer` started `rank_info`'s launcher, one or more of its processes each, or is the same."""
     agents = next((int(environment[n]) for n in AGENTS if environment.get(n, "").isdigit()), None)
-    from_torch = facts.source.startswith("torch")
+    from_torch = rank_info.source.startswith("torch")
     if from_torch and agents is not None:
         fault = outer.world_size not in (1, agents)  # 1: an interactive shell
-        said = f"{agents} launchers (torchrun or deepspeed) make up {facts.world_size} ranks"
+        said = f"{agents} launchers (torchrun or deepspeed) make up {rank_info.world_size} ranks"
     else:
-        fault = outer.world_size > facts.world_size
-        fault |= outer.world_size == facts.world_size and outer.rank != facts.rank
-        said = f"rank {facts.rank} of {facts.world_size}"
+        fault = outer.world_size > rank_info.world_size
+        fault |= outer.world_size == rank_info.world_size and outer.rank != rank_info.rank
+        said = f"rank {rank_info.rank} of {rank_info.world_size}"
     if fault:
         raise ConfigError(
-            f"the launchers contradict each other: {facts.source} says {said}, {outer.source} "
+            f"the launchers contradict each other: {rank_info.source} says {said}, {outer.source} "
             f"says rank {outer.rank} of {outer.world_size}; start the run through one of them "
             "(under srun: one torchrun a node, with --nnodes), and unset what is left of another"
         )
 
 
-def _check_partial(facts: RankFacts, environment: Mapping[str, str]) -> None:
+def _check_partial(rank_info: RankInfo, environment: Mapping[str, str]) -> None:
     """WORLD_SIZE without RANK, as `deepspeed --launcher mpich` sets it, must be the same number."""
     said = environment.get("WORLD_SIZE")
-    if said is not None and "RANK" not in environment and said != str(facts.world_size):
+    if said is not None and "RANK" not in environment and said != str(rank_info.world_size):
         raise ConfigError(
-            f"WORLD_SIZE={said}, but {facts.source} says {facts.world_size}; unset WORLD_SIZE"
+            f"WORLD_SIZE={said}, but {rank_info.source} says {rank_info.world_size}; "
+            "unset WORLD_SIZE"
         )
 
 
-def _check_local_flag(flags: LauncherFlags, facts: RankFacts, *, said: bool) -> None:
+def _check_local_flag(flags: LauncherFlags, rank_info: RankInfo, *, said: bool) -> None:
     given = flags.local_rank
-    if given is None or given == -1 or given == facts.local_rank:  # -1: "none", by old custom
+    if given is None or given == -1 or given == rank_info.local_rank:  # -1: "none", by old custom
         return
-    if not said and facts.world_size == 1:
+    if not said and rank_info.world_size == 1:
         remedy = "RANK, WORLD_SIZE and LOCAL_RANK are not set; start through a launcher"
     else:
-        remedy = f"{facts.source} says {facts.local_rank}; leave the flag out"
+        remedy = f"{rank_info.source} says {rank_info.local_rank}; leave the flag out"
     raise ConfigError(f"--local-rank {given} contradicts the environment: {remedy}")
 
 
-def _with_bound_gpu(facts: RankFacts, environment: Mapping[str, str]) -> RankFacts:
+def _with_bound_gpu(rank_info: RankInfo, environment: Mapping[str, str]) -> RankInfo:
     """Where SLURM shows each task its own GPU only, that one is number 0 for every task."""
     asked = environment.get("SLURM_GPUS_PER_TASK") or environment.get("SLURM_GPU_BIND")
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    if facts.source != SLURM.source or not asked or not visible or "," in visible:
-        return facts
-    return replace(facts, local_rank=0)
+    if rank_info.source != SLURM.source or not asked or not visible or "," in visible:
+        return rank_info
+    return replace(rank_info, local_rank=0)

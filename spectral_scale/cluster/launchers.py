@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from spectral_scale.cluster.slurm import tasks_on_node
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 Environment = Mapping[str, str]
 
@@ -53,7 +53,7 @@ SLURM = Launcher(
 )
 
 
-def read_facts(launcher: Launcher, environment: Environment) -> RankFacts | None:
+def read_facts(launcher: Launcher, environment: Environment) -> RankInfo | None:
     """What `launcher` says; None if it started nothing here. Raises ConfigError if it is garbled.
 
     A batch script has SLURM_PROCID too, but no step: only srun's tasks are ranks.
@@ -76,7 +76,7 @@ def read_facts(launcher: Launcher, environment: Environment) -> RankFacts | None
             f"{launcher.source} does not say which GPU is this process's: one of "
             f"{', '.join(launcher.local_rank)} must be set; set it, or give --local-rank"
         )
-    return RankFacts(
+    return RankInfo(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank or 0,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 REMEDY = (
     "set MASTER_ADDR to rank 0's host and MASTER_PORT to a free port for all ranks (Open MPI: "
@@ -12,7 +12,7 @@ REMEDY = (
 MESSAGE_BYTES = 300
 
 
-def agree_on_address(facts: RankFacts, address: str, port: int) -> tuple[str, int]:
+def agree_on_address(rank_info: RankInfo, address: str, port: int) -> tuple[str, int]:
     """Rank 0's address and port, on every rank. Collective over all MPI ranks.
 
     Raises ConfigError without mpi4py, or where its MPI library is not the launcher's.
@@ -21,15 +21,15 @@ def agree_on_address(facts: RankFacts, address: str, port: int) -> tuple[str, in
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"{facts.source} does not say where the ranks meet, and mpi4py cannot ask: {error}; "
-            f"{REMEDY}, or install it: pip install 'spectral-scale[mpi]'"
+            f"{rank_info.source} does not say where the ranks meet, and mpi4py cannot ask: "
+            f"{error}; {REMEDY}, or install it: pip install 'spectral-scale[mpi]'"
         ) from None
     world = MPI.COMM_WORLD
-    if (world.Get_rank(), world.Get_size()) != (facts.rank, facts.world_size):
+    if (world.Get_rank(), world.Get_size()) != (rank_info.rank, rank_info.world_size):
         library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
         raise ConfigError(
-            f"{facts.source} says rank {facts.rank} of {facts.world_size}, mpi4py's MPI library "
-            f"({library}) says {world.Get_rank()} of {world.Get_size()}: it is not the "
+            f"{rank_info.source} says rank {rank_info.rank} of {rank_info.world_size}, mpi4py's "
+            f"MPI library ({library}) says {world.Get_rank()} of {world.Get_size()}: it is not the "
             f"launcher's; use that library's mpirun, have mpi4py load the launcher's library "
             f"(MPI4PY_MPIABI=mpich or openmpi), or {REMEDY}"
         )

@@ -10,7 +10,7 @@ import psutil
 from spectral_scale.cluster import interface, mpi, slurm
 from spectral_scale.cluster.detect import LauncherFlags
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 LOOPBACK = "127.0.0.1"
 PORTS = range(15000, 30000)
@@ -33,7 +33,7 @@ class Rendezvous:
 
 
 def find_rendezvous(
-    facts: RankFacts, flags: LauncherFlags, environment: Mapping[str, str]
+    rank_info: RankInfo, flags: LauncherFlags, environment: Mapping[str, str]
 ) -> Rendezvous:
     """What was given wins; the rest follows from the job. Raises ConfigError if nothing tells.
 
@@ -44,7 +44,7 @@ def find_rendezvous(
     given = [n for n, v in (("address", address), ("port", port)) if v is not None]
     if address is not None and port is not None:
         return Rendezvous(address=address, port=port, source=f"given {' and '.join(given)}")
-    found = _from_job(facts, flags, environment)
+    found = _from_job(rank_info, flags, environment)
     return Rendezvous(
         address=address or found.address,
         port=found.port if port is None else port,
@@ -61,16 +61,18 @@ def _given_port(flags: LauncherFlags, environment: Mapping[str, str]) -> int | N
     return int(text)
 
 
-def _from_job(facts: RankFacts, flags: LauncherFlags, environment: Mapping[str, str]) -> Rendezvous:
-    if "MPI" in facts.source:
-        return _from_mpi(facts, flags, environment)
-    if "SLURM_JOB_ID" in environment and "SLURM" in facts.source:
+def _from_job(
+    rank_info: RankInfo, flags: LauncherFlags, environment: Mapping[str, str]
+) -> Rendezvous:
+    if "MPI" in rank_info.source:
+        return _from_mpi(rank_info, flags, environment)
+    if "SLURM_JOB_ID" in environment and "SLURM" in rank_info.source:
         address, port = job_rendezvous(environment)
         return Rendezvous(
             address=address, port=port, source=f"SLURM job {environment['SLURM_JOB_ID']}"
         )
     raise ConfigError(
-        f"{facts.world_size} ranks ({facts.source}), but nothing says where they meet: "
+        f"{rank_info.world_size} ranks ({rank_info.source}), but nothing says where they meet: "
         "MASTER_ADDR and MASTER_PORT must be set, or --master-addr and --master-port given; or "
         "start through torchrun"
     )
@@ -96,14 +98,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _from_mpi(facts: RankFacts, flags: LauncherFlags, environment: Mapping[str, str]) -> Rendezvous:
-    one_host = facts.local_world_size == facts.world_size
+def _from_mpi(
+    rank_info: RankInfo, flags: LauncherFlags, environment: Mapping[str, str]
+) -> Rendezvous:
+    one_host = rank_info.local_world_size == rank_info.world_size
     if one_host:
         job = next((environment[n] for n in _MPI_JOB if n in environment), None) or _hydra_job()
         if job is not None:
             return Rendezvous(address=LOOPBACK, port=job_port(job), source=f"MPI job {job}")
     address = LOOPBACK if one_host else _own_address(flags)
-    address, port = mpi.agree_on_address(facts, address, free_port())
+    address, port = mpi.agree_on_address(rank_info, address, free_port())
     return Rendezvous(address=address, port=port, source="rank 0, through mpi4py")
 
 

@@ -15,7 +15,7 @@ OWN_CODES = frozenset((0, RESUMABLE, 78, NO_PROGRESS))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ending:
+class RequeueDecision:
     """The verdict on one attempt."""
 
     code: int
@@ -26,7 +26,9 @@ class Ending:
     """For the log."""
 
 
-def judge_ending(code: int, status: Mapping[str, Any], *, job: str, since: float) -> Ending:
+def requeue_decision(
+    code: int, status: Mapping[str, Any], *, job: str, since: float
+) -> RequeueDecision:
     """What `code`, the launcher's, and status.json say together.
 
     Args:
@@ -38,23 +40,25 @@ def judge_ending(code: int, status: Mapping[str, Any], *, job: str, since: float
     """
     mine = status.get("job") == job and _number(status, "time") >= since
     if not mine:
-        return Ending(code=code, requeue=False, reason="the run wrote no status in this attempt")
+        return RequeueDecision(
+            code=code, requeue=False, reason="the run wrote no status in this attempt"
+        )
     said = status.get("exit_code")
     if code not in OWN_CODES and code != 0 and type(said) is int and said != 0:
         code = said
     state, reason = status.get("state"), str(status.get("reason") or "no reason given")
     if code != RESUMABLE:
-        return Ending(code=code, requeue=False, reason=f"{state}: {reason}")
+        return RequeueDecision(code=code, requeue=False, reason=f"{state}: {reason}")
     if not status.get("requeue", False):
-        return Ending(code=code, requeue=False, reason=f"{reason}; not to be requeued")
+        return RequeueDecision(code=code, requeue=False, reason=f"{reason}; not to be requeued")
     step, start = _number(status, "step"), _number(status, "start_step")
     if step <= start:
-        return Ending(
+        return RequeueDecision(
             code=NO_PROGRESS,
             requeue=False,
             reason=f"{reason} at step {step:.0f}, where it began: give the job more time",
         )
-    return Ending(code=code, requeue=True, reason=f"{reason} at step {step:.0f}")
+    return RequeueDecision(code=code, requeue=True, reason=f"{reason} at step {step:.0f}")
 
 
 def _number(status: Mapping[str, Any], key: str) -> float:

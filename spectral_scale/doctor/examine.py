@@ -12,7 +12,7 @@ from spectral_scale.doctor.group import examine_group
 from spectral_scale.doctor.machine import examine_machine, versions
 from spectral_scale.doctor.storage import examine_storage
 from spectral_scale.parallel.group import join_group, leave_group
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Subject:
     """Checkpoints kept."""
 
 
-def examine(subject: Subject, facts: RankFacts) -> list[Finding]:
+def examine(subject: Subject, rank_info: RankInfo) -> list[Finding]:
     """Findings of all ranks, the same list on each. Collective. Raises LaunchError."""
-    mine = list(examine_machine(facts, subject.backend))
-    device = _device(subject, facts)
-    collective = join_group(facts.world_size, device)
+    mine = list(examine_machine(rank_info, subject.backend))
+    device = _device(subject, rank_info)
+    collective = join_group(rank_info.world_size, device)
     mine += examine_storage(
         subject.run_dir,
         collective,
@@ -43,16 +43,16 @@ def examine(subject: Subject, facts: RankFacts) -> list[Finding]:
         kept=subject.kept,
     )
     mine += examine_group(collective, device, versions())
-    every = collective.gather_json([_signed(f, facts.rank).to_json() for f in mine])
+    every = collective.gather_json([_signed(f, rank_info.rank).to_json() for f in mine])
     found: list[list[dict[str, object]]] = collective.broadcast_json(every)
     leave_group()
     return list(_condensed([Finding(**f) for of_rank in found for f in of_rank]))  # type: ignore[arg-type]
 
 
-def _device(subject: Subject, facts: RankFacts) -> torch.device:
+def _device(subject: Subject, rank_info: RankInfo) -> torch.device:
     """The rank's GPU if it has one; what is wrong with it is a finding, not an error."""
-    able = torch.cuda.is_available() and facts.local_rank < torch.cuda.device_count()
-    return torch.device("cuda", facts.local_rank) if able and subject.device != "cpu" else (
+    able = torch.cuda.is_available() and rank_info.local_rank < torch.cuda.device_count()
+    return torch.device("cuda", rank_info.local_rank) if able and subject.device != "cpu" else (
         torch.device("cpu")
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch
 from spectral_scale.cluster.interface import VARIABLES, addresses
 from spectral_scale.cluster.rendezvous import LOOPBACK, PORTS
 from spectral_scale.doctor.findings import Finding, fault, ok, warning
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 PACKAGES = ("spectral-scale", "torch", "transformers", "safetensors", "numpy")
 OPTIONAL = {"deepspeed": "deepspeed", "megatron": "megatron-core"}
@@ -32,18 +32,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def examine_machine(facts: RankFacts, backend: str | None) -> Iterator[Finding]:
+def examine_machine(rank_info: RankInfo, backend: str | None) -> Iterator[Finding]:
     """Everything about this host that needs no other one.
 
     Args:
-        facts: where this process stands.
+        rank_info: where this process stands.
         backend: parallel.backend of the run; None if no run is meant.
     """
     yield from _packages(backend)
-    yield from _devices(facts)
+    yield from _devices(rank_info)
     yield from _compilers(backend)
     yield _open_files()
-    yield from _interfaces(facts)
+    yield from _interfaces(rank_info)
     yield _ports()
 
 
@@ -59,7 +59,7 @@ def _packages(backend: str | None) -> Iterator[Finding]:
         )
 
 
-def _devices(facts: RankFacts) -> Iterator[Finding]:
+def _devices(rank_info: RankInfo) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
             yield warning(
@@ -73,17 +73,17 @@ def _devices(facts: RankFacts) -> Iterator[Finding]:
                                 "threads a rank")  # fmt: skip
         return
     count = torch.cuda.device_count()
-    if facts.local_rank >= count:
+    if rank_info.local_rank >= count:
         yield fault(
             "devices",
-            f"local rank {facts.local_rank} has no GPU: {count} are visible here",
+            f"local rank {rank_info.local_rank} has no GPU: {count} are visible here",
             "start as many ranks a node as it has GPUs (--ntasks-per-node, --nproc-per-node)",
         )
         return
-    properties = torch.cuda.get_device_properties(facts.local_rank)
+    properties = torch.cuda.get_device_properties(rank_info.local_rank)
     yield ok(
         "devices",
-        f"GPU {facts.local_rank} of {count}: {properties.name}, "
+        f"GPU {rank_info.local_rank} of {count}: {properties.name}, "
         f"{properties.total_memory / 1e9:.0f} GB",
     )
 
@@ -118,15 +118,15 @@ def _open_files() -> Finding:
     return ok("open files", f"limit {soft}")
 
 
-def _interfaces(facts: RankFacts) -> Iterator[Finding]:
+def _interfaces(rank_info: RankInfo) -> Iterator[Finding]:
     names = {v: os.environ.get(v, "").lstrip("=^").split(",")[0] for v in VARIABLES}
     own = addresses()
     text = ", ".join(f"{v}={name or 'unset'}" for v, name in names.items())
-    if facts.world_size == 1:
+    if rank_info.world_size == 1:
         yield ok("interfaces", f"one process; {', '.join(sorted(own))} are up")
         return
     gone = [name for name in names.values() if name and not _matches(name, own)]
-    several = facts.local_world_size not in (None, facts.world_size)
+    several = rank_info.local_world_size not in (None, rank_info.world_size)
     loopback = [n for n in names.values() if any(a.startswith("127.") for a in own.get(n, ()))]
     if gone:
         yield fault(

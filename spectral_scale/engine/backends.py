@@ -12,7 +12,7 @@ from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
 from spectral_scale.models.build import transformers_config
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 MODULES = {
     "torch": "spectral_scale.backends.torch.backend",
@@ -20,15 +20,15 @@ MODULES = {
     "fsdp2": "spectral_scale.backends.fsdp2.backend",
     "megatron": "spectral_scale.backends.megatron.backend",
 }
-"""parallel.backend -> the module whose `open_backend(config, facts)` starts it. Collective."""
+"""parallel.backend -> the module whose `open_backend(config, rank_info)` starts it. Collective."""
 
 
-def with_host_file(config: RunConfig) -> RunConfig:
+def with_backend_file(config: RunConfig) -> RunConfig:
     """The run with what the backend's own configuration file adds to it. Raises ConfigError."""
     return with_deepspeed_json(config)
 
 
-def require_host(config: RunConfig, *, world_size: int) -> None:
+def require_backend(config: RunConfig, *, world_size: int) -> None:
     """Raise ConfigError if the backend's package or its GPU is missing, or if its own
     configuration file contradicts the run."""
     backend = config.parallel.backend
@@ -39,7 +39,7 @@ def require_host(config: RunConfig, *, world_size: int) -> None:
         resolve_deepspeed(config, world_size=world_size)
 
 
-def require_host_model(config: RunConfig, architecture: Architecture) -> None:
+def require_backend_model(config: RunConfig, architecture: Architecture) -> None:
     """Raise ConfigError if the backend has no place for an option of the model."""
     if config.parallel.backend == "megatron":
         found = transformers_config(architecture, config.model, eos_token_id=None)
@@ -66,9 +66,9 @@ def autocast_dtype(config: RunConfig) -> torch.dtype | None:
     return torch.bfloat16
 
 
-def open_backend(config: RunConfig, facts: RankFacts) -> Backend:
+def open_backend(config: RunConfig, rank_info: RankInfo) -> Backend:
     """Start the configured backend: process groups and device. Collective. Raises ConfigError."""
-    require_host(config, world_size=facts.world_size)
+    require_backend(config, world_size=rank_info.world_size)
     module = import_module(MODULES[config.parallel.backend])
-    backend: Backend = module.open_backend(config, facts)
+    backend: Backend = module.open_backend(config, rank_info)
     return backend

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectral_scale.backends.base import Backend, ModelMaker, OptimizerHost
+from spectral_scale.backends.base import Backend, ModelMaker, OptimizerOwner
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.config.check import check_config, converted_shapes
@@ -23,9 +23,9 @@ from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.engine.backends import (
     autocast_dtype,
     open_backend,
-    require_host,
-    require_host_model,
-    with_host_file,
+    require_backend,
+    require_backend_model,
+    with_backend_file,
 )
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
 from spectral_scale.engine.filter_run import open_filter
@@ -50,7 +50,7 @@ from spectral_scale.optim.filter.spectral_filter import SpectralFilter
 from spectral_scale.parallel.chunks import TensorChunk, whole
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import separate
-from spectral_scale.parallel.rank_info import RankFacts, require_rendezvous
+from spectral_scale.parallel.rank_info import RankInfo, require_rendezvous
 from spectral_scale.parallel.table import ParameterTable, parameter_table
 
 logger = logging.getLogger(__name__)
@@ -137,20 +137,20 @@ class Inputs:
     """Validation tokens."""
 
 
-def check_inputs(config: RunConfig, facts: RankFacts) -> Inputs:
+def check_inputs(config: RunConfig, rank_info: RankInfo) -> Inputs:
     """Everything that can be known to be wrong before anything is written or allocated.
 
     Raises ConfigError or DataError.
     """
-    require_rendezvous(facts)
-    config = with_host_file(config)
-    check_config(config, world_size=facts.world_size)
-    require_host(config, world_size=facts.world_size)
-    pick_device(config.train.device, facts.local_rank)
+    require_rendezvous(rank_info)
+    config = with_backend_file(config)
+    check_config(config, world_size=rank_info.world_size)
+    require_backend(config, world_size=rank_info.world_size)
+    pick_device(config.train.device, rank_info.local_rank)
     train, validation = open_data(config)
     config = with_vocabulary(config, train)
-    architecture = check_config(config, world_size=facts.world_size)
-    require_host_model(config, architecture)
+    architecture = check_config(config, world_size=rank_info.world_size)
+    require_backend_model(config, architecture)
     check_vocabulary(architecture.vocab_size, train)
     count_examples(train, config.model.sequence_length, config.data.examples)
     if validation is not None:
@@ -159,16 +159,16 @@ def check_inputs(config: RunConfig, facts: RankFacts) -> Inputs:
     return Inputs(config=config, architecture=architecture, train=train, validation=validation)
 
 
-def build_run(config: RunConfig, facts: RankFacts) -> Run:
+def build_run(config: RunConfig, rank_info: RankInfo) -> Run:
     """Build, and resume if the run folder holds a good checkpoint. Collective.
 
     Raises ConfigError, DataError or CheckpointError on all ranks alike.
     """
-    inputs = check_inputs(config, facts)
+    inputs = check_inputs(config, rank_info)
     config, architecture = inputs.config, inputs.architecture
     train_tokens, validation_tokens = inputs.train, inputs.validation
 
-    backend = open_backend(config, facts)
+    backend = open_backend(config, rank_info)
     _set_determinism(config, backend.device)
     loader, validation = _build_loaders(config, backend, train_tokens, validation_tokens)
     weights = initial_weights(config)
@@ -194,7 +194,7 @@ def build_run(config: RunConfig, facts: RankFacts) -> Run:
     _give_memory(model, table, weights, config=config, backend=backend, fresh=reader is None)
     backend.shard(model)
     optimizer = method.optimizer(model, config, backend.collective)
-    if isinstance(backend, OptimizerHost):
+    if isinstance(backend, OptimizerOwner):
         optimizer = backend.own_optimizer(optimizer)
     forward = backend.attach(optimizer)
     controller = method.controller(

@@ -4,9 +4,9 @@ from torch import nn
 
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.engine.pieces import pieces_of
+from spectral_scale.engine.pieces import shards_of
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
-from spectral_scale.parallel.flat_shards import Pieces, PiecesMaker
+from spectral_scale.parallel.flat_shards import ParameterShards, ShardsMaker
 from spectral_scale.parallel.store import ParameterStore
 from spectral_scale.parallel.table import ParameterTable
 
@@ -25,11 +25,11 @@ def open_filter(
     """
     if not config.filter.enabled:
         return None
-    pieces: Pieces
-    if isinstance(store, PiecesMaker):
+    pieces: ParameterShards
+    if isinstance(store, ShardsMaker):
         pieces = store.pieces()
     else:
-        pieces = pieces_of(store, model, what="the spectral filter", remedy="set filter.kind=none")
+        pieces = shards_of(store, model, what="the spectral filter", remedy="set filter.kind=none")
     return SpectralFilter(
         pieces,
         {fqn: table[fqn].role for fqn in pieces.shapes},

@@ -28,7 +28,7 @@ from spectral_scale.supervision.incidents import record
 from spectral_scale.supervision.lost_ranks import naming_lost_ranks
 from spectral_scale.supervision.replica_check import check_replicas
 from spectral_scale.supervision.status import write_status
-from spectral_scale.supervision.supervisor import Guard
+from spectral_scale.supervision.supervisor import Supervisor
 from spectral_scale.supervision.watchdog import End
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class TrainingLoop:
         self.steps = StepLog(run)
         background = run.config.checkpoint.async_save
         self.saver = Saver(run.checkpoints, run.identity, background=background)
-        self.guard = Guard(run, self.saver, end)
+        self.guard = Supervisor(run, self.saver, end)
         self._leads = run.backend.collective.rank == 0
         self._run_dir = Path(run.config.train.run_dir)
         self._saved_step: int | None = run.start_step or None

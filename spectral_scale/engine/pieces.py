@@ -2,15 +2,15 @@
 
 from torch import nn
 
-from spectral_scale.backends.deepspeed.shards import ZeroPieces
+from spectral_scale.backends.deepspeed.shards import ZeroShards
 from spectral_scale.backends.deepspeed.store import ZeroStore
 from spectral_scale.backends.fsdp2.store import FSDP2Store
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.flat_shards import SteppedPieces, TensorPieces
+from spectral_scale.parallel.flat_shards import SteppedShards, TensorShards
 from spectral_scale.parallel.store import ParameterStore, TorchStore
 
 
-def pieces_of(store: ParameterStore, model: nn.Module, *, what: str, remedy: str) -> SteppedPieces:
+def shards_of(store: ParameterStore, model: nn.Module, *, what: str, remedy: str) -> SteppedShards:
     """The pieces behind a store.
 
     Args:
@@ -22,10 +22,10 @@ def pieces_of(store: ParameterStore, model: nn.Module, *, what: str, remedy: str
     Raises ConfigError for a host whose gradients are not reached.
     """
     if isinstance(store, ZeroStore):
-        return ZeroPieces(store)
+        return ZeroShards(store)
     if isinstance(store, TorchStore | FSDP2Store):
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        return TensorPieces(trained, store.mesh if isinstance(store, FSDP2Store) else None)
+        return TensorShards(trained, store.mesh if isinstance(store, FSDP2Store) else None)
     raise ConfigError(
         f"{what} does not reach the gradients behind {type(store).__name__}; {remedy}, or "
         "parallel.backend to torch, fsdp2 or deepspeed"

@@ -14,7 +14,7 @@ class SpectralSchedule:
     warmup_steps: int
     """Steps of the learning-rate ramp after each swap."""
 
-    def is_boundary(self, applied_steps: int) -> bool:
+    def is_swap(self, applied_steps: int) -> bool:
         """Whether a swap follows the applied step of that count."""
         return applied_steps > 0 and applied_steps % self.steps_per_iteration == 0
 

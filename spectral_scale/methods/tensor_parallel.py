@@ -8,7 +8,7 @@ from spectral_scale.methods.frod.tensor_parallel import TensorParallelFRoDLinear
 from spectral_scale.methods.layer import FactoredLinear
 from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.methods.sst.tensor_parallel import TensorParallelSpectralLinear
-from spectral_scale.methods.tensor_parallel_context import Sharing
+from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 
 _FORMS: dict[type[FactoredLinear], type[FactoredLinear]] = {
     SpectralLinear: TensorParallelSpectralLinear,
@@ -16,7 +16,7 @@ _FORMS: dict[type[FactoredLinear], type[FactoredLinear]] = {
 }
 
 
-def share(layer: FactoredLinear, sharing: Sharing) -> None:
+def share(layer: FactoredLinear, context: TensorParallelContext) -> None:
     """Let a layer compute in parts, in place; its parameters must have been cut already.
 
     Raises ConfigError for a layer of another method.
@@ -29,4 +29,4 @@ def share(layer: FactoredLinear, sharing: Sharing) -> None:
         )
     shared: Any = layer
     shared.__class__ = form
-    shared.sharing = sharing
+    shared.context = context

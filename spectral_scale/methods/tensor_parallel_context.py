@@ -35,7 +35,7 @@ class SharedInput:
 
 
 @dataclass(frozen=True)
-class Sharing:
+class TensorParallelContext:
     """What a layer in parts needs of its ranks."""
 
     bottleneck: Bottleneck

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spectral_scale.ops.null_space import settle_null_space
+from spectral_scale.ops.null_space import fix_null_space
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def svd(weight: Tensor) -> Triplets:
 
     Tries the default driver, then (CUDA) gesvd, then float64 on the CPU. A wide matrix is handed
     over as its transpose: LAPACK takes three times as long for 2048 x 8192 as for 8192 x 2048.
-    Directions of vanishing values do not depend on rounding (`settle_null_space`).
+    Directions of vanishing values do not depend on rounding (`fix_null_space`).
     Raises ValueError for a matrix that is not finite, and LinAlgError if every driver fails.
     """
     if not torch.isfinite(weight).all():
@@ -53,7 +53,7 @@ def svd(weight: Tensor) -> Triplets:
             if failures:
                 logger.warning("SVD fell back to %s after %s", name, "; ".join(failures))
             u, sigma, v = (t.to(weight.device, weight.dtype).contiguous() for t in factors)
-            return settle_null_space(*fix_gauge(u, sigma, v))
+            return fix_null_space(*fix_gauge(u, sigma, v))
         failures.append(f"{name}: the factors are not finite")
     raise torch.linalg.LinAlgError("no SVD driver succeeded: " + "; ".join(failures))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from spectral_scale.ops.keyed_random import keyed_uniform
 
 
-def settle_null_space(u: Tensor, sigma: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fix_null_space(u: Tensor, sigma: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Replace the directions of vanishing singular values, and set these to zero.
 
     Args:

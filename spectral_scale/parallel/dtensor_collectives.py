@@ -49,7 +49,7 @@ def gather(tensor: DTensor, layout: Layout, *, owner: int) -> Tensor | None:
 
     Collective over that copy; other ranks return at once.
     """
-    if layout.copy_of[owner] != layout.copy_of[layout.rank]:
+    if layout.replica_of[owner] != layout.replica_of[layout.rank]:
         return None
     if layout.shard_group is None:
         return local(tensor).clone() if layout.rank == owner else None
@@ -80,15 +80,17 @@ def scatter(
     if not sum(sizes):
         return
     mine = local(into[0]).new_empty(sum(sizes))
-    if layout.copy_of[owner] == layout.copy_of[layout.rank]:
+    if layout.replica_of[owner] == layout.replica_of[layout.rank]:
         packed = _pack(values, shapes, layout, mine) if layout.rank == owner else None
         if layout.shard_group is not None:
             dist.scatter(mine, packed, src=owner, group=layout.shard_group)
         elif packed is not None:
             mine = packed[0]
-    if layout.copy_group is not None:
-        source = next(r for r in layout.copy_ranks if layout.copy_of[r] == layout.copy_of[owner])
-        dist.broadcast(mine, source, group=layout.copy_group)
+    if layout.replica_group is not None:
+        source = next(
+            r for r in layout.replica_ranks if layout.replica_of[r] == layout.replica_of[owner]
+        )
+        dist.broadcast(mine, source, group=layout.replica_group)
     for tensor, part, shape in zip(into, mine.split(sizes), padded, strict=True):
         target = local(tensor)
         target.copy_(part.view(shape)[_corner(tuple(target.shape))])

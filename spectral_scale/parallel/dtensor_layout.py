@@ -1,7 +1,7 @@
 """Where the pieces of a DTensor lie: which part of a tensor each rank holds.
 
-Pieces are those of `fully_shard`: the tensor is cut along one dimension into ceil(n / parts) long
-pieces; the last ones may be shorter or empty. Under tensor parallelism each rank's equal part is
+`fully_shard` shards a tensor along one dimension into shards of ceil(n / parts) entries; the last
+ones may be shorter or empty. Under tensor parallelism each rank's equal part is
 cut that way.
 """
 
@@ -18,7 +18,7 @@ from spectral_scale.parallel.rectangles import Rectangle, Shape
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardedDim:
     """One cut of a tensor into pieces."""
 
     dim: int
@@ -33,18 +33,18 @@ class Cut:
 class Layout:
     """How one kind of tensor is spread over ranks; the same object for tensors spread alike."""
 
-    cuts: tuple[Cut, ...]
+    cuts: tuple[ShardedDim, ...]
     """In the order they are made, each within the part that the one before left; none: every rank
     holds the tensor whole."""
     shard_ranks: tuple[int, ...]
     """Global ranks that hold the pieces of one copy, in the order of the pieces."""
     shard_group: dist.ProcessGroup | None
     """Those ranks; None if there is one piece."""
-    copy_ranks: tuple[int, ...]
+    replica_ranks: tuple[int, ...]
     """Global ranks that hold the same piece as this one."""
-    copy_group: dist.ProcessGroup | None
+    replica_group: dist.ProcessGroup | None
     """Those ranks; None if there is one copy."""
-    copy_of: dict[int, int]
+    replica_of: dict[int, int]
     """Global rank -> the copy that it belongs to."""
     piece_of: dict[int, int]
     """Global rank -> the piece that it holds."""
@@ -70,9 +70,9 @@ class Layout:
         return self.shard_ranks.index(self.rank)
 
     @property
-    def is_first_copy(self) -> bool:
+    def is_first_replica(self) -> bool:
         """Whether this rank's copy is the one that is written to checkpoints."""
-        return self.copy_of[self.rank] == 0
+        return self.replica_of[self.rank] == 0
 
     def rectangle(self, global_shape: Shape, index: int | None = None) -> Rectangle:
         """The part of a whole tensor that a piece (by default this rank's) is."""
@@ -149,9 +149,9 @@ def _layout(tensor: DTensor, mesh: DeviceMesh, placements: tuple[Placement, ...]
         cuts=tuple(_cut(mesh, axes, axis, placements[axis]) for axis in order),
         shard_ranks=tuple(grid[copy].tolist()),
         shard_group=_group(mesh, axes),
-        copy_ranks=tuple(grid[:, index].tolist()),
-        copy_group=_group(mesh, copies),
-        copy_of={r: i for i, row in enumerate(grid.tolist()) for r in row},
+        replica_ranks=tuple(grid[:, index].tolist()),
+        replica_group=_group(mesh, copies),
+        replica_of={r: i for i, row in enumerate(grid.tolist()) for r in row},
         piece_of={r: j for row in grid.tolist() for j, r in enumerate(row)},
         rank=rank,
     )
@@ -174,10 +174,10 @@ def _cut_order(placements: tuple[Placement, ...], mesh: DeviceMesh) -> tuple[int
     return tuple(reversed(axes))
 
 
-def _cut(mesh: DeviceMesh, axes: tuple[int, ...], axis: int, placement: Placement) -> Cut:
+def _cut(mesh: DeviceMesh, axes: tuple[int, ...], axis: int, placement: Placement) -> ShardedDim:
     later = tuple(a for a in axes if a > axis)
     dim: int = placement.dim  # type: ignore[attr-defined]  # a Shard or a _StridedShard
-    return Cut(dim=dim, parts=mesh.size(axis), stride=_size(mesh, later))
+    return ShardedDim(dim=dim, parts=mesh.size(axis), stride=_size(mesh, later))
 
 
 def _size(mesh: DeviceMesh, axes: tuple[int, ...]) -> int:

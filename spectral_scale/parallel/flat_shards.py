@@ -38,9 +38,9 @@ class ShardGroup:
     """Whether this copy of the model is the one that checkpoints take."""
     copy: int = 0
     """Which copy of the model it is."""
-    copy_ranks: tuple[int, ...] = (0,)
+    replica_ranks: tuple[int, ...] = (0,)
     """Global ranks that hold the same pieces, by copy."""
-    copy_handle: dist.ProcessGroup | None = None
+    replica_handle: dist.ProcessGroup | None = None
     """What collectives of those go through; None if there is one copy."""
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -51,11 +51,11 @@ class ShardGroup:
 
     def take_from(self, tensor: Tensor, copy: int) -> None:
         """Overwrite it in place with another copy's. Collective over those that hold it."""
-        if len(self.copy_ranks) > 1:
-            dist.broadcast(tensor, self.copy_ranks[copy], group=self.copy_handle)
+        if len(self.replica_ranks) > 1:
+            dist.broadcast(tensor, self.replica_ranks[copy], group=self.replica_handle)
 
 
-class Pieces(Protocol):
+class ParameterShards(Protocol):
     """This rank's pieces. Nothing here communicates."""
 
     group: ShardGroup
@@ -79,7 +79,7 @@ class Pieces(Protocol):
         """The full-precision value of this rank's range, a 1-D view."""
 
 
-class SteppedPieces(Pieces, Protocol):
+class SteppedShards(ParameterShards, Protocol):
     """Pieces for an optimizer that steps parts of what its host gave it by itself."""
 
     def members(self, parameter: Tensor) -> list[str]:
@@ -90,14 +90,14 @@ class SteppedPieces(Pieces, Protocol):
 
 
 @runtime_checkable
-class PiecesMaker(Protocol):
+class ShardsMaker(Protocol):
     """A `ParameterStore` that knows its host's pieces."""
 
-    def pieces(self) -> Pieces:
+    def pieces(self) -> ParameterShards:
         """Those of the trained parameters. Collective."""
 
 
-class TensorPieces:
+class TensorShards:
     """Pieces of plain tensors, which every rank holds whole, or of DTensors.
 
     Args:
@@ -190,20 +190,20 @@ def _order(fqn: str, shape: Shape, layout: Layout | None) -> FlatOrder:
 def _group(widest: Layout | None) -> ShardGroup:
     """That of the parameter that is cut most."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    if widest is None or (widest.shard_group is None and widest.copy_group is None):
+    if widest is None or (widest.shard_group is None and widest.replica_group is None):
         return ShardGroup(writes=rank == 0)
     return ShardGroup(
         index=widest.index,
         size=widest.parts,
         handle=widest.shard_group,
-        writes=widest.is_first_copy,
-        copy=widest.copy_of[rank],
-        copy_ranks=widest.copy_ranks,
-        copy_handle=widest.copy_group,
+        writes=widest.is_first_replica,
+        copy=widest.replica_of[rank],
+        replica_ranks=widest.replica_ranks,
+        replica_handle=widest.replica_group,
     )
 
 
-def speaks_for(pieces: Pieces, fqn: str) -> bool:
+def is_first_holder(pieces: ParameterShards, fqn: str) -> bool:
     """Whether this rank is the first of those that hold its range: what is added up over ranks, or
     saved, comes from it alone."""
     held = pieces.held(fqn)

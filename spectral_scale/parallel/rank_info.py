@@ -1,4 +1,4 @@
-"""Rank facts in torch's variables, which every launcher's are turned into (`cluster.adopt`)."""
+"""Rank and world size, from torch's variables, which `cluster.adopt` sets for every launcher."""
 
 import os
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankFacts:
+class RankInfo:
     """Where this process stands."""
 
     rank: int = 0
@@ -22,15 +22,15 @@ class RankFacts:
     local_world_size: int | None = None
     """Processes of the run on this host; None where the launcher does not say."""
     source: str = "single process"
-    """Which environment the facts came from."""
+    """Which environment these values came from."""
 
 
-def detect_rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
+def detect_rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo:
     """Read torchrun's variables; without them, one process. Raises ConfigError if they clash."""
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        return RankFacts()
+        return RankInfo()
     try:
-        facts = RankFacts(
+        rank_info = RankInfo(
             rank=int(environment["RANK"]),
             world_size=int(environment["WORLD_SIZE"]),
             local_rank=int(environment.get("LOCAL_RANK", "0")),
@@ -42,12 +42,12 @@ def detect_rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
             f"incomplete launcher environment: {error}; RANK and WORLD_SIZE must both be integers; "
             "start through torchrun, or unset them for a single process"
         ) from None
-    if not 0 <= facts.rank < facts.world_size:
+    if not 0 <= rank_info.rank < rank_info.world_size:
         raise ConfigError(
-            f"RANK={facts.rank} is not below WORLD_SIZE={facts.world_size}; "
+            f"RANK={rank_info.rank} is not below WORLD_SIZE={rank_info.world_size}; "
             "check the launcher's environment"
         )
-    return facts
+    return rank_info
 
 
 def _local_world_size(environment: Mapping[str, str]) -> int | None:
@@ -56,12 +56,12 @@ def _local_world_size(environment: Mapping[str, str]) -> int | None:
     return None if text is None else int(text)
 
 
-def require_rendezvous(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> None:
+def require_rendezvous(rank_info: RankInfo, environment: Mapping[str, str] = os.environ) -> None:
     """Raise ConfigError if there are several ranks and nothing says where they meet."""
     missing = [name for name in RENDEZVOUS if name not in environment]
-    if facts.world_size > 1 and missing:
+    if rank_info.world_size > 1 and missing:
         raise ConfigError(
-            f"incomplete launcher environment: WORLD_SIZE={facts.world_size}, but "
+            f"incomplete launcher environment: WORLD_SIZE={rank_info.world_size}, but "
             f"{' and '.join(missing)} must be set for the ranks to meet; start through torchrun, "
             "or unset RANK and WORLD_SIZE for a single process"
         )

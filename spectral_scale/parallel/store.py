@@ -24,10 +24,10 @@ class ParameterStore(Protocol):
     collective: Collective
     """The ranks that hold the parameters."""
 
-    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+    def gather(self, fqn: str, *, owner: int) -> Tensor | None:
         """The whole full-precision value on rank `owner`; None elsewhere."""
 
-    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+    def scatter(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
         """Overwrite parameters, low-precision copies and masters, with rank `owner`'s values."""
 
     def reset_moments(self, fqns: Sequence[str]) -> int:
@@ -68,12 +68,12 @@ class TorchStore:
         self._optimizer = optimizer
         self.collective = collective
 
-    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+    def gather(self, fqn: str, *, owner: int) -> Tensor | None:
         """This rank's value, on the owner."""
         return self._parameters[fqn].detach() if self.collective.rank == owner else None
 
     @torch.no_grad()
-    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+    def scatter(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
         """Copy on the owner, then one broadcast of all parameters of a dtype."""
         targets = {fqn: self._parameters[fqn].detach() for fqn in values}
         broadcast_into(targets, values, self.collective, owner=owner)

@@ -56,7 +56,7 @@ def kind_of(module: str) -> Kind:
     )
 
 
-def cut_dimension(fqn: str) -> int | None:
+def sharded_dimension(fqn: str) -> int | None:
     """The dimension along which a parameter is cut, None if every rank holds it whole.
 
     Raises ConfigError for a parameter without a rule: nothing is replicated by accident.
@@ -71,17 +71,17 @@ def cut_dimension(fqn: str) -> int | None:
     return cuts[leaf]
 
 
-def factor_cut(kind: Literal["column", "row"], leaf: str) -> int | None:
+def factor_sharded_dim(kind: Literal["column", "row"], leaf: str) -> int | None:
     """The dimension along which a parameter of a converted linear is cut; None: whole."""
     return _CUTS[kind][leaf]
 
 
-def held_rectangle(fqn: str, global_shape: Shape, *, parts: int, index: int) -> Rectangle:
+def local_rectangle(fqn: str, global_shape: Shape, *, parts: int, index: int) -> Rectangle:
     """The part of a parameter that rank `index` of `parts` tensor-parallel ranks holds.
 
     Raises ConfigError if it cannot be cut into equal parts.
     """
-    dim = cut_dimension(fqn)
+    dim = sharded_dimension(fqn)
     if dim is None:
         return Rectangle((0,) * len(global_shape), tuple(global_shape))
     size = global_shape[dim]

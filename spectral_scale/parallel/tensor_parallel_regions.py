@@ -18,7 +18,7 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
-class _Enter(torch.autograd.Function):
+class _CopyToRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -29,7 +29,7 @@ class _Enter(torch.autograd.Function):
         return all_reduce(grads[0], ctx.group), None
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: dist.ProcessGroup) -> Tensor:
         return all_reduce(y, group)
@@ -41,11 +41,11 @@ class _Leave(torch.autograd.Function):
 
 def enter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x, equal on every rank; its gradient is the sum of the ranks'. Collective in backward."""
-    result: Tensor = _Enter.apply(x, group)
+    result: Tensor = _CopyToRegion.apply(x, group)
     return result
 
 
 def leave(y: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of the ranks' y; each gets the gradient of the sum. Collective in forward."""
-    result: Tensor = _Leave.apply(y, group)
+    result: Tensor = _ReduceFromRegion.apply(y, group)
     return result

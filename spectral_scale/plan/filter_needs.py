@@ -12,7 +12,7 @@ from spectral_scale.optim.filter.nodes import Member, NodeGroup, plan_groups
 from spectral_scale.optim.filter.operator import EXACT_NODES
 from spectral_scale.optim.filter.placement import owners_by_size
 from spectral_scale.optim.filter.sampling import DRIFT_ENTRIES
-from spectral_scale.parallel.tensor_parallel import cut_dimension
+from spectral_scale.parallel.tensor_parallel import sharded_dimension
 from spectral_scale.plan.activations import master_itemsize
 from spectral_scale.plan.inventory import Inventory
 
@@ -35,7 +35,7 @@ class FilterNeeds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cut:
+class _ShardedDim:
     """How a host cuts what the filter reaches."""
 
     ranks: int
@@ -47,7 +47,7 @@ class _Cut:
 
     def parts(self, fqn: str) -> int:
         """Ranks over which a parameter and its gradient are spread."""
-        whole = self.line > 1 and cut_dimension(fqn) is None
+        whole = self.line > 1 and sharded_dimension(fqn) is None
         return self.ranks // self.line if whole else self.ranks
 
 
@@ -96,17 +96,17 @@ def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) ->
     return FilterNeeds(kept=kept, workspace=workspace, saved=saved, exchanged=exchanged)
 
 
-def _cut(config: RunConfig, world_size: int) -> _Cut:
+def _cut(config: RunConfig, world_size: int) -> _ShardedDim:
     line = config.parallel.tensor_parallel
     if config.parallel.backend == "fsdp2":
         ranks = shard_group_size(config.parallel, world_size)
-        return _Cut(ranks=ranks, aligned=True, line=line)
+        return _ShardedDim(ranks=ranks, aligned=True, line=line)
     if config.parallel.backend == "megatron":
         sharded = config.parallel.distributed_optimizer and world_size > line
-        return _Cut(ranks=world_size if sharded else line, aligned=not sharded, line=line)
+        return _ShardedDim(ranks=world_size if sharded else line, aligned=not sharded, line=line)
     if config.parallel.backend == "deepspeed" and (stage := zero_stage(config.parallel)):
-        return _Cut(ranks=world_size, aligned=stage == 3)
-    return _Cut(ranks=1, aligned=True)
+        return _ShardedDim(ranks=world_size, aligned=stage == 3)
+    return _ShardedDim(ranks=1, aligned=True)
 
 
 def _sampled(group: NodeGroup, nodes: str, numels: dict[str, int]) -> int:
@@ -137,7 +137,7 @@ def _fullest(
     return max(found)
 
 
-def _largest_change(groups: Sequence[NodeGroup], numels: dict[str, int], cut: _Cut) -> int:
+def _largest_change(groups: Sequence[NodeGroup], numels: dict[str, int], cut: _ShardedDim) -> int:
     """Elements of the largest group that a rank holds."""
     return max(sum(_share(numels[fqn], cut.parts(fqn)) for fqn in g.fqns) for g in groups)
 

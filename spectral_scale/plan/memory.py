@@ -16,7 +16,7 @@ from spectral_scale.methods.owners import assign_owners
 from spectral_scale.plan.activations import master_itemsize
 from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, dense_matrices
-from spectral_scale.plan.tensor_parallel import rank_part
+from spectral_scale.plan.tensor_parallel import rank_shard
 
 SVD_ASSUMPTION = (
     "SVD workspace: the largest matrix an owner decomposes, its factors, and 4 k^2 + m n "
@@ -57,7 +57,7 @@ def memory_of(
     config: RunConfig, architecture: Architecture, inventory: Inventory, *, world_size: int
 ) -> Memory:
     """The parts for the run's backend; activations apart (see `plan.activations`)."""
-    here = rank_part(config, inventory)
+    here = rank_shard(config, inventory)
     parts = _PARTS[config.parallel.backend](config, here, world_size)
     if config.spectral.method == "galore":
         resting = "host" if config.parallel.offload == "cpu" else "optimizer"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from spectral_scale.config.check import gradient_accumulation_steps, trains_all_sigma
 from spectral_scale.config.presets import Architecture, linear_shapes
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.parallel.tensor_parallel import cut_dimension, kind_of
+from spectral_scale.parallel.tensor_parallel import kind_of, sharded_dimension
 from spectral_scale.plan.activations import itemsizes, master_itemsize
 from spectral_scale.plan.inventory import Inventory, Item
 from spectral_scale.plan.payload import Payload
@@ -22,7 +22,7 @@ _PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention") | dict.fro
 """Column-parallel linear of a block -> what shares an input."""
 
 
-def rank_part(config: RunConfig, inventory: Inventory) -> Inventory:
+def rank_shard(config: RunConfig, inventory: Inventory) -> Inventory:
     """The parameters as one tensor-parallel rank holds them; matrices stay logical."""
     ranks = config.parallel.tensor_parallel
     if ranks == 1:
@@ -31,14 +31,14 @@ def rank_part(config: RunConfig, inventory: Inventory) -> Inventory:
 
 
 def _part(item: Item, ranks: int) -> Item:
-    dim = cut_dimension(item.fqn)
+    dim = sharded_dimension(item.fqn)
     if dim is None:
         return item
     shape = tuple(size // ranks if d == dim else size for d, size in enumerate(item.shape))
     return replace(item, shape=shape, numel=item.numel // ranks)
 
 
-def line_payload(
+def tensor_parallel_payload(
     config: RunConfig, architecture: Architecture, inventory: Inventory, *, world_size: int
 ) -> Payload:
     """What the tensor-parallel ranks of one copy send each other in an optimizer step."""
@@ -165,7 +165,8 @@ def _whole_factors(inventory: Inventory) -> int:
     return sum(
         item.numel * item.itemsize
         for item in inventory.items
-        if item.fqn.rpartition(".")[2] in ("u", "v", "sigma") and cut_dimension(item.fqn) is None
+        if item.fqn.rpartition(".")[2] in ("u", "v", "sigma")
+        and sharded_dimension(item.fqn) is None
     )
 
 
@@ -178,6 +179,6 @@ def _of_parts_of_sequences(config: RunConfig, inventory: Inventory) -> int:
         for item in inventory.items
         if item.fqn.endswith((".weight", ".bias"))
         and item.trainable
-        and cut_dimension(item.fqn) is None
+        and sharded_dimension(item.fqn) is None
         and "embed_positions" not in item.fqn
     )

@@ -15,7 +15,7 @@ from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, Item
 from spectral_scale.plan.payload import Payload
-from spectral_scale.plan.tensor_parallel import line_payload, rank_part
+from spectral_scale.plan.tensor_parallel import rank_shard, tensor_parallel_payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,14 @@ def traffic_of(
     """The bytes for the run's backend; nothing for one process."""
     line = config.parallel.tensor_parallel
     group, copies = _groups(config, world_size)
-    payload = step_payload(config, rank_part(config, inventory), world_size=world_size)
+    payload = step_payload(config, rank_shard(config, inventory), world_size=world_size)
     cut, copied = replace(payload, all_reduce=0), Payload(all_reduce=payload.all_reduce)
     moved = cut.ring_bytes(group) + copied.ring_bytes(copies)
-    in_line = line_payload(config, architecture, inventory, world_size=world_size)
+    in_line = tensor_parallel_payload(config, architecture, inventory, world_size=world_size)
     moved += in_line.ring_bytes(line)
     filtered = filter_needs(config, inventory, world_size=world_size)
     moved += filtered.exchanged + filtered.reduced
-    boundary = Payload(all_gather=boundary_payload(config, inventory)).ring_bytes(world_size)
+    boundary = Payload(all_gather=swap_payload(config, inventory)).ring_bytes(world_size)
     if config.spectral.method == "galore":
         owners = projection_group(config.parallel, world_size)
         moved += _to_owners_and_back(config, inventory, owners)
@@ -109,7 +109,7 @@ def _fsdp2(config: RunConfig, inventory: Inventory, world_size: int, accumulatio
     )
 
 
-def boundary_payload(config: RunConfig, inventory: Inventory) -> int:
+def swap_payload(config: RunConfig, inventory: Inventory) -> int:
     """What the owners send at a boundary: factors in fp32 and frozen weights in their own dtype."""
     method, r = config.spectral.method, config.spectral.spectral_rank
     trained = [item for item in inventory.items if item.trainable]

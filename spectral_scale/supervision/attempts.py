@@ -18,7 +18,7 @@ from spectral_scale.supervision.status import (
 logger = logging.getLogger(__name__)
 
 
-class Attempts:
+class RestartLimit:
     """Counts a run's starts since a checkpoint was last added. Rank 0 only, under the run's lock.
 
     A start counts from the moment it is opened, so that one that is killed counts, too. A run

@@ -38,7 +38,7 @@ class Mine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreed:
+class Consensus:
     """The same on every rank."""
 
     stop: str | None
@@ -59,7 +59,7 @@ class Agreed:
     """By rank."""
 
 
-def agree(collective: Collective, stop: StopRequest, mine: Mine) -> Agreed:
+def agree(collective: Collective, stop: StopRequest, mine: Mine) -> Consensus:
     """Exchange every rank's part. Collective."""
     rank, world_size = collective.rank, collective.world_size
     slots = torch.zeros(_FIXED + 3 * world_size, dtype=torch.float64)
@@ -79,7 +79,7 @@ def agree(collective: Collective, stop: StopRequest, mine: Mine) -> Agreed:
     # A gradient is shared: the ranks whose own loss is bad are the ones to look at.
     faulty = tuple((faults == faults.max()).nonzero().flatten().tolist()) if faults.any() else ()
     reason, manner = _stop_reason(slots, signals, stop, rank)
-    return Agreed(
+    return Consensus(
         stop=reason,
         manner=manner,
         save=bool(slots[_SAVE]),

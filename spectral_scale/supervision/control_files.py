@@ -29,7 +29,7 @@ class Request:
     """Whether to save and go on."""
 
 
-class Switches:
+class ControlFiles:
     """Reads the files between steps. Rank 0 only: file systems may show other ranks other things.
 
     Args:

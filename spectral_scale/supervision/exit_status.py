@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from spectral_scale.errors import ConfigError, LostRankError, NoProgressError, SpectralScaleError
-from spectral_scale.supervision.attempts import Attempts
-from spectral_scale.supervision.control_files import Switches
+from spectral_scale.supervision.attempts import RestartLimit
+from spectral_scale.supervision.control_files import ControlFiles
 from spectral_scale.supervision.run_folder import write_failure
 from spectral_scale.supervision.status import EXIT_CODES, read_status, saved_step
 
@@ -22,7 +22,7 @@ DEPUTY_SECONDS = 2.0
 """That rank 0 has for it."""
 
 
-class Ending:
+class ExitStatus:
     """One process's part in it; rank 0 writes, unless it is lost.
 
     Args:
@@ -35,13 +35,13 @@ class Ending:
     def __init__(self, run_dir: Path, *, rank: int, steps: int, max_starts: int) -> None:
         self._run_dir, self._rank, self._steps = run_dir, rank, steps
         self._start_step = saved_step(run_dir)
-        self._attempts = Attempts(run_dir, steps=steps, limit=max_starts) if rank == 0 else None
+        self._attempts = RestartLimit(run_dir, steps=steps, limit=max_starts) if rank == 0 else None
 
     def begin(self) -> None:
         """Under the run's lock, before anything heavy. Raises NoProgressError."""
         if self._attempts is not None:
             self._attempts.open()
-            Switches(self._run_dir).clear()
+            ControlFiles(self._run_dir).clear()
 
     def failed(self, error: BaseException) -> BaseException:
         """Note an error in status.json; what to raise in its place."""

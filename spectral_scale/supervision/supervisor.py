@@ -14,8 +14,8 @@ from torch import Tensor
 
 from spectral_scale.engine.build import Run
 from spectral_scale.engine.saver import Saver
-from spectral_scale.supervision.consensus import Agreed, Mine, agree
-from spectral_scale.supervision.control_files import Request, Switches
+from spectral_scale.supervision.consensus import Consensus, Mine, agree
+from spectral_scale.supervision.control_files import ControlFiles, Request
 from spectral_scale.supervision.health import HealthMonitor, Verdict
 from spectral_scale.supervision.heartbeat import Phase, forget
 from spectral_scale.supervision.signals import StopRequest
@@ -25,7 +25,7 @@ from spectral_scale.supervision.time_limit import TimeLimit
 from spectral_scale.supervision.watchdog import End, Watchdog
 
 
-class Guard:
+class Supervisor:
     """One rank's signals, clock, files and heartbeat, and what all ranks made of them.
 
     Use as a context manager around the loop. `accept` or `agree` is called once a step, by all
@@ -39,13 +39,13 @@ class Guard:
 
     def __init__(self, run: Run, saver: Saver, end: End) -> None:
         config, self._collective = run.config, run.backend.collective
-        self._share_of_loss = run.backend.data_world_size / self._collective.world_size
+        self._loss_weight = run.backend.data_world_size / self._collective.world_size
         """Ranks that share their data see the same loss."""
         self._run_dir, self._saver = Path(config.train.run_dir), saver
         self._ordinary_overflow = config.train.precision == "fp16"
         self._stack = ExitStack()
         self._stop = StopRequest(launched="RANK" in os.environ)
-        self.switches = Switches(self._run_dir)
+        self.switches = ControlFiles(self._run_dir)
         self._leads = self._collective.rank == 0
         self.time_limit = TimeLimit(
             config.train.time_limit_minutes,
@@ -62,7 +62,7 @@ class Guard:
         self.stragglers = Stragglers(self.watchdog.host_of)
         self._work_started = time.perf_counter()
         self._work_seconds = 0.0
-        self.agreed: Agreed
+        self.agreed: Consensus
         """By all ranks in the latest step."""
         self.has_agreed = False
         """Whether that was this step."""
@@ -126,12 +126,12 @@ class Guard:
         """The same without judging the step, and without waiting for the device. Collective."""
         self.agreed = self._agree(0.0, 0.0, faulty=False)
 
-    def _agree(self, share: float, norm: float, faulty: bool) -> Agreed:
+    def _agree(self, share: float, norm: float, faulty: bool) -> Consensus:
         mine = Mine(
             request=self.switches.read() if self._leads else Request(),
             time_is_up=self._leads and self.time_limit.reached(),
             written=self._saver.written,
-            loss=share * self._share_of_loss,
+            loss=share * self._loss_weight,
             norm=norm,
             faulty=faulty,
             work_seconds=self._work_seconds,

@@ -98,15 +98,15 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.dtensor_collectives import local
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
 
-    facts = detect_rank_facts()
+    rank_info = detect_rank_info()
     create_run_folder(Path(config.train.run_dir))
-    run = build_run(config, facts)
+    run = build_run(config, rank_info)
     recorder = _Recorder()
     run.loader = cast(Any, _SignallingLoader(run.loader, stop_after))
-    log: Any = recorder if facts.rank == 0 else NullLog()
+    log: Any = recorder if rank_info.rank == 0 else NullLog()
     outcome = TrainingLoop(run, log, None).train()
     tensors = {chunk.key: chunk.tensor.clone() for chunk in run.backend.state_chunks()}
     if run.controller is not None:
@@ -135,11 +135,11 @@ def run_with_gradients(config: RunConfig) -> Any:
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
 
     create_run_folder(Path(config.train.run_dir))
-    run = build_run(config, detect_rank_facts())
+    run = build_run(config, detect_rank_info())
     TrainingLoop(run, NullLog(), None)._forward_backward(next(iter(run.loader.steps(0, 1))))
     return run
 
@@ -158,9 +158,9 @@ def one_process_group() -> Iterator[None]:
     import importlib
 
     from spectral_scale.parallel.group import join_alone, join_group, leave_group
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
 
-    world_size = detect_rank_facts().world_size
+    world_size = detect_rank_info().world_size
     collective = join_group(world_size, torch.device("cpu"))
     if world_size == 1:
         join_alone(torch.device("cpu"))

@@ -24,16 +24,16 @@ BACKENDS: dict[str, dict[str, Any]] = {
 
 
 def deliver_twice(config: Any) -> dict[str, Any]:
-    """At a boundary, install every parcel tensor by tensor, wipe it, and install it packed."""
+    """At a boundary, install every bucket tensor by tensor, wipe it, and install it packed."""
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
     from spectral_scale.testing.traffic import TrafficCounter
 
     create_run_folder(Path(config.train.run_dir))
-    run = build_run(config, detect_rank_facts())
+    run = build_run(config, detect_rank_info())
     store = run.controller.boundary.store
     install = store.install
     calls: dict[str, Counter[str]] = {"single": Counter(), "packed": Counter()}
@@ -98,12 +98,12 @@ def sum_of(ranks: list[dict[str, Any]], what: str, way: str) -> int:
 
 
 def train_in_parcels(config: Any, limit: int) -> dict[str, Any]:
-    """Train with parcels of `limit` bytes; the calls of the store at each delivery."""
-    from spectral_scale.methods.sst import buckets as parcels
+    """Train with buckets of `limit` bytes; the calls of the store at each delivery."""
+    from spectral_scale.methods.sst import buckets as buckets
     from spectral_scale.parallel.store import TorchStore
     from spectral_scale.testing.tiny import train_tiny
 
-    parcels.PARCEL_BYTES = limit
+    buckets.BUCKET_BYTES = limit
     sizes: list[int] = []
     install = TorchStore.install
 
@@ -116,7 +116,7 @@ def train_in_parcels(config: Any, limit: int) -> dict[str, Any]:
 
 
 def test_parcels_do_not_change_the_run(corpus: Path, tmp_path: Path) -> None:
-    """A matrix a parcel, and all in one a rank: bit-identical, over a swap and a re-SVD."""
+    """A matrix a bucket, and all in one a rank: bit-identical, over a swap and a re-SVD."""
     import numpy as np
 
     found = {}

@@ -28,11 +28,11 @@ def count_work(config: Any, fault: bool) -> Work:
     import torch
 
     from spectral_scale.methods.sst import bank, controller
-    from spectral_scale.methods.sst.swap import Boundary
+    from spectral_scale.methods.sst.swap import Swap
     from spectral_scale.testing.tiny import train_tiny
 
     work: Work = {"svd": Counter(), "rebuild": Counter()}
-    compose, svd, run = bank.compose, torch.linalg.svd, Boundary.run
+    compose, svd, run = bank.compose, torch.linalg.svd, Swap.run
 
     def shape_of(matrix: Any) -> tuple[int, int]:
         m, n = matrix.shape
@@ -47,13 +47,13 @@ def count_work(config: Any, fault: bool) -> Work:
         work["rebuild"][shape_of(result)] += 1
         return result
 
-    def counted(boundary: Boundary, iteration: int) -> Any:
+    def counted(boundary: Swap, iteration: int) -> Any:
         torch.linalg.svd, bank.compose = counted_svd, counted_compose
         report = run(boundary, iteration)
         torch.linalg.svd, bank.compose = svd, compose
         return report
 
-    Boundary.run = counted  # type: ignore[method-assign]
+    Swap.run = counted  # type: ignore[method-assign]
     if fault:
         controller.assign_owners = lambda shapes, world_size: dict.fromkeys(shapes, 0)
     train_tiny(config)

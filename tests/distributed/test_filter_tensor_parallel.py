@@ -184,7 +184,7 @@ def copies_count(patch: pytest.MonkeyPatch) -> None:
     """What every rank of a line holds is added up."""
     from spectral_scale.optim.filter import gains
 
-    patch.setattr(gains, "speaks_for", lambda pieces, fqn: True)
+    patch.setattr(gains, "is_first_holder", lambda pieces, fqn: True)
 
 
 TWINS: dict[Callable[[pytest.MonkeyPatch], None], str] = {

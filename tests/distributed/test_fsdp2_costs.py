@@ -29,10 +29,10 @@ def traffic(config: Any) -> dict[str, dict[str, int]]:
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.testing.traffic import TrafficCounter
 
-    run = build_run(config, detect_rank_facts())
+    run = build_run(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     found = {"trained": {"": sum(p.numel() for p in run.model.parameters() if p.requires_grad)}}
     for batch in run.loader.steps(0, 4):
@@ -98,7 +98,7 @@ def products(config: Any) -> set[tuple[int, ...]]:
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
 
     shapes: set[tuple[int, ...]] = set()
 
@@ -109,7 +109,7 @@ def products(config: Any) -> set[tuple[int, ...]]:
                 shapes.add(tuple(result.shape))
             return result
 
-    run = build_run(config, detect_rank_facts())
+    run = build_run(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     with Products():
         loop._forward_backward(next(iter(run.loader.steps(0, 1))))
@@ -135,10 +135,10 @@ def memory(config: Any) -> dict[str, int]:
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.measures import tensor_bytes
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
 
     before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
-    run = build_run(config, detect_rank_facts())
+    run = build_run(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     for batch in run.loader.steps(0, 4):
         loop._one_step(batch)

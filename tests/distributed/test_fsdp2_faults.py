@@ -84,15 +84,15 @@ def forget_frozen_weights() -> None:
     """A swap writes what trains, and leaves the frozen rest as it was."""
     from spectral_scale.backends.fsdp2.store import FSDP2Store
 
-    install = FSDP2Store.install
-    calls = {"first": 2}  # a parcel of each owner
+    scatter = FSDP2Store.scatter
+    calls = {"first": 2}  # a bucket of each owner
 
     def faulty(store: Any, values: Any, *, owner: int) -> None:
         calls["first"] -= 1
         kept = {k: v for k, v in values.items() if calls["first"] >= 0 or "residual" not in k}
-        install(store, kept, owner=owner)
+        scatter(store, kept, owner=owner)
 
-    FSDP2Store.install = faulty  # type: ignore[method-assign]
+    FSDP2Store.scatter = faulty  # type: ignore[method-assign]
 
 
 FAULTS: list[Callable[[], None]] = [

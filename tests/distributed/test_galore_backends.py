@@ -328,7 +328,7 @@ def costs(configs: list[Any]) -> list[dict[str, Any]]:
     from spectral_scale.engine.measure import memory
     from spectral_scale.metrics.measures import tensor_bytes
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
     from spectral_scale.testing.memory import PeakMemory
     from spectral_scale.testing.traffic import TrafficCounter
@@ -337,7 +337,7 @@ def costs(configs: list[Any]) -> list[dict[str, Any]]:
     with one_process_group():
         for config in configs:
             create_run_folder(Path(config.train.run_dir))
-            run = build_run(config, detect_rank_facts())
+            run = build_run(config, detect_rank_info())
             loop = TrainingLoop(run, NullLog(), None)
             optimizer: Any = run.optimizer
             step, found = optimizer._step_projected, {"sent": []}

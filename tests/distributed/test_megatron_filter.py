@@ -127,7 +127,7 @@ def traffic_and_twins(configs: list[Any], broken: list[Any]) -> tuple[list[Any],
             counts.append(dict(counter.calls))
             run.backend.close()
         patch.setattr(Exchange, "forward", _mixed_up(Exchange.forward))
-        patch.setattr(gains, "speaks_for", lambda pieces, fqn: True)
+        patch.setattr(gains, "is_first_holder", lambda pieces, fqn: True)
         results = [train_tiny(config) for config in broken]
     return counts, results
 

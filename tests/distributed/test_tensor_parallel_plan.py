@@ -75,7 +75,7 @@ def measure(host: str, configs: list[Any]) -> list[dict[str, Any]]:
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.engine.measure import memory
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
     from spectral_scale.testing.traffic import TrafficCounter
 
@@ -83,7 +83,7 @@ def measure(host: str, configs: list[Any]) -> list[dict[str, Any]]:
     with group_of(host):
         for config in configs:
             create_run_folder(Path(config.train.run_dir))
-            run = build_run(config, detect_rank_facts())
+            run = build_run(config, detect_rank_info())
             loop = TrainingLoop(run, NullLog(), None)
             first, second = run.loader.steps(0, 2)
             with TrafficCounter() as counter:
@@ -117,14 +117,14 @@ def plan(run: Any) -> dict[str, Any]:
     from spectral_scale.plan.activations import activation_bytes
     from spectral_scale.plan.inventory import take_inventory
     from spectral_scale.plan.memory import memory_of
-    from spectral_scale.plan.tensor_parallel import line_payload, rank_part
+    from spectral_scale.plan.tensor_parallel import rank_shard, tensor_parallel_payload
     from spectral_scale.plan.traffic import step_payload
 
     config, architecture = run.config, run.architecture
     inventory = take_inventory(config, architecture)
     return {
-        "line": line_payload(config, architecture, inventory, world_size=WORLD),
-        "data": step_payload(config, rank_part(config, inventory), world_size=WORLD),
+        "line": tensor_parallel_payload(config, architecture, inventory, world_size=WORLD),
+        "data": step_payload(config, rank_shard(config, inventory), world_size=WORLD),
         "memory": memory_of(config, architecture, inventory, world_size=WORLD),
         "activations": activation_bytes(config, architecture).total,
     }

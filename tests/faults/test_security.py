@@ -162,14 +162,14 @@ def test_no_instruction_opens_tensorboard_to_the_network() -> None:
 
 def test_stopping_and_saving_follow_no_link_out_of_the_run_folder(tmp_path: Path) -> None:
     """Removing STOP removes the link, not what it points to."""
-    from spectral_scale.supervision.control_files import Switches
+    from spectral_scale.supervision.control_files import ControlFiles
 
     outside = tmp_path / "outside"
     outside.write_text("now")
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "STOP").symlink_to(outside)
-    switches = Switches(run_dir)
+    switches = ControlFiles(run_dir)
     switches.stopped()
     assert outside.read_text() == "now" and not (run_dir / "STOP").is_symlink()
 

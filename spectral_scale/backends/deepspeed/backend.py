@@ -36,7 +36,7 @@ from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import join_alone, join_group, leave_group
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 RESOLVED_NAME = "ds_config.json"
 """In the run folder: what DeepSpeed was initialized with."""
@@ -47,16 +47,18 @@ class DeepSpeedBackend:
 
     collective: Collective
 
-    def __init__(self, config: RunConfig, facts: RankFacts) -> None:
-        self.device = pick_device(config.train.device, facts.local_rank)
-        self.collective = join_group(facts.world_size, self.device)
-        if facts.world_size == 1:
+    def __init__(self, config: RunConfig, rank_info: RankInfo) -> None:
+        self.device = pick_device(config.train.device, rank_info.local_rank)
+        self.collective = join_group(rank_info.world_size, self.device)
+        if rank_info.world_size == 1:
             join_alone(self.device)  # the engine reduces over one rank, too
-        self.data_rank, self.data_world_size = facts.rank, facts.world_size
+        self.data_rank, self.data_world_size = rank_info.rank, rank_info.world_size
         self.data_collective = self.collective
         self._config = config
-        self.deepspeed_config = resolve_deepspeed(config, world_size=facts.world_size)
-        self._deepspeed = _import_deepspeed(self.device, facts, log_level(self.deepspeed_config))
+        self.deepspeed_config = resolve_deepspeed(config, world_size=rank_info.world_size)
+        self._deepspeed = _import_deepspeed(
+            self.device, rank_info, log_level(self.deepspeed_config)
+        )
         _require_precision(self._deepspeed, config.train.precision, self.device)
         self._last = True
         self._model: nn.Module
@@ -188,9 +190,9 @@ class DeepSpeedBackend:
         return bool(self.deepspeed_config.get(section, {}).get("enabled"))
 
 
-def open_backend(config: RunConfig, facts: RankFacts) -> DeepSpeedBackend:
+def open_backend(config: RunConfig, rank_info: RankInfo) -> DeepSpeedBackend:
     """Start DeepSpeed. Collective. Raises ConfigError."""
-    return DeepSpeedBackend(config, facts)
+    return DeepSpeedBackend(config, rank_info)
 
 
 def _require_precision(deepspeed: Any, precision: str, device: torch.device) -> None:
@@ -205,10 +207,10 @@ def _require_precision(deepspeed: Any, precision: str, device: torch.device) -> 
         )
 
 
-def _import_deepspeed(device: torch.device, facts: RankFacts, level: int) -> Any:
+def _import_deepspeed(device: torch.device, rank_info: RankInfo, level: int) -> Any:
     """DeepSpeed, told which device to use, and how loud to be."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(facts.local_rank))
+    os.environ.setdefault("LOCAL_RANK", str(rank_info.local_rank))
     import deepspeed
     from deepspeed.utils import logger as chatter
 

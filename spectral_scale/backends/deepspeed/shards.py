@@ -13,8 +13,10 @@ from spectral_scale.parallel.ranges import Range
 from spectral_scale.parallel.rectangles import Shape
 
 
-class ZeroPieces:
-    """`Pieces` of an engine's masters and their reduced gradients. Creating it is not collective.
+class ZeroShards:
+    """`ParameterShards` of an engine's masters and their reduced gradients.
+
+    Creating it is not collective.
 
     Gradients are there from the last backward pass of a step on until `engine.step()`.
     """
@@ -28,8 +30,8 @@ class ZeroPieces:
             self.group = ShardGroup(
                 writes=rank == 0,
                 copy=rank,
-                copy_ranks=tuple(range(world)),
-                copy_handle=dist.group.WORLD,
+                replica_ranks=tuple(range(world)),
+                replica_handle=dist.group.WORLD,
             )
         else:
             self.group = ShardGroup(index=rank, size=world, handle=dist.group.WORLD)

@@ -59,7 +59,7 @@ class ZeroStore:
     # -- ParameterStore ---------------------------------------------------------------------
 
     @torch.no_grad()
-    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+    def gather(self, fqn: str, *, owner: int) -> Tensor | None:
         """The master, or a frozen weight, on the owner; each element is sent once, by a rank that
         keeps it."""
         parameter, rank = self.parameters[fqn], self.collective.rank
@@ -79,7 +79,7 @@ class ZeroStore:
         return flat.view(self.layout.shape(parameter))
 
     @torch.no_grad()
-    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+    def scatter(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
         """Trained parameters travel in fp32, frozen ones in the module's precision: one broadcast
         for all of a precision or, where weights are sharded, one message to each rank."""
         flat: dict[str, Tensor | None] = {}
@@ -190,7 +190,7 @@ class ZeroStore:
         """This rank's `weight_range` of each of the owner's 1-D values; one message a rank and
         precision."""
         rank, world = self.collective.rank, self.collective.world_size
-        parts = {fqn: self._empty_part(fqn) for fqn in values}
+        parts = {fqn: self._empty_shard(fqn) for fqn in values}
         for dtype in dict.fromkeys(part.dtype for part in parts.values()):
             chosen = [fqn for fqn, part in parts.items() if part.dtype == dtype]
             mine = torch.cat([parts[fqn] for fqn in chosen])
@@ -217,7 +217,7 @@ class ZeroStore:
             parts.append(value[rank * partition : (rank + 1) * partition].to(self.device, dtype))
         return torch.cat(parts)
 
-    def _empty_part(self, fqn: str) -> Tensor:
+    def _empty_shard(self, fqn: str) -> Tensor:
         parameter = self.parameters[fqn]
         dtype = torch.float32 if parameter.requires_grad else parameter.dtype
         _, numel = self.layout.weight_range(parameter)

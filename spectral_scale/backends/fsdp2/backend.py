@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from spectral_scale.backends.base import Accept, Replicated, StepStats
 from spectral_scale.backends.fsdp2.store import FSDP2Store
-from spectral_scale.backends.fsdp2.tensor_parallel import LogitsInParts, apply_tensor_parallel
+from spectral_scale.backends.fsdp2.tensor_parallel import ShardedLogits, apply_tensor_parallel
 from spectral_scale.config.capability import shard_group_size, shards_residual
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.optim.build import create_state
@@ -32,7 +32,7 @@ from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.dtensor_collectives import local, sum_over_shards
 from spectral_scale.parallel.dtensor_layout import Layout, Layouts
 from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 CLIP_EPSILON = 1e-6
 """Added to a norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
@@ -42,7 +42,7 @@ class FSDP2Backend:
     """Implements `Backend` on `fully_shard`.
 
     Args:
-        facts: where this process stands.
+        rank_info: where this process stands.
         device: `auto`, `cpu` or `cuda`.
         shard_group: ranks that share one copy of the model; fewer than all of them is HSDP.
         shard_frozen: cut frozen weights too; else every rank holds them whole.
@@ -51,20 +51,20 @@ class FSDP2Backend:
 
     def __init__(
         self,
-        facts: RankFacts,
+        rank_info: RankInfo,
         device: str,
         *,
         shard_group: int,
         shard_frozen: bool,
         tensor_parallel: int = 1,
     ) -> None:
-        self.device = pick_device(device, facts.local_rank)
-        self.collective = join_group(facts.world_size, self.device)
-        if facts.world_size == 1:
+        self.device = pick_device(device, rank_info.local_rank)
+        self.collective = join_group(rank_info.world_size, self.device)
+        if rank_info.world_size == 1:
             join_alone(self.device)
-        self.data_rank = facts.rank // tensor_parallel
-        self.data_world_size = facts.world_size // tensor_parallel
-        self._mesh = _mesh(self.device, facts.world_size, shard_group, tensor_parallel)
+        self.data_rank = rank_info.rank // tensor_parallel
+        self.data_world_size = rank_info.world_size // tensor_parallel
+        self._mesh = _mesh(self.device, rank_info.world_size, shard_group, tensor_parallel)
         self._tensor_parallel = tensor_parallel
         self.data_collective = self.collective
         if tensor_parallel > 1:
@@ -98,7 +98,7 @@ class FSDP2Backend:
         """Create the optimizer's state, cut as the parameters are."""
         self._optimizer = optimizer
         create_state(optimizer)
-        return LogitsInParts(self._model) if self._tensor_parallel > 1 else self._model
+        return ShardedLogits(self._model) if self._tensor_parallel > 1 else self._model
 
     def store(self) -> FSDP2Store:
         """Parameters by name, scattered from and gathered to their owners."""
@@ -141,7 +141,7 @@ class FSDP2Backend:
                 continue
             layout, shape = self._layouts.of(tensor), tuple(tensor.shape)
             box = layout.rectangle(shape)
-            if layout.is_first_copy and box.numel:
+            if layout.is_first_replica and box.numel:
                 yield TensorChunk(name, local(tensor), shape, box.offset)
 
     def replicated(self) -> Iterator[Replicated]:
@@ -154,7 +154,7 @@ class FSDP2Backend:
         for name, tensor in itertools.chain(frozen, self._state()):
             if not isinstance(tensor, DTensor):
                 yield name, tensor, 0
-            elif len((layout := self._layouts.of(tensor)).copy_ranks) > 1:
+            elif len((layout := self._layouts.of(tensor)).replica_ranks) > 1:
                 yield name, local(tensor), layout.index
 
     def load_state(self, read: ReadTensor) -> None:
@@ -199,12 +199,12 @@ class FSDP2Backend:
                     yield f"optimizer/{fqn}/{key}", value
 
 
-def open_backend(config: RunConfig, facts: RankFacts) -> FSDP2Backend:
+def open_backend(config: RunConfig, rank_info: RankInfo) -> FSDP2Backend:
     """Start it for a run; see `engine.hosts`. Collective."""
     return FSDP2Backend(
-        facts,
+        rank_info,
         config.train.device,
-        shard_group=shard_group_size(config.parallel, facts.world_size),
+        shard_group=shard_group_size(config.parallel, rank_info.world_size),
         shard_frozen=shards_residual(config.parallel),
         tensor_parallel=config.parallel.tensor_parallel,
     )

@@ -45,7 +45,7 @@ class FSDP2Store:
         self.mesh = mesh
         self._layouts = Layouts(mesh)
 
-    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+    def gather(self, fqn: str, *, owner: int) -> Tensor | None:
         """The pieces, put together on the owner."""
         self._reshard()
         parameter = self._parameters[fqn]
@@ -54,7 +54,7 @@ class FSDP2Store:
         return parameter.detach() if self.collective.rank == owner else None
 
     @torch.no_grad()
-    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+    def scatter(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
         """Scatter from the owner, or broadcast what ranks hold whole: all parameters of a dtype and
         a placement in one message."""
         self._reshard()

@@ -26,15 +26,15 @@ from spectral_scale.errors import ConfigError, SpectralScaleError
 from spectral_scale.methods.layer import FactoredLinear, factored_layers
 from spectral_scale.methods.sst.product import Bottleneck
 from spectral_scale.methods.tensor_parallel import share
-from spectral_scale.methods.tensor_parallel_context import SharedInput, Sharing
+from spectral_scale.methods.tensor_parallel_context import SharedInput, TensorParallelContext
 from spectral_scale.ops.losses import negative_log_likelihood_sum
-from spectral_scale.parallel.tensor_parallel import cut_dimension, kind_of
+from spectral_scale.parallel.tensor_parallel import kind_of, sharded_dimension
 from spectral_scale.parallel.tensor_parallel_regions import all_reduce, enter, leave
 
 logger = logging.getLogger(__name__)
 
 
-class LogitsInParts(nn.Module):
+class ShardedLogits(nn.Module):
     """A model whose ranks each hold the logits of a part of the vocabulary.
 
     Only three numbers a token travel for a loss. Backward passes belong into `loss_parallel`, too.
@@ -65,9 +65,9 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
     in the table and for a layer that has no tensor-parallel form, before anything is changed.
     """
     tied = _tied_names(model)
-    enter_line = partial(enter, group=mesh.get_group())
+    enter_group = partial(enter, group=mesh.get_group())
     parents = {name.rpartition(".")[0] for name in factored_layers(model)}
-    inputs = {parent: SharedInput(enter_line) for parent in parents}
+    inputs = {parent: SharedInput(enter_group) for parent in parents}
     plan = dict(_plan(model, inputs))
     _check_sizes(model, mesh.size())
     parallelize_module(model, mesh, plan, src_data_rank=None)
@@ -91,7 +91,7 @@ def _plan(
     `inputs` are those of the parents of converted layers."""
     for name, module in model.named_modules():
         own = [leaf for leaf, _ in module.named_parameters(recurse=False)]
-        cut = [cut_dimension(f"{name}.{leaf}") for leaf in own]  # each must have a rule
+        cut = [sharded_dimension(f"{name}.{leaf}") for leaf in own]  # each must have a rule
         if all(dim is None for dim in cut):
             continue
         kind = kind_of(name)
@@ -120,7 +120,7 @@ class _SharedLayer(ParallelStyle):
         shared = Bottleneck(
             "outputs" if self.by_outputs else "inputs", partial(all_reduce, group=group)
         )
-        sharing = Sharing(
+        context = TensorParallelContext(
             shared,
             self.shared_input,
             partial(leave, group=group),
@@ -128,7 +128,7 @@ class _SharedLayer(ParallelStyle):
             device_mesh.get_local_rank(),
         )
         layer: Any = module
-        share(layer, sharing)
+        share(layer, context)
         for leaf, dim in self.cuts.items():
             if dim is not None:
                 whole = getattr(module, leaf)
@@ -155,7 +155,7 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 def _check_sizes(model: nn.Module, parts: int) -> None:
     for fqn, parameter in model.named_parameters():
-        dim = cut_dimension(fqn)
+        dim = sharded_dimension(fqn)
         if dim is not None and parameter.shape[dim] % parts:
             raise ConfigError(
                 f"{fqn} of shape {tuple(parameter.shape)} cannot be cut into {parts} equal parts "

@@ -34,7 +34,7 @@ from spectral_scale.errors import SpectralError
 from spectral_scale.methods.convert import spectral_layers
 from spectral_scale.ops.losses import IGNORED
 from spectral_scale.parallel.table import ParameterTable
-from spectral_scale.parallel.tensor_parallel import cut_dimension, held_rectangle
+from spectral_scale.parallel.tensor_parallel import local_rectangle, sharded_dimension
 
 
 class GPTForward(nn.Module):
@@ -173,7 +173,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _mark_cuts(model: nn.Module) -> None:
     """megatron-core marks what is cut when it draws initial values, which it does not here."""
     for fqn, parameter in model.named_parameters():
-        dim = cut_dimension(fqn)
+        dim = sharded_dimension(fqn)
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
@@ -184,7 +184,7 @@ def _check(
     found = dict(model.named_parameters())
     wrong = sorted(found.keys() ^ table.keys())
     for fqn in found.keys() & table.keys():
-        box = held_rectangle(fqn, table[fqn].global_shape, parts=parts, index=index)
+        box = local_rectangle(fqn, table[fqn].global_shape, parts=parts, index=index)
         if tuple(found[fqn].shape) != box.shape:
             wrong.append(f"{fqn} of shape {tuple(found[fqn].shape)} instead of {box.shape}")
     ours = {id(p) for p in found.values()}

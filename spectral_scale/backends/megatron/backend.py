@@ -41,10 +41,10 @@ from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.collective import Collective, ProcessGroup
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 from spectral_scale.parallel.rectangles import Rectangle
 from spectral_scale.parallel.table import ParameterTable
-from spectral_scale.parallel.tensor_parallel import held_rectangle
+from spectral_scale.parallel.tensor_parallel import local_rectangle
 
 CLIP_EPSILON = 1e-6
 """Added to a norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
@@ -53,11 +53,11 @@ CLIP_EPSILON = 1e-6
 class MegatronBackend:
     """Implements `Backend` and `ModelMaker` on megatron-core."""
 
-    def __init__(self, config: RunConfig, facts: RankFacts) -> None:
+    def __init__(self, config: RunConfig, rank_info: RankInfo) -> None:
         self.config = config
-        self.device = pick_device(config.train.device, facts.local_rank)
-        self.collective = join_group(facts.world_size, self.device)
-        if facts.world_size == 1:
+        self.device = pick_device(config.train.device, rank_info.local_rank)
+        self.collective = join_group(rank_info.world_size, self.device)
+        if rank_info.world_size == 1:
             join_alone(self.device)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.parallel.tensor_parallel
@@ -206,7 +206,7 @@ class MegatronBackend:
         for fqn, parameter in model.named_parameters():
             if self._table[fqn].layer is None:
                 shape = self._table[fqn].global_shape
-                box = held_rectangle(
+                box = local_rectangle(
                     fqn, shape, parts=self._tensor.size(), index=self._tensor.rank()
                 )
                 frame = Rectangle((0,) * len(shape), shape)
@@ -217,6 +217,6 @@ def _gradients(groups: list[dict[str, Any]]) -> list[Tensor]:
     return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
 
-def open_backend(config: RunConfig, facts: RankFacts) -> MegatronBackend:
+def open_backend(config: RunConfig, rank_info: RankInfo) -> MegatronBackend:
     """Start it for a run; see `engine.hosts`. Collective."""
-    return MegatronBackend(config, facts)
+    return MegatronBackend(config, rank_info)

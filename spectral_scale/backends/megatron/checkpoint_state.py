@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from spectral_scale.backends.base import Replicated
 from spectral_scale.backends.megatron.optimizer import Masters
-from spectral_scale.backends.megatron.partitioning import cut_of, flat_place
+from spectral_scale.backends.megatron.partitioning import flat_place, sharded_dim_of
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.flat_shards import range_chunks
 from spectral_scale.parallel.rectangles import Rectangle
 from spectral_scale.parallel.store import MOMENTS
 from spectral_scale.parallel.table import ParameterTable
-from spectral_scale.parallel.tensor_parallel import held_rectangle
+from spectral_scale.parallel.tensor_parallel import local_rectangle
 
 
 class MegatronState:
@@ -46,7 +46,7 @@ class MegatronState:
             return
         for fqn, parameter in self._trained():
             held = self._masters.held(parameter)
-            if held is None or (cut_of(parameter) is None and self._tensor.rank() != 0):
+            if held is None or (sharded_dim_of(parameter) is None and self._tensor.rank() != 0):
                 continue
             main, start, state = held
             yield from self._pieces(f"model/{fqn}", fqn, main.detach(), start)
@@ -74,7 +74,7 @@ class MegatronState:
     def replicated(self) -> Iterator[Replicated]:
         """What copies hold, too: pieces of tensor-parallel rank t are called t, wholes 0."""
         for fqn, parameter in self._parameters.items():
-            piece = 0 if cut_of(parameter) is None else self._tensor.rank()
+            piece = 0 if sharded_dim_of(parameter) is None else self._tensor.rank()
             yield f"model/{fqn}", parameter.detach(), piece
             held = self._masters.held(parameter) if parameter.requires_grad else None
             if held is not None and not self._masters.sharded:
@@ -89,7 +89,7 @@ class MegatronState:
 
     def _box(self, fqn: str) -> Rectangle:
         shape = self._table[fqn].global_shape
-        return held_rectangle(fqn, shape, parts=self._tensor.size(), index=self._tensor.rank())
+        return local_rectangle(fqn, shape, parts=self._tensor.size(), index=self._tensor.rank())
 
     def _pieces(self, name: str, fqn: str, held: Tensor, start: int) -> Iterator[TensorChunk]:
         """Elements [start, ...) of this rank's part, as views that are rectangles of the whole."""

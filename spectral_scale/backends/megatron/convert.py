@@ -127,7 +127,7 @@ def _replaced(
             "and RowParallelLinear are converted; build the model with get_gpt_layer_local_spec"
         )
     for matrix, weight in weights.items():
-        layer.get_submodule(matrix).initial_part = weight.detach()
+        layer.get_submodule(matrix).initial_shard = weight.detach()
     for matrix, bias in biases.items():
         layer.get_submodule(matrix).bias.copy_(bias)
     return layer

@@ -12,11 +12,11 @@ from spectral_scale.backends.megatron.gpt_config import position_rows
 from spectral_scale.config.presets import Architecture
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.rectangles import Rectangle, Shape
-from spectral_scale.parallel.tensor_parallel import cut_dimension, held_rectangle
+from spectral_scale.parallel.tensor_parallel import local_rectangle, sharded_dimension
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class WeightRegion:
     """A rectangle of a logical tensor, and the equal one of a Megatron parameter."""
 
     fqn: str
@@ -35,7 +35,7 @@ class MegatronWeight:
 
     shape: Shape
     """This rank's."""
-    pieces: tuple[Piece, ...]
+    pieces: tuple[WeightRegion, ...]
     """What it is made of; elements of no piece are padding, and zero."""
     replicated: bool
     """Whether every tensor-parallel rank holds the same."""
@@ -129,10 +129,10 @@ class _Mapper:
 
     def _plain(self, fqn: str, shape: Shape) -> MegatronWeight:
         """One logical tensor, whole or cut in equal parts."""
-        held = held_rectangle(fqn, shape, parts=self.parts, index=self.index)
+        held = local_rectangle(fqn, shape, parts=self.parts, index=self.index)
         here = Rectangle((0,) * len(shape), held.shape)
-        piece = Piece(fqn=fqn, global_shape=shape, logical=held, local=here)
-        whole = self.parts == 1 or cut_dimension(fqn) is None
+        piece = WeightRegion(fqn=fqn, global_shape=shape, logical=held, local=here)
+        whole = self.parts == 1 or sharded_dimension(fqn) is None
         return MegatronWeight(shape=held.shape, pieces=(piece,), replicated=whole)
 
     def _vocabulary(self, fqn: str) -> MegatronWeight:
@@ -178,19 +178,19 @@ class _Mapper:
         pieces, at = [], 0
         for name in ("gate_proj", "up_proj"):
             fqn = f"{of}.mlp.{name}.{leaf}"
-            held = held_rectangle(fqn, shape, parts=self.parts, index=self.index)
+            held = local_rectangle(fqn, shape, parts=self.parts, index=self.index)
             pieces.append(self._rows(fqn, shape, held.offset[0], held.shape[0], at))
             at += held.shape[0]
         return self._stacked(pieces, at, leaf)
 
-    def _stacked(self, pieces: list[Piece], rows: int, leaf: str) -> MegatronWeight:
+    def _stacked(self, pieces: list[WeightRegion], rows: int, leaf: str) -> MegatronWeight:
         shape = self._shape(leaf, rows, self.a.hidden_size)
         return MegatronWeight(shape=shape, pieces=tuple(pieces), replicated=self.parts == 1)
 
-    def _rows(self, fqn: str, shape: Shape, start: int, count: int, at: int) -> Piece:
+    def _rows(self, fqn: str, shape: Shape, start: int, count: int, at: int) -> WeightRegion:
         rest = (0,) * (len(shape) - 1)
         size = (count, *shape[1:])
-        return Piece(
+        return WeightRegion(
             fqn=fqn,
             global_shape=shape,
             logical=Rectangle((start, *rest), size),

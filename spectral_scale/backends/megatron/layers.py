@@ -25,7 +25,7 @@ from torch import Tensor
 from spectral_scale.backends.megatron.fused import Fused, FusedLayout
 from spectral_scale.backends.megatron.matrix import MatrixSettings, SpectralMatrix
 from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.parallel.tensor_parallel import factor_cut
+from spectral_scale.parallel.tensor_parallel import factor_sharded_dim
 
 
 class SpectralColumnParallelLinear(ColumnParallelLinear):
@@ -225,7 +225,7 @@ def _sharded_state(
     state = {k: v for k, v in layer.state_dict(keep_vars=True).items() if v is not None}
     for key in state:
         child, _, leaf = key.rpartition(".")
-        cut = factor_cut(kind, leaf) if child in layer.matrix_names else None
+        cut = factor_sharded_dim(kind, leaf) if child in layer.matrix_names else None
         if cut is not None:
             axes[key] = cut
     return make_sharded_tensors_for_checkpoint(

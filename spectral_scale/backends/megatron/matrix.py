@@ -13,7 +13,7 @@ from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.methods.sst.product import Bottleneck, SpectralProduct
-from spectral_scale.parallel.tensor_parallel import factor_cut
+from spectral_scale.parallel.tensor_parallel import factor_sharded_dim
 
 Completion = Literal["bottleneck", "per_step"]
 """When gradients of factors that all ranks hold whole are summed over tensor-parallel ranks."""
@@ -86,16 +86,16 @@ class SpectralMatrix(SpectralLinear):
             dtype=dtype,
         )
         self.kind, self.group = kind, group
-        self._take_part(torch.device(device))
+        self._take_shard(torch.device(device))
         self.bottleneck = self._bottleneck(settings.completion)
-        self.initial_part: Tensor | None = None
+        self.initial_shard: Tensor | None = None
         """This rank's part of the dense weight, until a controller has decomposed the whole."""
 
-    def _take_part(self, device: torch.device) -> None:
+    def _take_shard(self, device: torch.device) -> None:
         """Allocate this rank's part of every parameter, marked as Megatron marks its own."""
         parts = self.group.size()
         for leaf, whole in list(self.named_parameters(recurse=False)):
-            dim, shape = factor_cut(self.kind, leaf), list(whole.shape)
+            dim, shape = factor_sharded_dim(self.kind, leaf), list(whole.shape)
             if dim is not None:
                 if shape[dim] % parts:
                     raise ConfigError(

@@ -7,7 +7,7 @@ from spectral_scale.parallel.flat_order import FlatOrder
 from spectral_scale.parallel.rectangles import Shape
 
 
-def cut_of(parameter: Tensor) -> int | None:
+def sharded_dim_of(parameter: Tensor) -> int | None:
     """The dimension along which Megatron's marks say a parameter is cut; None: whole."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
@@ -19,6 +19,6 @@ def flat_place(
 ) -> tuple[FlatOrder, int]:
     """The order in which the parts of a tensor-parallel group lie one after the other, and where
     this rank's begins in it."""
-    dim = cut_of(parameter)
+    dim = sharded_dim_of(parameter)
     order = FlatOrder(global_shape, group.size() if dim == 1 else 1)
     return order, 0 if dim is None else group.rank() * parameter.numel()

@@ -15,8 +15,8 @@ from spectral_scale.parallel.rectangles import Shape
 from spectral_scale.parallel.table import ParameterTable
 
 
-class MegatronPieces:
-    """`Pieces` of a model over tensor- and data-parallel ranks. Creating it is collective.
+class MegatronShards:
+    """`ParameterShards` of a model over tensor- and data-parallel ranks. Creating it is collective.
 
     The DistributedOptimizer steps a flat range of each rank's part of a parameter; the group is
     then all ranks. Without it, the data-parallel copies of a tensor-parallel group hold the same.
@@ -97,6 +97,6 @@ def _group(tensor: dist.ProcessGroup, data: dist.ProcessGroup, *, sharded: bool)
         handle=tensor,
         writes=data.rank() == 0,
         copy=data.rank(),
-        copy_ranks=tuple(dist.get_process_group_ranks(data)),
-        copy_handle=data,
+        replica_ranks=tuple(dist.get_process_group_ranks(data)),
+        replica_handle=data,
     )

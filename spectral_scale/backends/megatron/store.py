@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from spectral_scale.backends.megatron.matrix import SpectralMatrix
 from spectral_scale.backends.megatron.optimizer import Masters
-from spectral_scale.backends.megatron.partitioning import cut_of
-from spectral_scale.backends.megatron.shards import MegatronPieces
+from spectral_scale.backends.megatron.partitioning import sharded_dim_of
+from spectral_scale.backends.megatron.shards import MegatronShards
 from spectral_scale.errors import ConfigError
 from spectral_scale.methods.convert import spectral_layers
 from spectral_scale.methods.owners import assign_owners
 from spectral_scale.parallel.collective import Collective
-from spectral_scale.parallel.flat_shards import Pieces
+from spectral_scale.parallel.flat_shards import ParameterShards
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into, unpack
 from spectral_scale.parallel.store import MOMENTS
@@ -47,7 +47,7 @@ class MegatronStore:
         self._table = table
         self._layers = spectral_layers(model)
         self._parameters = dict(model.named_parameters())
-        self._cuts = {fqn: cut_of(p) for fqn, p in self._parameters.items()}
+        self._cuts = {fqn: sharded_dim_of(p) for fqn, p in self._parameters.items()}
         self._device = next(iter(self._parameters.values())).device
         self._masters = None if optimizer is None else Masters(optimizer)
         self._tensor = parallel_state.get_tensor_model_parallel_group()
@@ -67,7 +67,7 @@ class MegatronStore:
                 "initialize_model_parallel with its default order"
             )
 
-    def collect(self, fqn: str, *, owner: int) -> Tensor | None:
+    def gather(self, fqn: str, *, owner: int) -> Tensor | None:
         """The whole value on the owner, from the ranks of its tensor-parallel group."""
         parameter, dim = self._parameters[fqn].detach(), self._cuts[fqn]
         if dim is None:
@@ -75,7 +75,7 @@ class MegatronStore:
         return self._gather(parameter, dim, owner)
 
     @torch.no_grad()
-    def install(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
+    def scatter(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
         """Scatter to the owner's tensor-parallel group, then broadcast to the other copies."""
         whole = {f: self._parameters[f].detach() for f in values if self._cuts[f] is None}
         broadcast_into(whole, {fqn: values[fqn] for fqn in whole}, self.collective, owner=owner)
@@ -123,11 +123,11 @@ class MegatronStore:
         for fqn in fqns:
             self._parameters[fqn].clamp_min_(0)
 
-    def pieces(self) -> Pieces:
+    def pieces(self) -> ParameterShards:
         """Flat pieces of what the optimizer steps. Collective. Raises ConfigError without one."""
         if self._masters is None or self._table is None:
             raise ConfigError("a MegatronStore has pieces only if it was given optimizer and table")
-        return MegatronPieces(
+        return MegatronShards(
             self._parameters, self._table, self._masters, self._tensor, self._data
         )
 
@@ -141,7 +141,7 @@ class MegatronStore:
         shapes = {n: (m.out_features, m.in_features) for n, m in layers.items()}
         found: dict[str, Tensor | None] = {}
         for name, owner in assign_owners(shapes, self.collective.world_size).items():
-            part, layers[name].initial_part = layers[name].initial_part, None
+            part, layers[name].initial_shard = layers[name].initial_shard, None
             if part is None:
                 raise ConfigError(
                     f"{name} has no dense weight; it was not made by convert_gpt, or another "
@@ -160,8 +160,10 @@ class MegatronStore:
 
     def _counts(self, fqn: str) -> bool:
         """Whether this rank's moments of it are counted, and not those of another copy."""
-        first_copy = self._data.rank() == 0 or (self._masters is not None and self._masters.sharded)
-        return first_copy and (self._cuts[fqn] is not None or self._tensor.rank() == 0)
+        first_replica = self._data.rank() == 0 or (
+            self._masters is not None and self._masters.sharded
+        )
+        return first_replica and (self._cuts[fqn] is not None or self._tensor.rank() == 0)
 
     def _group_of(self, rank: int) -> list[int]:
         """The tensor-parallel group of any rank."""

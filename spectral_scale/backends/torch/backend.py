@@ -16,7 +16,7 @@ from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, overwrite, w
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import join_group, leave_group
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 from spectral_scale.parallel.store import TorchStore
 
 
@@ -25,10 +25,10 @@ class TorchBackend:
 
     collective: Collective
 
-    def __init__(self, facts: RankFacts, device: str) -> None:
-        self.device = pick_device(device, facts.local_rank)
-        self.collective = join_group(facts.world_size, self.device)
-        self.data_rank, self.data_world_size = facts.rank, facts.world_size
+    def __init__(self, rank_info: RankInfo, device: str) -> None:
+        self.device = pick_device(device, rank_info.local_rank)
+        self.collective = join_group(rank_info.world_size, self.device)
+        self.data_rank, self.data_world_size = rank_info.rank, rank_info.world_size
         self.data_collective = self.collective
         self._model: nn.Module
         self._wrapped: nn.Module
@@ -114,6 +114,6 @@ class TorchBackend:
         leave_group(failed=failed)
 
 
-def open_backend(config: RunConfig, facts: RankFacts) -> TorchBackend:
+def open_backend(config: RunConfig, rank_info: RankInfo) -> TorchBackend:
     """Start it for a run; see `engine.hosts`."""
-    return TorchBackend(facts, config.train.device)
+    return TorchBackend(rank_info, config.train.device)

@@ -217,7 +217,7 @@ class FRoDController:
         """Give a layer its frozen weight, its category's basis and its 1 / lambda. Collective."""
         owner, layer = self.owners[name], self.layers[name]
         base = self._weights(name) if owner == self.collective.rank else None
-        self.store.install({f"{name}.base": base}, owner=owner)
+        self.store.scatter({f"{name}.base": base}, owner=owner)
         self.dead_directions += int((lengths == 0).sum())
         layer.basis, layer.inverse_lengths, layer.ready = basis, lengths, True
 
@@ -226,7 +226,7 @@ class FRoDController:
         mine = self.owners[name] == self.collective.rank
         shapes = self.layers[name].trained_shapes()
         zeros = {f"{name}.{k}": torch.zeros(s) if mine else None for k, s in shapes.items()}
-        self.store.install(zeros, owner=self.owners[name])
+        self.store.scatter(zeros, owner=self.owners[name])
 
     def _owned(self) -> list[str]:
         return [n for n, owner in self.owners.items() if owner == self.collective.rank]
@@ -236,7 +236,7 @@ class FRoDController:
         moved = torch.zeros((), dtype=torch.int64, device=self._device)
         for name, owner in self.owners.items():
             found = [
-                self.store.collect(f"{name}.{leaf}", owner=owner)
+                self.store.gather(f"{name}.{leaf}", owner=owner)
                 for leaf in ("mixing", "value_delta")
             ]
             if all(t is not None and bool(t.any()) for t in found):

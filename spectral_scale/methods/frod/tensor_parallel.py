@@ -10,7 +10,7 @@ from torch import Tensor, autocast
 from spectral_scale.methods.frod.layer import FRoDLinear
 from spectral_scale.methods.frod.product import FRoDProduct, WeightPart
 from spectral_scale.methods.layer import in_product_dtype
-from spectral_scale.methods.tensor_parallel_context import Sharing
+from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 
 
 class TensorParallelFRoDLinear(FRoDLinear):
@@ -19,26 +19,26 @@ class TensorParallelFRoDLinear(FRoDLinear):
     Logical sizes and shapes stay those of the whole layer.
     """
 
-    sharing: Sharing
+    context: TensorParallelContext
 
     def forward(self, x: Tensor) -> Tensor:
         """Column-parallel: (..., in) -> (..., part of out); row-parallel: the other way round."""
         basis, inverse_lengths = self.shared()
-        sharing, by_outputs = self.sharing, self.sharing.by_outputs
-        x = sharing.enter(x) if by_outputs else in_product_dtype(x)
+        context, by_outputs = self.context, self.context.by_outputs
+        x = context.enter(x) if by_outputs else in_product_dtype(x)
         width = x.shape[-1]
-        columns = None if by_outputs else slice(sharing.index * width, (sharing.index + 1) * width)
+        columns = None if by_outputs else slice(context.index * width, (context.index + 1) * width)
         with autocast(x.device.type, enabled=False):  # the weight is formed in V's precision
             y = FRoDProduct.apply(
                 x.reshape(-1, width),
-                *(sharing.local(p) for p in (self.base, self.mixing, self.value_delta)),
-                sharing.local(self.bias) if self.bias is not None and by_outputs else None,
+                *(context.local(p) for p in (self.base, self.mixing, self.value_delta)),
+                context.local(self.bias) if self.bias is not None and by_outputs else None,
                 basis,
                 inverse_lengths,
-                WeightPart(columns, sharing.bottleneck.sum),
+                WeightPart(columns, context.bottleneck.sum),
             )
             if not by_outputs:
-                y = sharing.leave(y)
+                y = context.leave(y)
                 if self.bias is not None:
-                    y = y + sharing.local(self.bias).to(y.dtype)
+                    y = y + context.local(self.bias).to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -6,7 +6,7 @@ from itertools import zip_longest
 from math import prod
 
 from spectral_scale.parallel.exchange import Exchange
-from spectral_scale.parallel.flat_shards import Pieces
+from spectral_scale.parallel.flat_shards import ParameterShards
 from spectral_scale.parallel.ranges import Range
 
 
@@ -22,14 +22,16 @@ class Round:
     """Gradients to owners, updates back; None where the owners hold all of theirs."""
 
 
-def plan_rounds(fqns: Sequence[str], owners: Mapping[str, int], pieces: Pieces) -> list[Round]:
+def plan_rounds(
+    fqns: Sequence[str], owners: Mapping[str, int], pieces: ParameterShards
+) -> list[Round]:
     """Each owner's next matrix, one after another, so that memory is that of a matrix.
 
     Those that travel come first, and the largest among them, so that few rounds communicate and
     owners are busy with alike matrices at the same time. Where every rank holds everything, a round
     is a matrix for each of them to decompose.
     """
-    size, copies = pieces.group.size, len(pieces.group.copy_ranks)
+    size, copies = pieces.group.size, len(pieces.group.replica_ranks)
     by_owner: list[list[str]] = [[] for _ in range(size)]
     moved = {fqn for fqn in fqns if pieces.held(fqn)[owners[fqn]] != _whole(fqn, pieces)}
     for fqn in sorted(fqns, key=lambda f: (f not in moved, -prod(pieces.shapes[f]), f)):
@@ -47,7 +49,7 @@ def plan_rounds(fqns: Sequence[str], owners: Mapping[str, int], pieces: Pieces) 
     return rounds
 
 
-def _exchange(fqns: Sequence[str], owners: Mapping[str, int], pieces: Pieces) -> Exchange:
+def _exchange(fqns: Sequence[str], owners: Mapping[str, int], pieces: ParameterShards) -> Exchange:
     ranks = range(pieces.group.size)
     wanted = [
         [_whole(fqn, pieces) if rank == owners[fqn] else (0, 0) for rank in ranks] for fqn in fqns
@@ -55,5 +57,5 @@ def _exchange(fqns: Sequence[str], owners: Mapping[str, int], pieces: Pieces) ->
     return Exchange([pieces.held(fqn) for fqn in fqns], wanted, pieces.group)
 
 
-def _whole(fqn: str, pieces: Pieces) -> Range:
+def _whole(fqn: str, pieces: ParameterShards) -> Range:
     return 0, prod(pieces.shapes[fqn])

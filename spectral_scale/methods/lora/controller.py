@@ -124,7 +124,7 @@ class LowRankController:
         self.applied_steps += 1
         if self.applied_steps == 1:
             self._check_that_factors_train()
-        if not self.merges or not self.schedule.is_boundary(self.applied_steps):
+        if not self.merges or not self.schedule.is_swap(self.applied_steps):
             return None
         return self._merge(self.schedule.iteration(self.applied_steps))
 
@@ -164,7 +164,7 @@ class LowRankController:
         for name, owner in self.owners.items():
             mine = owner == self.collective.rank
             base = self._keep(name, read(f"base/{name}")) if mine else None
-            self.store.install({f"{name}.base": base}, owner=owner)
+            self.store.scatter({f"{name}.base": base}, owner=owner)
             self.layers[name].ready = True
 
     # -- small parts ------------------------------------------------------------------------
@@ -195,8 +195,8 @@ class LowRankController:
 
     def _merged(self, name: str, owner: int, relative: Tensor) -> Tensor | None:
         """On the owner: the base with the factors' product in it, its relative size added up."""
-        a = self.store.collect(f"{name}.lora_a", owner=owner)
-        b = self.store.collect(f"{name}.lora_b", owner=owner)
+        a = self.store.gather(f"{name}.lora_a", owner=owner)
+        b = self.store.gather(f"{name}.lora_b", owner=owner)
         base = self._base(name, owner)
         if a is None or b is None or base is None:
             return None
@@ -210,7 +210,7 @@ class LowRankController:
         """The exact base on its owner: the copy kept there, or else the layer's own."""
         if self._keeps_copy(name):
             return self._bases.get(name)
-        return self.store.collect(f"{name}.base", owner=owner)
+        return self.store.gather(f"{name}.base", owner=owner)
 
     def _keep(self, name: str, base: Tensor) -> Tensor:
         """Owner only: hold the exact base if the layer rounds it; returns it."""
@@ -234,7 +234,7 @@ class LowRankController:
             values[f"{name}.base"] = base
             values[f"{name}.lora_a"] = draw_lora_a(shape, self.seed, "lora_a", name, merge)
             values[f"{name}.lora_b"] = torch.zeros(layer.out_features, layer.rank)
-        self.store.install(values, owner=owner)
+        self.store.scatter(values, owner=owner)
 
     def _device(self) -> torch.device:
         return next(iter(self.layers.values())).lora_a.device
@@ -254,7 +254,7 @@ class LowRankController:
         """After the first step some lora_b must have left zero, unless nothing is to train."""
         moved = torch.zeros((), dtype=torch.int64, device=self._device())
         for name, owner in self.owners.items():
-            b = self.store.collect(f"{name}.lora_b", owner=owner)
+            b = self.store.gather(f"{name}.lora_b", owner=owner)
             if b is not None:
                 moved += b.any()
         count = int(self.collective.all_reduce_sum(moved))

@@ -1,7 +1,7 @@
 """Which matrices travel together: parcels of one owner, delivered in rounds.
 
-In a round every owner builds one parcel, all at the same time, and then they are sent one after
-another. No rank holds more than its own parcel and the one that arrives.
+In a round every owner builds one bucket, all at the same time, and then they are sent one after
+another. No rank holds more than its own bucket and the one that arrives.
 """
 
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from math import prod
 
 from spectral_scale.methods.sst.layer import SpectralLinear
 
-PARCEL_BYTES = 256 * 2**20
-"""Most bytes of a parcel, unless one matrix alone has more."""
+BUCKET_BYTES = 256 * 2**20
+"""Most bytes of a bucket, unless one matrix alone has more."""
 
-Round = list["Parcel"]
+Round = list["Bucket"]
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Bucket:
     """Matrices that one owner delivers in one call of the store."""
 
     owner: int
@@ -30,14 +30,14 @@ class Parcel:
 def plan_rounds(
     owners: Mapping[str, int], sizes: Mapping[str, int], limit: int | None = None
 ) -> list[Round]:
-    """Rounds of at most one parcel an owner; the same on every rank.
+    """Rounds of at most one bucket an owner; the same on every rank.
 
     Args:
         owners: layer -> rank.
         sizes: layer -> bytes to deliver.
-        limit: most bytes a parcel; by default PARCEL_BYTES.
+        limit: most bytes a bucket; by default BUCKET_BYTES.
     """
-    limit = PARCEL_BYTES if limit is None else limit
+    limit = BUCKET_BYTES if limit is None else limit
     waiting: dict[int, list[list[str]]] = {}
     filled: dict[int, int] = {}
     for name, owner in owners.items():
@@ -47,16 +47,16 @@ def plan_rounds(
             filled[owner] = 0
         mine[-1].append(name)
         filled[owner] += sizes[name]
-    by_owner = [[Parcel(owner, tuple(n)) for n in waiting[owner]] for owner in sorted(waiting)]
-    return [[p for p in parcels if p is not None] for parcels in zip_longest(*by_owner)]
+    by_owner = [[Bucket(owner, tuple(n)) for n in waiting[owner]] for owner in sorted(waiting)]
+    return [[p for p in buckets if p is not None] for buckets in zip_longest(*by_owner)]
 
 
-def delivered_leaves(layer: SpectralLinear, *, trained: bool) -> list[str]:
+def scattered_leaves(layer: SpectralLinear, *, trained: bool) -> list[str]:
     """Names of the layer's parameters that a boundary overwrites, or only of the frozen ones."""
     return [*(layer.trained_shapes() if trained else ()), *layer.frozen_shapes()]
 
 
-def delivered_bytes(layer: SpectralLinear) -> int:
+def scattered_bytes(layer: SpectralLinear) -> int:
     """Bytes of all of them, whatever a host did to the storage."""
     shapes = layer.trained_shapes() | layer.frozen_shapes()
     return sum(prod(s) * getattr(layer, leaf).element_size() for leaf, s in shapes.items())

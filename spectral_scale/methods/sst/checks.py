@@ -9,7 +9,7 @@ import torch
 from spectral_scale.errors import SpectralError
 from spectral_scale.methods.sst.bank import SpectralBank
 from spectral_scale.methods.sst.layer import SpectralLinear
-from spectral_scale.methods.sst.report import BoundaryReport
+from spectral_scale.methods.sst.report import SwapReport
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_counts(
-    report: BoundaryReport, layers: Mapping[str, SpectralLinear], spectral_rank: int
+    report: SwapReport, layers: Mapping[str, SpectralLinear], spectral_rank: int
 ) -> None:
     """Raise SpectralError if a boundary touched less or more than it should have.
 
@@ -42,8 +42,8 @@ def check_counts(
         logger.warning("boundary %d swapped no triplet", report.iteration)
 
 
-def prove_installed(
-    report: BoundaryReport,
+def prove_scattered(
+    report: SwapReport,
     *,
     bank: SpectralBank,
     owners: Mapping[str, int],
@@ -57,7 +57,7 @@ def prove_installed(
     """
     found = torch.zeros((), dtype=torch.int64, device=device)
     for name, owner in owners.items():
-        installed = store.collect(f"{name}.u", owner=owner)
+        installed = store.gather(f"{name}.u", owner=owner)
         if installed is not None:
             entry = bank[name]
             expected = entry.u[:, entry.active].to(installed)

@@ -19,8 +19,8 @@ from spectral_scale.methods.owners import assign_owners
 from spectral_scale.methods.schedule import SpectralSchedule
 from spectral_scale.methods.sst.bank import SpectralBank
 from spectral_scale.methods.sst.phases import OwnerWork, PhaseClock
-from spectral_scale.methods.sst.report import BoundaryReport
-from spectral_scale.methods.sst.swap import Boundary
+from spectral_scale.methods.sst.report import SwapReport
+from spectral_scale.methods.sst.swap import Swap
 from spectral_scale.parallel.collective import Collective, SingleProcess
 from spectral_scale.parallel.store import ParameterStore, TorchStore
 
@@ -82,7 +82,7 @@ class SpectralController:
             compute_device=compute_device,
             dtype=bank_dtype,
         )
-        self.boundary = Boundary(
+        self.boundary = Swap(
             config=config,
             seed=seed,
             schedule=self.schedule,
@@ -101,7 +101,7 @@ class SpectralController:
 
     # -- what a training loop calls ---------------------------------------------------------
 
-    def after_step(self) -> BoundaryReport | None:
+    def after_step(self) -> SwapReport | None:
         """Retract the trained factors and, when an iteration is complete, swap triplets.
 
         Call it once after every *applied* optimizer step, never inside gradient accumulation.
@@ -110,7 +110,7 @@ class SpectralController:
         self.applied_steps += 1
         self.store.retract_columns(f"{n}.{leaf}" for n in self.layers for leaf in ("u", "v"))
         self.store.clamp_nonnegative(f"{n}.sigma" for n in self.layers)
-        if not self.schedule.is_boundary(self.applied_steps):
+        if not self.schedule.is_swap(self.applied_steps):
             return None
         return self.boundary.run(self.schedule.iteration(self.applied_steps))
 
@@ -158,7 +158,7 @@ class SpectralController:
             if owner == self.collective.rank:
                 saved = {leaf: read(f"bank/{name}/{leaf}") for leaf in self._saved_leaves()}
                 self.bank.put(name, **saved)
-        self.boundary.deliver(trained=False)
+        self.boundary.scatter(trained=False)
 
     # -- small parts -----------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ def positions(before: Tensor, after: Tensor, size: int) -> Tensor:
     return place[after]
 
 
-def settle_all_moments(
+def update_all_moments(
     store: ParameterStore,
     collective: Collective,
     config: SpectralConfig,
@@ -78,7 +78,7 @@ def settle_all_moments(
         )
     zeroed = kept = 0
     for name, owner in owners.items():
-        counts = settle_moments(
+        counts = update_moments(
             store,
             collective,
             config,
@@ -92,7 +92,7 @@ def settle_all_moments(
     return zeroed, kept
 
 
-def settle_moments(
+def update_moments(
     store: MomentMover,
     collective: Collective,
     config: SpectralConfig,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 logger = logging.getLogger(__name__)
 
 PHASES = ("collect", "commit", "decompose", "sample", "rebuild", "agree", "deliver", "reset")
-"""In this order; collect and commit alternate matrix by matrix, rebuild to deliver parcel by
-parcel."""
+"""In this order; collect and commit alternate matrix by matrix, rebuild to deliver bucket by
+bucket."""
 COLLECTIVE_PHASES = frozenset({"collect", "agree", "deliver", "reset"})
 """Phases in which ranks wait for one another."""
 

@@ -7,7 +7,7 @@ from spectral_scale.methods.sst.spectrum import LayerSpectrum, spectra_by_kind
 
 
 @dataclass(kw_only=True)
-class BoundaryReport:
+class SwapReport:
     """What one boundary touched; the counts are checked against `expected` ones."""
 
     iteration: int

@@ -17,17 +17,17 @@ from spectral_scale.errors import SpectralError
 from spectral_scale.methods.schedule import SpectralSchedule
 from spectral_scale.methods.sst.bank import SpectralBank
 from spectral_scale.methods.sst.buckets import (
-    Parcel,
-    delivered_bytes,
-    delivered_leaves,
+    Bucket,
     plan_rounds,
+    scattered_bytes,
+    scattered_leaves,
 )
-from spectral_scale.methods.sst.checks import check_counts, prove_installed
+from spectral_scale.methods.sst.checks import check_counts, prove_scattered
 from spectral_scale.methods.sst.drawing import draw_triplets
 from spectral_scale.methods.sst.layer import SpectralLinear
-from spectral_scale.methods.sst.moments import Change, Held, held, settle_all_moments
+from spectral_scale.methods.sst.moments import Change, Held, held, update_all_moments
 from spectral_scale.methods.sst.phases import OwnerWork, PhaseClock
-from spectral_scale.methods.sst.report import BoundaryReport
+from spectral_scale.methods.sst.report import SwapReport
 from spectral_scale.methods.sst.spectrum import LayerSpectrum, describe
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Boundary:
+class Swap:
     """Runs boundaries. All methods are collective, and raise SpectralError on all ranks alike."""
 
     config: SpectralConfig
@@ -59,13 +59,13 @@ class Boundary:
     """Times the phases."""
     _proven: bool = field(default=False, init=False)
 
-    def run(self, iteration: int) -> BoundaryReport:
+    def run(self, iteration: int) -> SwapReport:
         """End one iteration and begin `iteration`."""
         started = time.perf_counter()
         self.clock.start(iteration)
-        report = BoundaryReport(iteration=iteration)
+        report = SwapReport(iteration=iteration)
         work = OwnerWork()
-        spectra = self._take_back(work)
+        spectra = self._commit_trained(work)
         for name in self._mine:
             if work.problem is None and self.schedule.starts_round(iteration, self._offset(name)):
                 with self.clock.phase("decompose"), work.on(name):
@@ -79,9 +79,9 @@ class Boundary:
         report.seconds, report.phase_seconds = time.perf_counter() - started, self.clock.seconds
         return report
 
-    def begin(self, iteration: int, report: BoundaryReport | None = None) -> None:
+    def begin(self, iteration: int, report: SwapReport | None = None) -> None:
         """Draw, build and install the triplets of `iteration`."""
-        report = report or BoundaryReport(iteration=iteration)
+        report = report or SwapReport(iteration=iteration)
         work = OwnerWork()
         changes: dict[str, Change] = {}
         for name in self._mine:
@@ -92,11 +92,11 @@ class Boundary:
                 report.swapped_triplets += self._draw(name, iteration)
                 changes[name] = before, self._held(name), self.bank[name].sigma.numel()
         self._agree(work.problem, "sampling")
-        self.deliver(trained=True)
+        self.scatter(trained=True)
         report.layers = len(self.layers)
         report.active_triplets = sum(x.trained_shapes()["u"][1] for x in self.layers.values())
         with self.clock.phase("reset"):
-            zeroed, kept = settle_all_moments(
+            zeroed, kept = update_all_moments(
                 self.store,
                 self.collective,
                 self.config,
@@ -108,21 +108,21 @@ class Boundary:
             report.moments_reset, report.moments_kept = zeroed, kept
             self._sum_counts(report)
 
-    def deliver(self, *, trained: bool) -> None:
+    def scatter(self, *, trained: bool) -> None:
         """Bring the owners' factors (if `trained`) and frozen rest into every rank's layers."""
-        sizes = {name: delivered_bytes(layer) for name, layer in self.layers.items()}
-        for parcels in plan_rounds(self.owners, sizes):
+        sizes = {name: scattered_bytes(layer) for name, layer in self.layers.items()}
+        for buckets in plan_rounds(self.owners, sizes):
             work = OwnerWork()
             built: dict[str, Tensor] = {}
-            for name in (n for p in parcels if p.owner == self.collective.rank for n in p.names):
+            for name in (n for p in buckets if p.owner == self.collective.rank for n in p.names):
                 if work.problem is not None:
                     break
                 with self.clock.phase("rebuild"), work.on(name):
                     built |= self._build(name, trained)
             self._agree(work.problem, "rebuild")
-            for parcel in parcels:
+            for bucket in buckets:
                 with self.clock.phase("deliver"):
-                    self._install(parcel, built, trained)
+                    self._install(bucket, built, trained)
 
     # -- the owner's work -------------------------------------------------------------------
 
@@ -130,14 +130,13 @@ class Boundary:
     def _mine(self) -> list[str]:
         return [name for name, owner in self.owners.items() if owner == self.collective.rank]
 
-    def _take_back(self, work: OwnerWork) -> dict[str, LayerSpectrum]:
+    def _commit_trained(self, work: OwnerWork) -> dict[str, LayerSpectrum]:
         """Bank the trained values of every matrix on its owner; the owner's spectra."""
         spectra: dict[str, LayerSpectrum] = {}
         for name, owner in self.owners.items():
             with self.clock.phase("collect"):
                 u, sigma, v = (
-                    self.store.collect(f"{name}.{leaf}", owner=owner)
-                    for leaf in ("u", "sigma", "v")
+                    self.store.gather(f"{name}.{leaf}", owner=owner) for leaf in ("u", "sigma", "v")
                 )
             if owner != self.collective.rank or work.problem is not None:
                 continue
@@ -148,7 +147,7 @@ class Boundary:
                 spectra[name] = describe(self.bank[name])
         return spectra
 
-    def _redecompose(self, name: str, report: BoundaryReport) -> None:
+    def _redecompose(self, name: str, report: SwapReport) -> None:
         try:
             self.bank.redecompose(name)
             report.redecomposed += 1
@@ -179,25 +178,25 @@ class Boundary:
 
     # -- what ranks do together -------------------------------------------------------------
 
-    def _install(self, parcel: Parcel, built: Mapping[str, Tensor], trained: bool) -> None:
-        mine = parcel.owner == self.collective.rank
+    def _install(self, bucket: Bucket, built: Mapping[str, Tensor], trained: bool) -> None:
+        mine = bucket.owner == self.collective.rank
         fqns = [
             f"{name}.{leaf}"
-            for name in parcel.names
-            for leaf in delivered_leaves(self.layers[name], trained=trained)
+            for name in bucket.names
+            for leaf in scattered_leaves(self.layers[name], trained=trained)
         ]
         values = {fqn: built[fqn] if mine else None for fqn in fqns}
-        self.store.install(values, owner=parcel.owner)
-        for name in parcel.names:
+        self.store.scatter(values, owner=bucket.owner)
+        for name in bucket.names:
             self.layers[name].ready = True
 
-    def _sum_counts(self, report: BoundaryReport) -> None:
+    def _sum_counts(self, report: SwapReport) -> None:
         mine = [report.swapped_triplets, report.redecomposed, report.kept_factors]
         totals = torch.tensor(mine, dtype=torch.int64, device=self._device)
         counts = self.collective.all_reduce_sum(totals).tolist()
         report.swapped_triplets, report.redecomposed, report.kept_factors = counts
 
-    def _gather_spectra(self, mine: Mapping[str, LayerSpectrum], report: BoundaryReport) -> None:
+    def _gather_spectra(self, mine: Mapping[str, LayerSpectrum], report: SwapReport) -> None:
         with self.clock.phase("agree"):
             raw = {name: spectrum.to_json() for name, spectrum in mine.items()}
             gathered = self.collective.gather_json(raw) or []
@@ -210,8 +209,8 @@ class Boundary:
         if agreed is not None:
             raise SpectralError(agreed)
 
-    def _prove(self, report: BoundaryReport) -> None:
-        prove_installed(
+    def _prove(self, report: SwapReport) -> None:
+        prove_scattered(
             report,
             bank=self.bank,
             owners=self.owners,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.methods.sst.product import SpectralProduct
-from spectral_scale.methods.tensor_parallel_context import Sharing
+from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 
 
 class TensorParallelSpectralLinear(SpectralLinear):
@@ -17,13 +17,13 @@ class TensorParallelSpectralLinear(SpectralLinear):
     Logical sizes and shapes stay those of the whole layer.
     """
 
-    sharing: Sharing
+    context: TensorParallelContext
 
     def forward(self, x: Tensor) -> Tensor:
         """Column-parallel: (..., in) -> (..., part of out); row-parallel: the other way round."""
-        sharing, local = self.sharing, self.sharing.local
-        by_outputs = sharing.by_outputs
-        x = self._prepared(sharing.enter(x) if by_outputs else x)
+        context, local = self.context, self.context.local
+        by_outputs = context.by_outputs
+        x = self._prepared(context.enter(x) if by_outputs else x)
         y = SpectralProduct.apply(
             x.reshape(-1, x.shape[-1]),
             *(None if p is None else local(p) for p in (self.residual, self.u, self.v)),
@@ -32,10 +32,10 @@ class TensorParallelSpectralLinear(SpectralLinear):
             local(self.bias) if self.bias is not None and by_outputs else None,
             self.enhanced,
             self.active_sigma_only,
-            sharing.bottleneck,
+            context.bottleneck,
         )
         if not by_outputs:
-            y = sharing.leave(y)
+            y = context.leave(y)
             if self.bias is not None:
                 y = y + local(self.bias).to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])

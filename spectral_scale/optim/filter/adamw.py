@@ -10,7 +10,7 @@ from spectral_scale.config.schema import FilterConfig
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
 from spectral_scale.optim.groups import group_kind
-from spectral_scale.parallel.flat_shards import TensorPieces
+from spectral_scale.parallel.flat_shards import TensorShards
 from spectral_scale.parallel.rectangles import Rectangle
 
 ROLES = {
@@ -54,7 +54,7 @@ class SpectralFilterAdamW(torch.optim.AdamW):
         super().__init__(_trained(params), **adamw)
         self._named = _named(self.param_groups)
         roles = {fqn: _role(group, tensor) for fqn, (group, tensor) in self._named.items()}
-        pieces = TensorPieces({fqn: tensor for fqn, (_, tensor) in self._named.items()})
+        pieces = TensorShards({fqn: tensor for fqn, (_, tensor) in self._named.items()})
         self.filter = SpectralFilter(pieces, roles, filter_config, seed=seed, head_size=head_size)
         self._filtered = False
 

@@ -5,7 +5,12 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.flat_shards import Pieces, range_chunks, read_range, speaks_for
+from spectral_scale.parallel.flat_shards import (
+    ParameterShards,
+    is_first_holder,
+    range_chunks,
+    read_range,
+)
 
 
 class Anchors:
@@ -16,7 +21,7 @@ class Anchors:
         fqns: parameters to copy, as they are now.
     """
 
-    def __init__(self, pieces: Pieces, fqns: Iterable[str]) -> None:
+    def __init__(self, pieces: ParameterShards, fqns: Iterable[str]) -> None:
         self._pieces = pieces
         self._kept: dict[str, Tensor] = {}
         self.renew(fqns)
@@ -32,7 +37,7 @@ class Anchors:
     def state_chunks(self, *, own: bool) -> Iterator[TensorChunk]:
         """The anchors of this rank's pieces: all, or those that no earlier rank holds, too."""
         for fqn, kept in self._kept.items():
-            if own or speaks_for(self._pieces, fqn):
+            if own or is_first_holder(self._pieces, fqn):
                 order = self._pieces.order(fqn)
                 yield from range_chunks(f"filter/anchor/{fqn}", kept, self._start(fqn), order)
 

@@ -15,7 +15,7 @@ from spectral_scale.optim.filter.placement import Placement, place
 from spectral_scale.optim.filter.signals import BlockedSignal, Signal, StackedSignal
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.exchange import Exchange
-from spectral_scale.parallel.flat_shards import Pieces
+from spectral_scale.parallel.flat_shards import ParameterShards
 
 
 class BlockSet:
@@ -29,7 +29,12 @@ class BlockSet:
     """
 
     def __init__(
-        self, groups: Sequence[NodeGroup], config: FilterConfig, pieces: Pieces, *, seed: int
+        self,
+        groups: Sequence[NodeGroup],
+        config: FilterConfig,
+        pieces: ParameterShards,
+        *,
+        seed: int,
     ) -> None:
         self._config, self._pieces, self._seed = config, pieces, seed
         self._placements = place(groups, pieces)

@@ -13,7 +13,7 @@ from spectral_scale.errors import ConfigError
 from spectral_scale.optim.filter.measure import Sums
 from spectral_scale.optim.filter.nodes import NodeGroup
 from spectral_scale.optim.filter.operator import GraphOperator, build_graph, check_filter
-from spectral_scale.parallel.flat_shards import Pieces, speaks_for
+from spectral_scale.parallel.flat_shards import ParameterShards, is_first_holder
 
 
 class GainFilter:
@@ -26,7 +26,7 @@ class GainFilter:
     """
 
     def __init__(
-        self, group: NodeGroup, config: FilterConfig, pieces: Pieces, *, seed: int
+        self, group: NodeGroup, config: FilterConfig, pieces: ParameterShards, *, seed: int
     ) -> None:
         if config.graph == "knn" or config.joint_loss_mu:
             given = "filter.graph=knn" if config.graph == "knn" else "filter.joint_loss_mu"
@@ -39,7 +39,7 @@ class GainFilter:
         graph = build_graph(config, group.num_nodes, None, seed, "filter", group.name)
         self.operator = GraphOperator(graph, config, pieces.device, torch.float64)
         self._pieces = pieces
-        self._speaks = [speaks_for(pieces, fqn) for fqn in group.fqns]
+        self._speaks = [is_first_holder(pieces, fqn) for fqn in group.fqns]
         self._sizes = torch.tensor(
             [torch.Size(pieces.shapes[fqn]).numel() for fqn in group.fqns],
             dtype=torch.float64,

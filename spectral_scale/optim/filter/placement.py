@@ -7,7 +7,7 @@ from spectral_scale.errors import ConfigError
 from spectral_scale.optim.filter.nodes import NodeGroup
 from spectral_scale.parallel.exchange import even_slices
 from spectral_scale.parallel.flat_order import FlatOrder
-from spectral_scale.parallel.flat_shards import Pieces, speaks_for
+from spectral_scale.parallel.flat_shards import ParameterShards, is_first_holder
 from spectral_scale.parallel.ranges import Range
 
 
@@ -36,7 +36,7 @@ class Placement:
         return not self.is_owned or self.span[1] > 0
 
 
-def place(groups: Sequence[NodeGroup], pieces: Pieces) -> list[Placement]:
+def place(groups: Sequence[NodeGroup], pieces: ParameterShards) -> list[Placement]:
     """The cheapest place of each group, the same on every rank.
 
     A filter mixes nodes, not features. Nodes that are layers need no communication where every rank
@@ -59,20 +59,20 @@ def owners_by_size(numels: Sequence[int], ranks: int) -> list[int]:
     return owners
 
 
-def _is_whole(group: NodeGroup, pieces: Pieces) -> bool:
+def _is_whole(group: NodeGroup, pieces: ParameterShards) -> bool:
     """Whether every rank holds all of it."""
     numel = pieces.order(group.fqns[0]).numel
     return all(range_ == (0, numel) for fqn in group.fqns for range_ in pieces.held(fqn))
 
 
-def _place(group: NodeGroup, pieces: Pieces, owner: int) -> Placement:
+def _place(group: NodeGroup, pieces: ParameterShards, owner: int) -> Placement:
     index, first = pieces.group.index, group.fqns[0]
     order = pieces.order(first)
     numel = order.numel
     inside = group.cut is not None
     features = FlatOrder((numel // group.num_nodes,)) if inside else order
     held = [pieces.held(fqn) for fqn in group.fqns]
-    here = speaks_for(pieces, first)
+    here = is_first_holder(pieces, first)
     if _is_whole(group, pieces):
         span = (0, features.numel)
         return Placement(group=group, order=features, span=span, wanted=None, counts_here=here)
@@ -96,7 +96,7 @@ def _place(group: NodeGroup, pieces: Pieces, owner: int) -> Placement:
     )
 
 
-def _require_one_order(group: NodeGroup, pieces: Pieces) -> None:
+def _require_one_order(group: NodeGroup, pieces: ParameterShards) -> None:
     """Equal ranges must be equal entries."""
     blocks = {pieces.order(fqn).column_blocks for fqn in group.fqns}
     if len(blocks) > 1:

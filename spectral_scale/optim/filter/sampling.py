@@ -13,7 +13,7 @@ from spectral_scale.ops.keyed_random import keyed_uniform
 from spectral_scale.optim.filter.measure import Sums
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.flat_order import FlatOrder
-from spectral_scale.parallel.flat_shards import Pieces, speaks_for
+from spectral_scale.parallel.flat_shards import ParameterShards, is_first_holder
 from spectral_scale.parallel.ranges import Range
 
 DRIFT_ENTRIES = 1024
@@ -75,7 +75,7 @@ class Drift:
         seed: fixes the entries.
     """
 
-    def __init__(self, pieces: Pieces, fqns: list[str], *, seed: int) -> None:
+    def __init__(self, pieces: ParameterShards, fqns: list[str], *, seed: int) -> None:
         self._pieces = pieces
         self._samples: dict[str, Sample] = {}
         self._index: dict[str, Tensor] = {}
@@ -94,7 +94,7 @@ class Drift:
 
     def add(self, fqn: str, sums: Sums) -> None:
         """Add the squared change of this rank's entries, and their squares at the start."""
-        if not speaks_for(self._pieces, fqn):
+        if not is_first_holder(self._pieces, fqn):
             return
         start = self._start[fqn].double()
         sums.add("drift", (self._now(fqn).double() - start).square().sum())
@@ -104,7 +104,7 @@ class Drift:
         """The starting values of this rank's entries: all, or those that no earlier rank holds."""
         for fqn, value in self._start.items():
             sample = self._samples[fqn]
-            if value.numel() and (own or speaks_for(self._pieces, fqn)):
+            if value.numel() and (own or is_first_holder(self._pieces, fqn)):
                 yield TensorChunk(f"filter/drift/{fqn}", value, (sample.total,), (sample.first,))
 
     def load_state(self, read: ReadTensor, column_blocks: Mapping[str, int]) -> None:

@@ -21,7 +21,7 @@ from spectral_scale.optim.filter.nodes import Member, plan_groups
 from spectral_scale.optim.filter.operator import num_frequencies
 from spectral_scale.optim.filter.sampling import Drift
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
-from spectral_scale.parallel.flat_shards import Pieces
+from spectral_scale.parallel.flat_shards import ParameterShards
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class SpectralFilter:
 
     def __init__(
         self,
-        pieces: Pieces,
+        pieces: ParameterShards,
         roles: Mapping[str, str],
         config: FilterConfig,
         *,

@@ -14,7 +14,7 @@ from spectral_scale.methods.galore.sharded_optimizer import DividedGaLoreAdamW
 from spectral_scale.optim.build import create_state, state_tensors
 from spectral_scale.parallel.collective import SingleProcess
 from spectral_scale.parallel.flat_order import FlatOrder
-from spectral_scale.parallel.flat_shards import ShardGroup, TensorPieces
+from spectral_scale.parallel.flat_shards import ShardGroup, TensorShards
 from spectral_scale.parallel.ranges import Range
 
 SHAPES = {"a": (9, 6), "b": (6, 9), "c": (7, 7), "bias": (6,)}
@@ -36,7 +36,7 @@ def test_one_rank_takes_the_steps_of_whole_parameters() -> None:
     divided = DividedGaLoreAdamW(groups_of(ours), collective=SingleProcess(), lr=1e-2)
     whole = GaLoreAdamW(groups_of(theirs), lr=1e-2)
     create_state(divided)
-    divided.bind(TensorPieces(ours))
+    divided.bind(TensorShards(ours))
     for _ in range(5):
         for fqn, parameter in ours.items():
             parameter.grad = torch.randn_like(parameter)
@@ -55,7 +55,7 @@ def test_one_rank_takes_the_steps_of_whole_parameters() -> None:
 
 
 @dataclass
-class Cut:
+class ShardedDim:
     """Matrices of one size, cut over ranks in flat buffers."""
 
     ranges: dict[str, list[Range]]
@@ -70,7 +70,7 @@ class Cut:
         return FlatOrder(self.shapes[fqn], self.blocks)
 
 
-def cut_flat(matrices: int, ranks: int, rank: int) -> Cut:
+def cut_flat(matrices: int, ranks: int, rank: int) -> ShardedDim:
     """As ZeRO-1 and 2 do."""
     shape = (4, 3)
     numel = prod(shape)
@@ -82,7 +82,7 @@ def cut_flat(matrices: int, ranks: int, rank: int) -> Cut:
             for r in range(ranks)
             for start, stop in [(max(r * share, i * numel), min((r + 1) * share, (i + 1) * numel))]
         ]
-    return Cut(ranges, ShardGroup(index=rank, size=ranks), dict.fromkeys(ranges, shape))
+    return ShardedDim(ranges, ShardGroup(index=rank, size=ranks), dict.fromkeys(ranges, shape))
 
 
 @pytest.mark.parametrize(("matrices", "ranks"), [(1, 1), (7, 1), (5, 3), (12, 4), (2, 4)])
@@ -110,7 +110,7 @@ def test_rounds(matrices: int, ranks: int) -> None:
 
 def test_copies_share_the_decompositions() -> None:
     piece = cut_flat(5, 1, 0)
-    piece.group = ShardGroup(copy=1, copy_ranks=(0, 1))
+    piece.group = ShardGroup(copy=1, replica_ranks=(0, 1))
     plan = plan_rounds(list(piece.shapes), dict.fromkeys(piece.shapes, 0), piece)  # type: ignore[arg-type]
     assert [len(turn.fqns) for turn in plan] == [2, 2, 1]
     assert all(sorted(turn.mine.values()) == [0, 1] for turn in plan[:2])
@@ -119,6 +119,6 @@ def test_copies_share_the_decompositions() -> None:
 def test_matrices_in_columns_are_refused() -> None:
     parameters = {fqn: nn.Parameter(torch.zeros(shape)) for fqn, shape in SHAPES.items()}
     divided = DividedGaLoreAdamW(groups_of(parameters), collective=SingleProcess(), lr=1e-2)
-    piece = Cut({}, ShardGroup(size=2), SHAPES, blocks=2)  # type: ignore[arg-type]
+    piece = ShardedDim({}, ShardGroup(size=2), SHAPES, blocks=2)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="owner of a needs ranges of its rows"):
         divided.bind(piece)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import pytest
 
 from spectral_scale.cluster.detect import LauncherFlags, detect, outside_a_step
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
@@ -27,8 +27,8 @@ BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
 NONE = LauncherFlags()
 
 
-def place(facts: RankFacts) -> tuple[int, int, int, int | None]:
-    return facts.rank, facts.world_size, facts.local_rank, facts.local_world_size
+def place(rank_info: RankInfo) -> tuple[int, int, int, int | None]:
+    return rank_info.rank, rank_info.world_size, rank_info.local_rank, rank_info.local_world_size
 
 
 @pytest.mark.parametrize(
@@ -65,24 +65,24 @@ def place(facts: RankFacts) -> tuple[int, int, int, int | None]:
 def test_sources(
     environment: dict[str, str], expected: tuple[int, int, int, int | None], source: str
 ) -> None:
-    facts = detect(NONE, environment)
-    assert place(facts) == expected
-    assert source in facts.source
+    rank_info = detect(NONE, environment)
+    assert place(rank_info) == expected
+    assert source in rank_info.source
 
 
 def test_flags_come_first() -> None:
     flags = LauncherFlags(rank=1, world_size=8, local_rank=1)
-    facts = detect(flags, {})
-    assert (facts.rank, facts.world_size, facts.local_rank) == (1, 8, 1)
-    assert "--rank" in facts.source
+    rank_info = detect(flags, {})
+    assert (rank_info.rank, rank_info.world_size, rank_info.local_rank) == (1, 8, 1)
+    assert "--rank" in rank_info.source
     same = detect(LauncherFlags(rank=5, world_size=8, local_rank=1), TORCHRUN)
     assert same.rank == 5 and "--rank" in same.source
 
 
 def test_the_local_rank_that_old_launchers_add() -> None:
     assert detect(LauncherFlags(local_rank=1), TORCHRUN).local_rank == 1
-    assert detect(LauncherFlags(local_rank=-1), {}) == RankFacts()
-    assert detect(LauncherFlags(local_rank=0), {}) == RankFacts()
+    assert detect(LauncherFlags(local_rank=-1), {}) == RankInfo()
+    assert detect(LauncherFlags(local_rank=0), {}) == RankInfo()
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,6 @@ def test_contradictions(
 def test_a_batch_script_without_srun_is_noticed() -> None:
     assert outside_a_step(detect(NONE, BATCH_SCRIPT), BATCH_SCRIPT) == 4
     assert outside_a_step(detect(NONE, SRUN), SRUN) is None
-    assert outside_a_step(RankFacts(), {}) is None
+    assert outside_a_step(RankInfo(), {}) is None
     one = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
     assert outside_a_step(detect(NONE, one), one) is None

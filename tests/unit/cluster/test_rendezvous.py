@@ -13,11 +13,11 @@ from spectral_scale.cluster.adopt import adopt_launcher
 from spectral_scale.cluster.detect import LauncherFlags
 from spectral_scale.cluster.rendezvous import PORTS, find_rendezvous, job_port
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 NONE = LauncherFlags()
-STEP = RankFacts(rank=1, world_size=4, local_rank=1, local_world_size=2, source="a SLURM step (x)")
-MPI = RankFacts(rank=1, world_size=2, local_rank=1, local_world_size=2, source="Open MPI (x)")
+STEP = RankInfo(rank=1, world_size=4, local_rank=1, local_world_size=2, source="a SLURM step (x)")
+MPI = RankInfo(rank=1, world_size=2, local_rank=1, local_world_size=2, source="Open MPI (x)")
 JOB = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
 
 
@@ -80,7 +80,7 @@ def test_mpi_meets_by_its_job_or_by_rank_0(monkeypatch: pytest.MonkeyPatch) -> N
     proxy = types.SimpleNamespace(name=lambda: "hydra_pmi_proxy", pid=31)
     tree = types.SimpleNamespace(parents=lambda: [types.SimpleNamespace(name=lambda: "sh"), proxy])
 
-    def agree(facts: RankFacts, address: str, port: int) -> tuple[str, int]:
+    def agree(rank_info: RankInfo, address: str, port: int) -> tuple[str, int]:
         asked.append(address)
         return "10.0.0.1", 4321
 
@@ -95,19 +95,19 @@ def test_mpi_meets_by_its_job_or_by_rank_0(monkeypatch: pytest.MonkeyPatch) -> N
         by_parent = find_rendezvous(MPI, NONE, {})
     assert (by_parent.address, by_parent.port) == ("127.0.0.1", job_port("hydra_pmi_proxy 31"))
     monkeypatch.setattr(rendezvous.interface, "address_of", lambda name: f"address of {name}")
-    apart = RankFacts(rank=1, world_size=2, local_world_size=1, source="Open MPI (x)")
+    apart = RankInfo(rank=1, world_size=2, local_world_size=1, source="Open MPI (x)")
     flags = LauncherFlags(network_interface="ib0")
     assert find_rendezvous(apart, flags, {"PMIX_NAMESPACE": "7"}).address == "10.0.0.1"
     assert asked[1:] == ["address of ib0"]
 
 
 def test_nothing_tells() -> None:
-    facts = RankFacts(rank=0, world_size=2, source="torch environment (x)")
+    rank_info = RankInfo(rank=0, world_size=2, source="torch environment (x)")
     with pytest.raises(ConfigError, match="nothing says where they meet.*torchrun"):
-        find_rendezvous(facts, NONE, {"SLURM_JOB_ID": "1"})
+        find_rendezvous(rank_info, NONE, {"SLURM_JOB_ID": "1"})
     for port in ("0", "x", "65536", "-1"):
         with pytest.raises(ConfigError, match="is no port"):
-            find_rendezvous(facts, NONE, {"MASTER_ADDR": "a", "MASTER_PORT": port})
+            find_rendezvous(rank_info, NONE, {"MASTER_ADDR": "a", "MASTER_PORT": port})
 
 
 def test_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,13 +142,13 @@ def test_adopting_writes_torch_s_variables() -> None:
         "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0",
     }  # fmt: skip
     placement = adopt_launcher(NONE, environment)
-    assert placement.facts.rank == 1 and "SLURM" in placement.note
+    assert placement.rank_info.rank == 1 and "SLURM" in placement.note
     expected = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     assert expected.items() <= environment.items()
     assert environment["MASTER_ADDR"] == "127.0.0.1"
     assert f"port {environment['MASTER_PORT']}" in placement.note
     again = adopt_launcher(NONE, environment)
-    assert again.facts.rank == 1 and "torch" in again.facts.source
+    assert again.rank_info.rank == 1 and "torch" in again.rank_info.source
 
 
 def test_one_process_changes_nothing() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from spectral_scale.cluster.requeue import judge_ending
+from spectral_scale.cluster.requeue import requeue_decision
 
 NOW = 1000.0
 
@@ -41,5 +41,5 @@ STOPPED = status("stopped", 75)
     ],
 )
 def test_endings(code: int, found: dict[str, Any], expected: tuple[int, bool]) -> None:
-    ending = judge_ending(code, found, job="7", since=NOW)
+    ending = requeue_decision(code, found, job="7", since=NOW)
     assert (ending.code, ending.requeue) == expected

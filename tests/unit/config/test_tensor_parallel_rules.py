@@ -14,7 +14,7 @@ from spectral_scale.config.load import load_config
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.engine.build import build_run
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 LLAMA = {
     **{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512},
@@ -91,7 +91,7 @@ def test_a_folder_that_megatron_has_no_place_for(
         parallel__tensor_parallel=2,
         train__device="cpu",
     )
-    facts = RankFacts(rank=0, world_size=2)
+    facts = RankInfo(rank=0, world_size=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         patch.setenv("MASTER_PORT", "1")

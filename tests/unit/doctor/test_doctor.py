@@ -15,7 +15,7 @@ from spectral_scale.cli.main import main
 from spectral_scale.doctor import group, machine, storage
 from spectral_scale.doctor.findings import Finding, exit_code
 from spectral_scale.parallel.collective import SingleProcess
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import tiny_words
 
@@ -40,10 +40,10 @@ def test_a_healthy_machine(
 def sick_rank(run_dir: str) -> dict[str, Any]:
     """Two ranks of different software, clocks and sums; each rank's exit code and rank 0's text."""
     from spectral_scale.doctor.examine import Subject, examine
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
 
-    facts = detect_rank_facts()
-    if facts.rank == 1:
+    rank_info = detect_rank_info()
+    if rank_info.rank == 1:
         real, now = machine.version, time.time
         machine.version = lambda name: "9.9" if name == "numpy" else real(name)  # type: ignore[assignment]
         group.time.time = lambda: now() - 100  # type: ignore[attr-defined]
@@ -57,9 +57,9 @@ def sick_rank(run_dir: str) -> dict[str, Any]:
 
         group.dist.all_reduce = wrong
     storage.SEEN_WITHIN_SECONDS = 0.5
-    place = Path(run_dir) / ("shared" if facts.rank == 0 else "local")
+    place = Path(run_dir) / ("shared" if rank_info.rank == 0 else "local")
     place.mkdir()
-    findings = examine(Subject(run_dir=place, device="cpu"), facts)
+    findings = examine(Subject(run_dir=place, device="cpu"), rank_info)
     return {"code": exit_code(findings), "text": as_text(findings)}
 
 
@@ -77,9 +77,9 @@ def test_a_job_that_would_fail(tmp_path: Path) -> None:
 
 def healthy_rank(run_dir: str) -> list[str]:
     from spectral_scale.doctor.examine import Subject, examine
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
 
-    found = examine(Subject(run_dir=Path(run_dir), device="cpu"), detect_rank_facts())
+    found = examine(Subject(run_dir=Path(run_dir), device="cpu"), detect_rank_info())
     return [f"{finding.name}: {finding.verdict}" for finding in found]
 
 
@@ -108,18 +108,18 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_machines_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = RankFacts(rank=0, world_size=4, local_rank=2, local_world_size=2)
+    rank_info = RankInfo(rank=0, world_size=4, local_rank=2, local_world_size=2)
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     monkeypatch.setattr(machine, "versions", lambda: {"deepspeed": "absent"})
     monkeypatch.setattr(machine, "addresses", lambda: {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"]})
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
-    found = by_name(machine.examine_machine(facts, "deepspeed"))
+    found = by_name(machine.examine_machine(rank_info, "deepspeed"))
     assert found["backend"].remedy == "pip install 'spectral-scale[deepspeed]'"
     assert found["compilers"].verdict == "warning" and "ninja" in found["compilers"].text
     assert found["interfaces"].verdict == "fault" and "ib0 is not up" in found["interfaces"].text
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("MASTER_ADDR", "node1")
-    found = by_name(machine.examine_machine(facts, None))
+    found = by_name(machine.examine_machine(rank_info, None))
     assert found["compilers"].verdict == "ok"
     assert "no other host reaches lo" in found["interfaces"].text
     assert found["ports"].verdict == "ok" and "127.0.0.1" in found["ports"].text
@@ -131,7 +131,7 @@ def test_machines_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (1024, 2048))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    found = by_name(machine.examine_machine(facts, None))
+    found = by_name(machine.examine_machine(rank_info, None))
     assert (
         found["devices"].verdict == "fault" and "local rank 2 has no GPU" in found["devices"].text
     )

@@ -66,9 +66,9 @@ def test_so_many_in_a_row_go_back_and_not_for_ever() -> None:
 def poisoned_loader(bad: tuple[int, ...], rank: int | None = None) -> None:
     """From now on the loss of these data steps is NaN in this process, if it is that rank."""
     from spectral_scale.engine import loop
-    from spectral_scale.parallel.rank_info import detect_rank_facts
+    from spectral_scale.parallel.rank_info import detect_rank_info
 
-    if rank is not None and detect_rank_facts().rank != rank:
+    if rank is not None and detect_rank_info().rank != rank:
         return
     original = loop.TrainingLoop._forward_backward
     product = loop.token_loss_sum

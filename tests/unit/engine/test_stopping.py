@@ -13,8 +13,8 @@ from spectral_scale.cli.main import main
 from spectral_scale.engine import loop
 from spectral_scale.errors import ConfigError, NoProgressError
 from spectral_scale.supervision import time_limit
-from spectral_scale.supervision.attempts import Attempts
-from spectral_scale.supervision.control_files import Switches, ask
+from spectral_scale.supervision.attempts import RestartLimit
+from spectral_scale.supervision.control_files import ControlFiles, ask
 from spectral_scale.supervision.status import read_status, write_status
 from spectral_scale.supervision.time_limit import TimeLimit
 from spectral_scale.testing.tiny import tiny_words
@@ -109,7 +109,7 @@ def test_what_lies_there_before_the_start_is_not_meant_for_it(
 
 
 def test_files_say_how_to_stop(tmp_path: Path) -> None:
-    switches = Switches(tmp_path)
+    switches = ControlFiles(tmp_path)
     assert switches.read().stop is None and not switches.read().save
     for manner in ("hold", "now"):
         ask(tmp_path, "stop", manner)
@@ -163,8 +163,8 @@ def test_the_margin_is_measured_and_the_nearest_end_counts() -> None:
         TimeLimit(None, environment={"SLURM_JOB_END_TIME": "tomorrow"})
 
 
-def start(run_dir: Path, limit: int = 3) -> Attempts:
-    attempts = Attempts(run_dir, steps=10, limit=limit)
+def start(run_dir: Path, limit: int = 3) -> RestartLimit:
+    attempts = RestartLimit(run_dir, steps=10, limit=limit)
     attempts.open()
     return attempts
 

@@ -23,7 +23,7 @@ from spectral_scale.config.tensor_parallel import allowed_sizes, tensor_parallel
 from spectral_scale.errors import ConfigError
 from spectral_scale.models.build import build_model
 from spectral_scale.parallel.rectangles import tiling_fault
-from spectral_scale.parallel.tensor_parallel import cut_dimension, held_rectangle
+from spectral_scale.parallel.tensor_parallel import local_rectangle, sharded_dimension
 
 SIZES: dict[str, Any] = {
     "hidden_size": 48,
@@ -118,7 +118,7 @@ def test_maps_use_the_one_table_of_cuts(config: Any) -> None:
                 found.setdefault(piece.fqn, []).append(piece)
         for fqn, pieces in found.items():
             shape = pieces[0].global_shape
-            held = held_rectangle(fqn, shape, parts=2, index=index)
+            held = local_rectangle(fqn, shape, parts=2, index=index)
             moved = [
                 replace(p.logical, offset=tuple(map(int.__sub__, p.logical.offset, held.offset)))
                 for p in pieces
@@ -128,15 +128,15 @@ def test_maps_use_the_one_table_of_cuts(config: Any) -> None:
 
 def test_factors_are_cut_where_their_weight_is() -> None:
     layer = "model.decoder.layers.0"
-    assert {leaf: cut_dimension(f"{layer}.fc1.{leaf}") for leaf in ("u", "v", "sigma")} == {
+    assert {leaf: sharded_dimension(f"{layer}.fc1.{leaf}") for leaf in ("u", "v", "sigma")} == {
         "u": 0, "v": None, "sigma": None
     }  # fmt: skip
-    assert {leaf: cut_dimension(f"{layer}.fc2.{leaf}") for leaf in ("u", "v", "residual")} == {
+    assert {leaf: sharded_dimension(f"{layer}.fc2.{leaf}") for leaf in ("u", "v", "residual")} == {
         "u": None, "v": 0, "residual": 1
     }  # fmt: skip
     for unknown in (f"{layer}.experts.weight", f"{layer}.fc1.lora_a"):
         with pytest.raises(ConfigError, match="no rule for"):
-            cut_dimension(unknown)
+            sharded_dimension(unknown)
 
 
 def test_a_wrong_order_of_ranks_or_a_missing_one_is_seen() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from spectral_scale.ops import decomposition
 from spectral_scale.ops.decomposition import compose, orthogonality_error, svd
-from spectral_scale.ops.null_space import settle_null_space
+from spectral_scale.ops.null_space import fix_null_space
 
 VANISHING = 3
 
@@ -33,7 +33,7 @@ def test_rounding_does_not_choose(shape: tuple[int, int]) -> None:
 
 def test_rounding_would_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: the driver's own basis."""
-    monkeypatch.setattr(decomposition, "settle_null_space", lambda *factors: factors)
+    monkeypatch.setattr(decomposition, "fix_null_space", lambda *factors: factors)
     (u, _, _), (other, _, _) = twice((8, 8))
     torch.testing.assert_close(u[:, :-VANISHING], other[:, :-VANISHING], atol=1e-10, rtol=0)
     assert float((u - other).abs().max()) > 1e-2
@@ -58,7 +58,7 @@ def test_a_zero_matrix_has_directions() -> None:
 
 def test_a_regular_matrix_is_left_alone() -> None:
     factors = svd(torch.randn(6, 4, generator=torch.Generator().manual_seed(3)))
-    assert all(a is b for a, b in zip(settle_null_space(*factors), factors, strict=True))
+    assert all(a is b for a, b in zip(fix_null_space(*factors), factors, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])

@@ -12,7 +12,7 @@ from spectral_scale.methods.convert import convert
 from spectral_scale.methods.sst.controller import SpectralController
 from spectral_scale.optim.build import build_adamw, create_state
 from spectral_scale.optim.groups import kinds, param_groups
-from spectral_scale.parallel.rank_info import RankFacts
+from spectral_scale.parallel.rank_info import RankInfo
 
 CONFIG = OptimizerConfig(lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
 
@@ -89,7 +89,7 @@ def spectral_net() -> tuple[nn.Module, torch.optim.Optimizer, TorchBackend]:
     convert(model, config)
     optimizer = build_adamw(groups_of(model), CONFIG)
     SpectralController(model, optimizer, config)
-    backend = TorchBackend(RankFacts(), "cpu")
+    backend = TorchBackend(RankInfo(), "cpu")
     backend.shard(model)
     backend.attach(optimizer)
     return model, optimizer, backend

@@ -49,25 +49,25 @@ def test_writes_after_an_evaluation_are_used(
     assert not isinstance(model.weight, DTensor)
     if not reshards:
         monkeypatch.setattr(store, "_reshard", lambda: None)
-    store.install({"weight": torch.full((5, 3), 2.0)}, owner=0)
+    store.scatter({"weight": torch.full((5, 3), 2.0)}, owner=0)
     assert torch.equal(forward(model), torch.full((1, 5), 6.0)) is reshards
 
 
 def test_collect_gives_a_value_of_its_own() -> None:
     model, optimizer = sharded_model()
     store = FSDP2Store(model, optimizer)
-    value = store.collect("weight", owner=0)
+    value = store.gather("weight", owner=0)
     assert value is not None
     assert value.shape == (5, 3)
     expected = value.clone()
-    store.install({"weight": torch.zeros(5, 3)}, owner=0)
+    store.scatter({"weight": torch.zeros(5, 3)}, owner=0)
     assert torch.equal(value, expected)
 
 
 def test_columns_become_unit_and_entries_nonnegative() -> None:
     model, optimizer = sharded_model()
     store = FSDP2Store(model, optimizer)
-    store.install({"weight": torch.arange(-7.0, 8.0).view(5, 3)}, owner=0)
+    store.scatter({"weight": torch.arange(-7.0, 8.0).view(5, 3)}, owner=0)
     store.retract_columns(["weight"])
     norms = torch.linalg.vector_norm(local(model.weight), dim=0)
     torch.testing.assert_close(norms, torch.ones(3))
@@ -79,7 +79,7 @@ def test_columns_become_unit_and_entries_nonnegative() -> None:
 def test_zero_columns_stay_finite() -> None:
     model, optimizer = sharded_model()
     store = FSDP2Store(model, optimizer)
-    store.install({"weight": torch.zeros(5, 3)}, owner=0)
+    store.scatter({"weight": torch.zeros(5, 3)}, owner=0)
     store.retract_columns(["weight"])
     assert local(model.weight).isfinite().all()
 
@@ -115,4 +115,4 @@ def test_a_value_of_another_shape_is_refused() -> None:
     model, optimizer = sharded_model()
     store = FSDP2Store(model, optimizer)
     with pytest.raises(ValueError, match=r"gave \(3, 5\) for a parameter of shape \(5, 3\)"):
-        store.install({"weight": torch.zeros(3, 5)}, owner=0)
+        store.scatter({"weight": torch.zeros(3, 5)}, owner=0)

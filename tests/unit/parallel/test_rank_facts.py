@@ -5,19 +5,19 @@ import torch
 
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.device import pick_device
-from spectral_scale.parallel.rank_info import RankFacts, detect_rank_facts, require_rendezvous
+from spectral_scale.parallel.rank_info import RankInfo, detect_rank_info, require_rendezvous
 
 
 def test_no_launcher_means_one_process() -> None:
-    assert detect_rank_facts({}) == RankFacts(rank=0, world_size=1, local_rank=0)
-    assert detect_rank_facts({"LOCAL_RANK": "3", "MASTER_ADDR": "x"}).world_size == 1
+    assert detect_rank_info({}) == RankInfo(rank=0, world_size=1, local_rank=0)
+    assert detect_rank_info({"LOCAL_RANK": "3", "MASTER_ADDR": "x"}).world_size == 1
 
 
 def test_torchrun_s_variables() -> None:
-    facts = detect_rank_facts({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
-    assert (facts.rank, facts.world_size, facts.local_rank) == (5, 8, 1)
-    assert "RANK" in facts.source
-    assert detect_rank_facts({"RANK": "0", "WORLD_SIZE": "1"}).local_rank == 0
+    rank_info = detect_rank_info({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
+    assert (rank_info.rank, rank_info.world_size, rank_info.local_rank) == (5, 8, 1)
+    assert "RANK" in rank_info.source
+    assert detect_rank_info({"RANK": "0", "WORLD_SIZE": "1"}).local_rank == 0
 
 
 @pytest.mark.parametrize(
@@ -37,15 +37,15 @@ def test_contradictions_are_configuration_errors(
     environment: dict[str, str], parts: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        detect_rank_facts(environment)
+        detect_rank_info(environment)
     for part in parts:
         assert part in str(caught.value)
 
 
 def test_ranks_need_a_place_to_meet() -> None:
-    several = RankFacts(rank=1, world_size=2)
+    several = RankInfo(rank=1, world_size=2)
     require_rendezvous(several, {"MASTER_ADDR": "a", "MASTER_PORT": "1"})
-    require_rendezvous(RankFacts(), {})
+    require_rendezvous(RankInfo(), {})
     with pytest.raises(ConfigError, match="WORLD_SIZE=2, but MASTER_PORT must be set.*torchrun"):
         require_rendezvous(several, {"MASTER_ADDR": "a"})
 

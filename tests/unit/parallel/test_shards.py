@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.collective import SingleProcess
-from spectral_scale.parallel.dtensor_layout import Cut, Layout, Layouts, piece
+from spectral_scale.parallel.dtensor_layout import Layout, Layouts, ShardedDim, piece
 from spectral_scale.parallel.group import join_alone
 from spectral_scale.parallel.rectangles import tiling_fault
 from spectral_scale.parallel.store import TorchStore
@@ -27,12 +27,12 @@ def layout(dim: int | None, parts: int, index: int) -> Layout:
     """Piece `index` of `parts`, without groups."""
     ranks = tuple(range(parts))
     return Layout(
-        cuts=() if dim is None else (Cut(dim, parts, 1),),
+        cuts=() if dim is None else (ShardedDim(dim, parts, 1),),
         shard_ranks=ranks,
         shard_group=None,
-        copy_ranks=(index,),
-        copy_group=None,
-        copy_of=dict.fromkeys(ranks, 0),
+        replica_ranks=(index,),
+        replica_group=None,
+        replica_of=dict.fromkeys(ranks, 0),
         piece_of={rank: rank for rank in ranks},
         rank=index,
     )
@@ -64,7 +64,7 @@ def test_pieces_of_equal_parts_tile_the_tensor(
     shape = (rows * tensor, columns)
     ranks = tuple(range(data * tensor))
     dim = 1 if other else 0
-    cuts = (Cut(0, tensor, 1), Cut(dim, data, tensor))
+    cuts = (ShardedDim(0, tensor, 1), ShardedDim(dim, data, tensor))
     placements = (Shard(1) if other else _StridedShard(0, split_factor=tensor), Shard(0))
     whole = Layout(cuts, ranks, None, (0,), None, dict.fromkeys(ranks, 0), {r: r for r in ranks}, 0)
     boxes = [whole.rectangle(shape, i) for i in ranks]
@@ -109,7 +109,7 @@ def test_layouts_are_found_once_for_each_placement(group: None) -> None:
     assert layouts.of(a) is layouts.of(b)
     assert layouts.of(c) is not layouts.of(a)
     assert (layouts.of(a).dim, layouts.of(c).dim) == (0, 1)
-    assert layouts.of(a).is_first_copy
+    assert layouts.of(a).is_first_replica
 
 
 def test_a_store_of_whole_parameters_refuses_pieces(group: None) -> None:

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.flat_shards import TensorPieces
+from spectral_scale.parallel.flat_shards import TensorShards
 from spectral_scale.testing.distributed import run_distributed
 
 CUTS: list[tuple[tuple[int, ...], int]] = [((4, 6), 0), ((4, 6), 1), ((4, 7), 1), ((2, 2, 4), 2)]
@@ -20,7 +20,7 @@ def held_ranges() -> list[object]:
     for shape, dim in CUTS:
         tensor = distribute_tensor(torch.zeros(shape), mesh, [Shard(dim)])
         try:
-            found.append(TensorPieces({"fc.weight": tensor}).held("fc.weight"))
+            found.append(TensorShards({"fc.weight": tensor}).held("fc.weight"))
         except ConfigError as error:
             found.append(str(error))
     dist.destroy_process_group()

@@ -14,11 +14,11 @@ from spectral_scale.engine.build import build_run
 from spectral_scale.engine.loop import TrainingLoop
 from spectral_scale.engine.measure import memory
 from spectral_scale.metrics.sinks import NullLog
-from spectral_scale.parallel.rank_info import RankFacts, detect_rank_facts
+from spectral_scale.parallel.rank_info import RankInfo, detect_rank_info
 from spectral_scale.plan.activations import activation_bytes
 from spectral_scale.plan.build import plan_run, verdict
 from spectral_scale.plan.inventory import take_inventory
-from spectral_scale.plan.traffic import boundary_payload, step_payload
+from spectral_scale.plan.traffic import step_payload, swap_payload
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.memory import saved_bytes
 from spectral_scale.testing.tiny import tiny_config
@@ -29,7 +29,7 @@ GPU = 80e9
 def measured(config: RunConfig) -> dict[str, float]:
     """Bytes of a rank by use, after two steps."""
     Path(config.train.run_dir).mkdir(parents=True, exist_ok=True)
-    run = build_run(config, detect_rank_facts())
+    run = build_run(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     for batch in run.loader.steps(0, 2):
         loop._one_step(batch)
@@ -74,7 +74,7 @@ def cut(config: RunConfig) -> dict[str, Any]:
     """What a rank of FSDP2 keeps, and sends in a step and in a step with a swap."""
     from spectral_scale.testing.traffic import TrafficCounter
 
-    run = build_run(config, detect_rank_facts())
+    run = build_run(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     sent = []
     for batch in run.loader.steps(0, 4):
@@ -108,7 +108,7 @@ def test_memory_and_traffic_under_fsdp2(corpus: Path, tmp_path: Path) -> None:
     assert payload.all_gather == pytest.approx(first["allgather_base"], rel=0.05)
     assert payload.reduce_scatter == pytest.approx(first["reduce_scatter_base"], rel=0.05)
     new = sum(v for k, v in swap.items() if k in ("scatter", "broadcast"))
-    assert boundary_payload(config, inventory) == pytest.approx(new, rel=0.05)
+    assert swap_payload(config, inventory) == pytest.approx(new, rel=0.05)
 
 
 def config_with_rows(config: RunConfig) -> RunConfig:
@@ -148,7 +148,7 @@ def test_activations(
         model__hidden_size=128, model__num_heads=4, model__sequence_length=128,
         model__attention=attention,
     )  # fmt: skip
-    run = build_run(config, RankFacts())
+    run = build_run(config, RankInfo())
     loop = TrainingLoop(run, NullLog(), None)
     batch = next(iter(run.loader.steps(0, 1)))
     one = type(batch)(**{**vars(batch), "micro_batches": batch.micro_batches[:1]})

@@ -322,7 +322,7 @@ def test_a_store_that_writes_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatc
     trainer = Trainer()
     trainer.run(4)
     trainer.step()
-    monkeypatch.setattr(trainer.controller.store, "install", lambda *_, **__: None)
+    monkeypatch.setattr(trainer.controller.store, "scatter", lambda *_, **__: None)
     with pytest.raises(SpectralError, match=r"installed \d+ of 8 triplets"):
         trainer.controller.after_step()
 
@@ -353,7 +353,7 @@ def test_a_failed_collective_says_where_it_broke_off(monkeypatch: pytest.MonkeyP
     trainer = Trainer()
     trainer.run(4)
     trainer.step()
-    monkeypatch.setattr(trainer.controller.store, "install", lost)
+    monkeypatch.setattr(trainer.controller.store, "scatter", lost)
     with pytest.raises(RuntimeError, match="closed by peer") as caught:
         trainer.controller.after_step()
     assert caught.value.__notes__ == [

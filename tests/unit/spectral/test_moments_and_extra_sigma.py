@@ -159,7 +159,7 @@ def test_nothing_survives_a_decomposition_or_a_reset(keep):
 def test_a_store_that_cannot_move_moments_is_refused():
     class Plain:
         def __init__(self, store: TorchStore) -> None:
-            self.collect, self.install = store.collect, store.install
+            self.gather, self.scatter = store.gather, store.scatter
             self.reset_moments, self.retract_columns = store.reset_moments, store.retract_columns
             self.clamp_nonnegative = store.clamp_nonnegative
 

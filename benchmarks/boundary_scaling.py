@@ -115,7 +115,7 @@ def _page(width: int, loads: list[float], lines: list[str]) -> str:
     return (
         f"{title}\nWidth {width}; {machine} (with these\nprocesses). The fastest of {BOUNDARIES} "
         "boundaries; of each phase the slowest process. That the operations\ndivide exactly is a "
-        f"test (`tests/distributed/test_boundary_scaling.py`).\n\n{table}\n"
+        f"test (`tests/distributed/test_swap_scaling.py`).\n\n{table}\n"
     )
 
 

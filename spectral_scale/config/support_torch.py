@@ -4,7 +4,7 @@ from spectral_scale.config.support import No, Support, Yes
 
 _RESUME = "tests/integration/test_resume.py::"
 _DDP = "tests/distributed/test_ddp.py::test_ddp_equals_one_process"
-_METHODS = "tests/unit/baselines/test_method_runs.py"
+_METHODS = "tests/unit/methods/test_methods_runs.py"
 _FROD = "tests/distributed/test_frod_backends.py::"
 _FILTER = Yes("tests/distributed/test_filter_equivalence.py::test_equals_one_process")
 
@@ -28,14 +28,14 @@ TORCH: dict[str, Support] = {
     "precision=fp32": Yes(_DDP),
     "precision=bf16": Yes(f"{_RESUME}test_resume_is_bit_exact[bf16]"),
     "precision=fp16": No("only DeepSpeed scales the loss; set train.precision=bf16"),
-    "precision=fp64": Yes("tests/unit/layers/test_sst_theory.py"),
+    "precision=fp64": Yes("tests/unit/methods/sst/test_sst_theory.py"),
     "residual=replicated": Yes(_DDP),
     "residual=sharded": No("every rank holds the whole model; set parallel.backend=fsdp2"),
     "accumulation": Yes(_DDP),
     "clipping": Yes(_DDP),
     "dropout": Yes(f"{_RESUME}test_resume_is_bit_exact[dropout]"),
-    "activation_checkpointing": Yes("tests/unit/models/test_materialised_models.py"),
-    "compile": Yes("tests/unit/models/test_compiled_blocks.py"),
+    "activation_checkpointing": Yes("tests/unit/models/test_build_materialise.py"),
+    "compile": Yes("tests/unit/models/test_build_compiled_blocks.py"),
     "resume": Yes(f"{_RESUME}test_ddp_resume_is_bit_exact"),
     "reshard": Yes(f"{_RESUME}test_resume_at_another_world_size"),
     "migrate": No("not shown yet"),

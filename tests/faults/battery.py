@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 CHECKPOINT = "tests/unit/checkpoint/"
 ENGINE = "tests/unit/engine/"
+SUPERVISION = "tests/unit/supervision/"
 FAULTS = "tests/faults/"
 RUNS = "tests/integration/"
 DATA = "tests/unit/data/"
@@ -29,7 +30,7 @@ SECTIONS: dict[str, list[Scenario]] = {
             "for bit",
             (
                 f"{CHECKPOINT}test_checkpoint_kill.py::test_killed_at_random_again_and_again",
-                f"{FAULTS}test_evidence.py::test_kills_during_saves",
+                f"{FAULTS}test_kills_and_soak.py::test_kills_during_saves",
                 "benchmarks/kill_during_save.py",
             ),
         ),
@@ -37,7 +38,7 @@ SECTIONS: dict[str, list[Scenario]] = {
             "SIGKILL of one rank amid a save",
             "the others leave, name it, and the previous checkpoint is intact",
             (
-                f"{FAULTS}test_evidence.py::test_kills_during_saves",
+                f"{FAULTS}test_kills_and_soak.py::test_kills_during_saves",
                 f"{FAULTS}test_lost_ranks.py::test_a_killed_rank_is_named_at_once",
             ),
         ),
@@ -81,15 +82,15 @@ SECTIONS: dict[str, list[Scenario]] = {
             "the save is waited for and committed, then the stop; its fault ends the run on all "
             "ranks",
             (
-                f"{ENGINE}test_background_saving.py::test_a_stop_waits_for_the_save_under_way",
-                f"{ENGINE}test_background_saving.py::test_a_fault_in_the_background_ends_the_run",
+                f"{ENGINE}test_saver_background.py::test_a_stop_waits_for_the_save_under_way",
+                f"{ENGINE}test_saver_background.py::test_a_fault_in_the_background_ends_the_run",
             ),
         ),
         Scenario(
             "saving takes longer than its interval",
             "one save at a time: training waits, with a warning; none is dropped",
             (
-                f"{ENGINE}test_background_saving.py"
+                f"{ENGINE}test_saver_background.py"
                 "::test_a_snapshot_is_of_one_step_however_late_it_is_written",
             ),
         ),
@@ -98,8 +99,8 @@ SECTIONS: dict[str, list[Scenario]] = {
             "the second is refused with host, process and job of the first; a dead one's lock is "
             "taken over",
             (
-                f"{CHECKPOINT}test_run_lock.py::test_a_second_process_is_told_who_runs_there",
-                f"{CHECKPOINT}test_run_lock.py::test_a_killed_holder_is_taken_over_with_a_warning",
+                f"{CHECKPOINT}test_lock.py::test_a_second_process_is_told_who_runs_there",
+                f"{CHECKPOINT}test_lock.py::test_a_killed_holder_is_taken_over_with_a_warning",
             ),
         ),
         Scenario(
@@ -128,7 +129,7 @@ SECTIONS: dict[str, list[Scenario]] = {
             (
                 f"{CHECKPOINT}test_checkpoint_damage.py"
                 "::test_damage_seen_by_one_rank_only_is_passed_over_by_all",
-                f"{FAULTS}test_evidence.py::test_damage_that_one_real_rank_sees",
+                f"{FAULTS}test_kills_and_soak.py::test_damage_that_one_real_rank_sees",
             ),
         ),
         Scenario(
@@ -219,9 +220,9 @@ SECTIONS: dict[str, list[Scenario]] = {
             "contradictions and missing facts are refused at once; after a minute every rank says "
             "which ones are missing, or why the place cannot be used",
             (
-                "tests/unit/parallel/test_meeting.py::test_missing_ranks_are_named",
-                "tests/unit/parallel/test_meeting.py::test_a_port_that_is_taken",
-                "tests/unit/parallel/test_meeting.py::test_an_address_that_leads_nowhere",
+                "tests/unit/parallel/test_rendezvous_store.py::test_missing_ranks_are_named",
+                "tests/unit/parallel/test_rendezvous_store.py::test_a_port_that_is_taken",
+                "tests/unit/parallel/test_rendezvous_store.py::test_an_address_that_leads_nowhere",
                 "tests/unit/cluster/test_detect.py::test_contradictions",
             ),
         ),
@@ -229,9 +230,9 @@ SECTIONS: dict[str, list[Scenario]] = {
             "a copy of a tensor made different on one rank",
             "tensor and rank are named at the next comparison (`health.replica_interval`)",
             (
-                f"{ENGINE}test_replicas.py"
+                f"{SUPERVISION}test_replica_check.py"
                 "::test_a_flipped_bit_on_one_rank_is_found_on_every_backend",
-                f"{ENGINE}test_replicas.py::test_the_odd_rank_out_is_named",
+                f"{SUPERVISION}test_replica_check.py::test_the_odd_rank_out_is_named",
             ),
         ),
         Scenario(
@@ -243,8 +244,8 @@ SECTIONS: dict[str, list[Scenario]] = {
             "a crash loop",
             "exit code 93 at the third start that saved nothing new, so that no scheduler goes on",
             (
-                f"{ENGINE}test_stopping.py::test_a_crash_loop_ends_in_93",
-                f"{ENGINE}test_stopping.py"
+                f"{SUPERVISION}test_supervision_stopping.py::test_a_crash_loop_ends_in_93",
+                f"{SUPERVISION}test_supervision_stopping.py"
                 "::test_killed_starts_count_and_progress_or_order_begins_anew",
             ),
         ),
@@ -280,8 +281,8 @@ SECTIONS: dict[str, list[Scenario]] = {
             "the files STOP and SAVE",
             "honoured after the step in progress, evaluation or save included; SAVE is removed",
             (
-                f"{ENGINE}test_stopping.py::test_the_stop_command_stops_within_the_step",
-                f"{ENGINE}test_stopping.py"
+                f"{SUPERVISION}test_supervision_stopping.py::test_the_stop_command_stops_within_the_step",
+                f"{SUPERVISION}test_supervision_stopping.py"
                 "::test_save_saves_and_goes_on_and_a_touched_stop_may_be_requeued",
             ),
         ),
@@ -289,7 +290,9 @@ SECTIONS: dict[str, list[Scenario]] = {
             "the job's time runs out",
             "saved with a margin from the run's own steps and saves; not started if nothing could "
             "be saved",
-            (f"{ENGINE}test_stopping.py::test_the_time_limit_leaves_time_to_save",),
+            (
+                f"{SUPERVISION}test_supervision_stopping.py::test_the_time_limit_leaves_time_to_save",
+            ),
         ),
     ],
     "Numbers and data": [
@@ -298,10 +301,10 @@ SECTIONS: dict[str, list[Scenario]] = {
             "all ranks leave the step out; after `health.rollback_after` in a row they go back and "
             "pass over the data; then the run ends with the samples named",
             (
-                f"{ENGINE}test_health.py::test_one_rank_s_nan_leaves_the_step_out_on_all_backends",
-                f"{ENGINE}test_health.py::test_a_step_left_out_touches_nothing_but_the_data",
-                f"{ENGINE}test_health.py::test_going_back_passes_over_the_data_and_is_exact",
-                f"{ENGINE}test_health.py::test_what_does_not_help_ends_with_the_samples",
+                f"{SUPERVISION}test_health.py::test_one_rank_s_nan_leaves_the_step_out_on_all_backends",
+                f"{SUPERVISION}test_health.py::test_a_step_left_out_touches_nothing_but_the_data",
+                f"{SUPERVISION}test_health.py::test_going_back_passes_over_the_data_and_is_exact",
+                f"{SUPERVISION}test_health.py::test_what_does_not_help_ends_with_the_samples",
             ),
         ),
         Scenario(
@@ -309,7 +312,7 @@ SECTIONS: dict[str, list[Scenario]] = {
             "left out with `health.spike_sigmas` set (off by default); incidents.jsonl names "
             "samples, token offsets and documents",
             (
-                f"{ENGINE}test_health.py::test_spikes_stand_out_of_the_healthy_steps_before",
+                f"{SUPERVISION}test_health.py::test_spikes_stand_out_of_the_healthy_steps_before",
                 f"{FAULTS}test_spikes.py::test_one_rank_s_spike_is_left_out_by_both",
             ),
         ),
@@ -317,8 +320,8 @@ SECTIONS: dict[str, list[Scenario]] = {
             "corrupt or missing token files, ids beyond the vocabulary, empty or undecodable text",
             "an error that names file and offset, or skipped and counted if asked for",
             (
-                f"{DATA}test_token_folder.py::test_verify_names_the_file_of_one_flipped_bit",
-                f"{DATA}test_train_loader.py::test_corrupt_shard_stops_with_its_own_message",
+                f"{DATA}test_tokens_folder.py::test_verify_names_the_file_of_one_flipped_bit",
+                f"{DATA}test_loader_train.py::test_corrupt_shard_stops_with_its_own_message",
                 f"{DATA}test_prepare_folders.py::test_bad_documents_stop_or_are_counted",
             ),
         ),
@@ -326,7 +329,7 @@ SECTIONS: dict[str, list[Scenario]] = {
             "preparing data killed half-way, or by two at once",
             "a half-made folder is recognised; the second process is refused or waits",
             (
-                f"{DATA}test_token_folder.py::test_interrupted_folder_is_recognised",
+                f"{DATA}test_tokens_folder.py::test_interrupted_folder_is_recognised",
                 f"{DATA}test_prepare_folders.py::test_two_at_once_are_refused",
                 f"{DATA}test_embedded_corpus.py::test_processes_at_once_make_it_together",
             ),
@@ -334,21 +337,21 @@ SECTIONS: dict[str, list[Scenario]] = {
         Scenario(
             "no network",
             "training never downloads; `prepare hf:…` says what to do offline",
-            (f"{DATA}test_input_sources.py::test_offline_error_says_what_to_do",),
+            (f"{DATA}test_sources.py::test_offline_error_says_what_to_do",),
         ),
         Scenario(
             "a clock that jumps, a metrics folder that cannot be written",
             "heartbeats and time limits use clocks that nobody sets; a failing sink never stops a "
             "run",
             (
-                f"{ENGINE}test_watchdog.py::test_silence_is_measured_by_the_listener_s_own_clock",
+                f"{SUPERVISION}test_watchdog.py::test_silence_is_measured_by_the_listener_s_own_clock",
                 "tests/unit/metrics/test_sinks.py::test_full_disk_loses_lines_only_while_full",
             ),
         ),
         Scenario(
             "a long run under random faults",
             "ends with the bits of a run that was left alone",
-            (f"{FAULTS}test_evidence.py::test_a_short_soak", "benchmarks/soak.py"),
+            (f"{FAULTS}test_kills_and_soak.py::test_a_short_soak", "benchmarks/soak.py"),
         ),
     ],
 }

@@ -113,7 +113,7 @@ def test_tables_show_what_is_done(results: dict[str, Result]) -> None:
 def test_the_page_takes_tables_between_its_markers(
     results: dict[str, Result], tmp_path: Path
 ) -> None:
-    page = Path(__file__).parents[3] / "docs" / "finetune_study.md"
+    page = Path(__file__).parents[2] / "docs" / "finetune_study.md"
     (tmp_path / page.name).write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
     written = render(results, tmp_path)
     assert [Path(p).name for p in written] == ["finetune_study.md", "curves.png"]

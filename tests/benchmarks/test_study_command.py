@@ -11,7 +11,7 @@ from study.prepare import DATA_VARIABLE, prepare_books
 from study.results import StudyError, read_results, write_result
 from study_results import complete
 
-RUN = Path(__file__).parents[3] / "benchmarks" / "study" / "run.py"
+RUN = Path(__file__).parents[2] / "benchmarks" / "study" / "run.py"
 
 
 def command(monkeypatch, *words: object) -> int:

@@ -1,4 +1,4 @@
-"""Small versions of what benchmarks shows at length, and damage that one real rank sees."""
+"""Small versions of what benchmarks/ shows at length, and damage that one real rank sees."""
 
 import json
 import subprocess
@@ -11,13 +11,13 @@ from ranks import Ranks
 from spectral_scale.checkpoint import reader
 from spectral_scale.metrics.history import load_history
 
-EVIDENCE = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SEEDS = (0, 4, 9)
 """One process; two ranks, saving at once; two ranks, saving in the background."""
 
 
 def run(script: str, *words: str) -> dict[str, Any]:
-    command = [sys.executable, str(EVIDENCE / script), *words]
+    command = [sys.executable, str(BENCHMARKS / script), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)

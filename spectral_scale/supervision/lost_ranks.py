@@ -4,10 +4,13 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from spectral_scale.engine.saver import Saver
 from spectral_scale.errors import LostRankError
 from spectral_scale.supervision.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from spectral_scale.engine.saver import Saver
 
 logger = logging.getLogger(__name__)
 
@@ -15,7 +18,7 @@ _COMMUNICATION = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out", re.
 
 
 @contextlib.contextmanager
-def naming_lost_ranks(watchdog: Watchdog, saver: Saver) -> Iterator[None]:
+def naming_lost_ranks(watchdog: Watchdog, saver: "Saver") -> Iterator[None]:
     """Around the loop: turn a failed collective into LostRankError if a rank is found dead.
 
     The original error goes to this rank's log first, since it may say more.

@@ -7,13 +7,11 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from spectral_scale.engine.build import Run
-from spectral_scale.engine.saver import Saver
 from spectral_scale.supervision.consensus import Consensus, Mine, agree
 from spectral_scale.supervision.control_files import ControlFiles, Request
 from spectral_scale.supervision.health import HealthMonitor, Verdict
@@ -23,6 +21,10 @@ from spectral_scale.supervision.status import read_status
 from spectral_scale.supervision.stragglers import Stragglers
 from spectral_scale.supervision.time_limit import TimeLimit
 from spectral_scale.supervision.watchdog import End, Watchdog
+
+if TYPE_CHECKING:
+    from spectral_scale.engine.build import Run
+    from spectral_scale.engine.saver import Saver
 
 
 class Supervisor:
@@ -37,7 +39,7 @@ class Supervisor:
         end: ends the process of a run that hangs.
     """
 
-    def __init__(self, run: Run, saver: Saver, end: End) -> None:
+    def __init__(self, run: "Run", saver: "Saver", end: End) -> None:
         config, self._collective = run.config, run.backend.collective
         self._loss_weight = run.backend.data_world_size / self._collective.world_size
         """Ranks that share their data see the same loss."""

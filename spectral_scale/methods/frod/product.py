@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spectral_scale.methods.frod.sparsity import Pattern
-from spectral_scale.methods.sst.product import column_sums
+from spectral_scale.ops.token_sums import column_sums
 
 
 @dataclass(frozen=True, kw_only=True)

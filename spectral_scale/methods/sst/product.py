@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_ROWS = 128
-"""Tokens that a sum over tokens takes at a time on the CPU."""
+from spectral_scale.ops.token_sums import column_sums, sum_of_products
 
 
 @dataclass(frozen=True)
@@ -137,25 +136,3 @@ def _backward_fixed(
     if d_x_TI is not None:
         d_x_TI.addmm_(h.mul_(s_F), v_IF.t())
     return d_sigma, d_x_TI
-
-
-def sum_of_products(h_TR: Tensor, z_TR: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum over tokens of h z (R,), computed in `dtype`."""
-    total = torch.zeros(h_TR.shape[1], dtype=dtype, device=h_TR.device)
-    for h, z in zip(_blocks(h_TR), _blocks(z_TR), strict=True):
-        total += (h.to(dtype) * z.to(dtype)).sum(0)
-    return total
-
-
-def column_sums(g_TO: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum over tokens of g (O,), computed in `dtype`."""
-    total = torch.zeros(g_TO.shape[1], dtype=dtype, device=g_TO.device)
-    for g in _blocks(g_TO):
-        total += g.sum(0, dtype=dtype)
-    return total
-
-
-def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Blocks of rows. A GPU casts within the reduction's one kernel and gains nothing from them."""
-    rows = BLOCK_ROWS if tensor.device.type == "cpu" else max(1, tensor.shape[0])
-    return tensor.split(rows)

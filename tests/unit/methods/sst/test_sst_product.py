@@ -9,7 +9,9 @@ from torch import Tensor
 
 from spectral_scale.methods.sst import product as sst_product
 from spectral_scale.methods.sst.layer import SpectralLinear
-from spectral_scale.methods.sst.product import SpectralProduct, column_sums, sum_of_products
+from spectral_scale.methods.sst.product import SpectralProduct
+from spectral_scale.ops import token_sums
+from spectral_scale.ops.token_sums import BLOCK_ROWS, column_sums, sum_of_products
 from spectral_scale.testing.oracle import PlainSpectralProduct
 
 
@@ -48,8 +50,8 @@ CASES = {
     "one token": Case(tokens=1),
     "no token": Case(tokens=0),
     "factored, no token": Case(tokens=0, storage="factored"),
-    "blocks of tokens": Case(tokens=2 * sst_product.BLOCK_ROWS),
-    "a last block of one": Case(tokens=2 * sst_product.BLOCK_ROWS + 1, storage="factored"),
+    "blocks of tokens": Case(tokens=2 * BLOCK_ROWS),
+    "a last block of one": Case(tokens=2 * BLOCK_ROWS + 1, storage="factored"),
     "wide": Case(m=5, n=17, r=2),
     "odd": Case(m=33, n=31, r=13, tokens=129, storage="factored"),
     "one by one": Case(m=1, n=1, r=1),
@@ -127,8 +129,8 @@ def test_equals_the_oracle_with_fp32_factors_and_bf16_products(storage: str, bia
 
 def test_a_lost_block_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: sums that leave out their last block."""
-    blocks = sst_product._blocks
-    monkeypatch.setattr(sst_product, "_blocks", lambda tensor: blocks(tensor)[:-1])
+    blocks = token_sums._blocks
+    monkeypatch.setattr(token_sums, "_blocks", lambda tensor: blocks(tensor)[:-1])
     assert difference(CASES["a last block of one"], torch.float64) > 1e-3
 
 

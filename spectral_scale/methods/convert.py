@@ -2,7 +2,7 @@
 
 import fnmatch
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -18,6 +18,7 @@ from spectral_scale.parallel.dtensor_collectives import is_sharded
 logger = logging.getLogger(__name__)
 
 Layer = TypeVar("Layer", bound=FactoredLinear)
+_LISTED = 6
 
 
 def convert(
@@ -94,7 +95,51 @@ def replace_linears(
         parent_name, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child, layer)
         converted[name] = layer
+    _say_what_stays_dense(model, converted, chosen=targets is not None)
     return converted
+
+
+def _say_what_stays_dense(
+    model: nn.Module, converted: Mapping[str, FactoredLinear], *, chosen: bool
+) -> None:
+    """Log the matrices inside numbered blocks that no converted layer holds, with their share.
+
+    Weights that are no nn.Linear (the experts of a mixture in one 3-D parameter, GPT-2's Conv1D)
+    would otherwise stay dense without a word. A warning if they are the larger part and nobody
+    chose the layers by name.
+    """
+    dense = dense_block_weights(model, converted)
+    left = sum(dense.values())
+    taken = sum(layer.in_features * layer.out_features for layer in converted.values())
+    if not left:
+        return
+    names = sorted(dense, key=lambda name: -dense[name])
+    listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    share = left / (left + taken)
+    level = logging.WARNING if share > 0.5 and not chosen else logging.INFO
+    logger.log(
+        level,
+        "%.0f %% of the blocks' matrix weights stay dense (%d of %d): %s",
+        100 * share,
+        left,
+        left + taken,
+        listed,
+    )
+
+
+def dense_block_weights(
+    model: nn.Module, converted: Mapping[str, FactoredLinear]
+) -> dict[str, int]:
+    """Elements of the dense matrices inside numbered blocks, by name; numbers in names as `*`."""
+    found: dict[str, int] = {}
+    for fqn, parameter in model.named_parameters():
+        parts = fqn.split(".")
+        in_block = any(part.isdigit() for part in parts)
+        if not in_block or parameter.ndim < 2 or ".".join(parts[:-1]) in converted:
+            continue
+        name = ".".join("*" if part.isdigit() else part for part in parts)
+        found[name] = found.get(name, 0) + parameter.numel()
+    return found
 
 
 def freeze_dense(model: nn.Module, frozen_dtype: torch.dtype) -> int:
@@ -166,9 +211,11 @@ def find_targets(model: nn.Module, targets: Sequence[str] | None = None) -> list
                 raise ConfigError(f"target {pattern!r} matches no nn.Linear; there are: {linears}")
         found = [name for name in linears if any(fnmatch.fnmatch(name, t) for t in targets)]
     if not found:
+        blocks = ", ".join(dense_block_weights(model, {})) or "none"
         raise ConfigError(
             "no linear layer to convert: no nn.Linear lies inside a numbered block; "
-            f"name them with targets=[...]; the model's linears are: {linears}"
+            f"name them with targets=[...]; the model's linears are: {linears}; the matrices of "
+            f"its blocks, which belong to other kinds of modules, are: {blocks}"
         )
     _refuse_shared(model, found)
     return found

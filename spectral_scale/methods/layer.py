@@ -1,12 +1,43 @@
 """What the linear layers of all methods have in common, for merging and counting."""
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from spectral_scale.errors import SpectralError
+
+
+class WeightFacts(Tensor):
+    """Answers what a dense weight's shape, dtype and device would be; it has no values.
+
+    Model code asks its linears for them (T5 compares `wo.weight.dtype`, Mamba-2 looks at
+    `in_proj.weight.device`). Whoever needs values gets a SpectralError instead of wrong numbers.
+    """
+
+    @staticmethod
+    def __new__(
+        cls, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+    ) -> "WeightFacts":
+        """A tensor without storage."""
+        made: WeightFacts = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Facts only, as there is nothing else."""
+        return f"WeightFacts(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Every operation on values ends here."""
+        raise SpectralError(
+            f"{function} was asked for the values of a converted layer's weight, which exist as "
+            "factors only; take the layer's effective_weight(), or leave the layer dense by "
+            "naming others in targets="
+        )
 
 
 class FactoredLinear(nn.Module):
@@ -25,6 +56,14 @@ class FactoredLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.initial_weight: Tensor | None = None
         self.ready = False
+
+    @property
+    def weight(self) -> WeightFacts:
+        """Shape (out, in), dtype and device of the weight this layer stands for, without values."""
+        factor = getattr(self, next(iter(self.trained_shapes())))
+        return WeightFacts(
+            (self.out_features, self.in_features), dtype=factor.dtype, device=factor.device
+        )
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical shapes of the factors the optimizer sees, whatever a host did to the storage."""

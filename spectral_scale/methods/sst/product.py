@@ -58,20 +58,21 @@ class SpectralProduct(torch.autograd.Function):
         active_sigma_only: bool,
         bottleneck: Bottleneck | None = None,
     ) -> Tensor:
-        """All of x's dtype, except u, v, sigma and bias, which are cast to it."""
+        """In x's dtype, to which every other argument is cast. Frozen weights are kept for backward
+        as they are and cast again there: a cast copy would live as long as the activations."""
         dtype = x_TI.dtype
         r = u_OR.shape[1]
         u, v, s = u_OR.to(dtype), v_IR.to(dtype), sigma.to(dtype)
         z = x_TI @ v
         if residual_OI is not None:
-            y = _affine(x_TI, residual_OI.t(), bias_O)
+            y = _affine(x_TI, residual_OI.to(dtype).t(), bias_O)
             y.addmm_(z * s[:r], u.t())
         else:
             y = _affine(z * s[:r], u.t(), bias_O)
         z_fixed = None
         if u_OF is not None and v_IF is not None:
-            z_fixed = x_TI @ v_IF
-            y.addmm_(z_fixed * s[r:], u_OF.t())
+            z_fixed = x_TI @ v_IF.to(dtype)
+            y.addmm_(z_fixed * s[r:], u_OF.to(dtype).t())
         z_kept = None if active_sigma_only else z_fixed
         ctx.save_for_backward(x_TI, residual_OI, u, v, u_OF, v_IF, s, z, z_kept)
         ctx.enhanced, ctx.bottleneck = enhanced, bottleneck
@@ -99,7 +100,7 @@ class SpectralProduct(torch.autograd.Function):
         d_x = None
         if ctx.needs_input_grad[0]:
             h.mul_(s[:r])
-            d_x = h @ v.t() if residual is None else (g @ residual).addmm_(h, v.t())
+            d_x = h @ v.t() if residual is None else (g @ residual.to(g.dtype)).addmm_(h, v.t())
         if u_fixed is not None:
             d_fixed, d_x = _backward_fixed(ctx, g, d_x, u_fixed, v_fixed, s[r:], z_fixed)
             if ctx.bottleneck is not None and z_fixed is not None:
@@ -130,9 +131,9 @@ def _backward_fixed(
     d_sigma = torch.zeros_like(s_F, dtype=ctx.dtypes[2])
     if d_x_TI is None and z_TF is None:
         return d_sigma, None
-    h = g_TO @ u_OF
+    h = g_TO @ u_OF.to(g_TO.dtype)
     if z_TF is not None:
         d_sigma = sum_of_products(h, z_TF, d_sigma.dtype)
     if d_x_TI is not None:
-        d_x_TI.addmm_(h.mul_(s_F), v_IF.t())
+        d_x_TI.addmm_(h.mul_(s_F), v_IF.to(h.dtype).t())
     return d_sigma, d_x_TI

@@ -21,7 +21,7 @@ class WeightFacts(Tensor):
         cls, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
     ) -> "WeightFacts":
         """A tensor without storage."""
-        made: WeightFacts = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made: WeightFacts = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -29,7 +29,7 @@ class WeightFacts(Tensor):
         return f"WeightFacts(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
         """Every operation on values ends here."""

@@ -23,7 +23,7 @@ from spectral_scale.checkpoint.strict_json import (
     read_text,
 )
 from spectral_scale.errors import CheckpointError
-from spectral_scale.parallel.rectangles import Rectangle, Shape, tiling_fault
+from spectral_scale.parallel.shard_geometry import Rectangle, Shape, tiling_fault
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

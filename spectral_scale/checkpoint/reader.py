@@ -23,7 +23,7 @@ from spectral_scale.checkpoint.manifest import (
 )
 from spectral_scale.checkpoint.names import step_of
 from spectral_scale.errors import CheckpointError
-from spectral_scale.parallel.rectangles import Rectangle, Shape, outside
+from spectral_scale.parallel.shard_geometry import Rectangle, Shape, outside
 
 _HASH_THREADS = 4
 

@@ -8,7 +8,7 @@ from spectral_scale.checkpoint.format import dtype_code, encode_header, split_in
 from spectral_scale.checkpoint.manifest import ChunkEntry, TensorEntry
 from spectral_scale.errors import CheckpointError
 from spectral_scale.parallel.chunks import TensorChunk
-from spectral_scale.parallel.rectangles import outside, tiling_fault
+from spectral_scale.parallel.shard_geometry import outside, tiling_fault
 
 FileGroups = list[tuple[str, list[TensorChunk]]]
 """A rank's files: name and what goes into it."""

@@ -1,13 +1,13 @@
 """A rectangle of a logical tensor, as one rank holds it: what backends hand to checkpoints."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spectral_scale.errors import CheckpointError
-from spectral_scale.parallel.rectangles import Rectangle, Shape
+from spectral_scale.parallel.shard_geometry import FlatOrder, Rectangle, Shape
 
 ReadTensor = Callable[..., Tensor]
 """(name, offset=None, shape=None) -> that rectangle of a saved logical tensor, or all of it."""
@@ -50,6 +50,23 @@ class TensorChunk:
 def whole(name: str, tensor: Tensor) -> TensorChunk:
     """The chunk that is all of a logical tensor."""
     return TensorChunk(name, tensor, tuple(tensor.shape), (0,) * tensor.dim())
+
+
+def range_chunks(name: str, part: Tensor, start: int, order: FlatOrder) -> Iterator[TensorChunk]:
+    """A 1-D piece that begins at element `start` as rectangles of its logical tensor."""
+    done = 0
+    for box in order.rectangles(start, part.numel()):
+        piece = part[done : done + box.numel].view(box.shape)
+        yield TensorChunk(name, piece, order.shape, box.offset)
+        done += box.numel
+
+
+def read_range(read: ReadTensor, name: str, start: int, numel: int, order: FlatOrder) -> Tensor:
+    """The inverse: `numel` saved elements from `start` on, 1-D. Raises CheckpointError."""
+    pieces = [read(name, b.offset, b.shape) for b in order.rectangles(start, numel)]
+    if sum(piece.numel() for piece in pieces) != numel:
+        raise CheckpointError(f"{name} does not hold elements {start} to {start + numel}")
+    return torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else torch.empty(0)
 
 
 def overwrite(tensors: Iterable[tuple[str, Tensor]], read: ReadTensor) -> None:

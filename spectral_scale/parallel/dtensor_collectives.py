@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from spectral_scale.parallel.dtensor_layout import Layout
-from spectral_scale.parallel.rectangles import Rectangle, Shape
+from spectral_scale.parallel.shard_geometry import Rectangle, Shape
 
 
 def local(tensor: Tensor) -> Tensor:

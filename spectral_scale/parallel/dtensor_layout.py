@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rectangles import Rectangle, Shape
+from spectral_scale.parallel.shard_geometry import Rectangle, Shape
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spectral_scale.parallel.flat_shards import ShardGroup
-from spectral_scale.parallel.ranges import Range
+from spectral_scale.parallel.shard_geometry import Range
 
 Ranges = Sequence[Sequence[Range]]
 """[tensor][rank of the group] -> range."""

@@ -4,7 +4,7 @@ A piece is a contiguous range of the flattened parameter. One rank of a shard gr
 some of them, or every rank holds everything.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol, runtime_checkable
@@ -15,13 +15,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from spectral_scale.errors import CheckpointError, ConfigError
-from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
+from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.dtensor_collectives import local
 from spectral_scale.parallel.dtensor_layout import Layout, Layouts
-from spectral_scale.parallel.flat_order import FlatOrder
-from spectral_scale.parallel.ranges import Range
-from spectral_scale.parallel.rectangles import Shape
+from spectral_scale.parallel.shard_geometry import FlatOrder, Range, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,20 +205,3 @@ def is_first_holder(pieces: ParameterShards, fqn: str) -> bool:
     saved, comes from it alone."""
     held = pieces.held(fqn)
     return held.index(held[pieces.group.index]) == pieces.group.index
-
-
-def range_chunks(name: str, part: Tensor, start: int, order: FlatOrder) -> Iterator[TensorChunk]:
-    """A 1-D piece that begins at element `start` as rectangles of its logical tensor."""
-    done = 0
-    for box in order.rectangles(start, part.numel()):
-        piece = part[done : done + box.numel].view(box.shape)
-        yield TensorChunk(name, piece, order.shape, box.offset)
-        done += box.numel
-
-
-def read_range(read: ReadTensor, name: str, start: int, numel: int, order: FlatOrder) -> Tensor:
-    """The inverse: `numel` saved elements from `start` on, 1-D. Raises CheckpointError."""
-    pieces = [read(name, b.offset, b.shape) for b in order.rectangles(start, numel)]
-    if sum(piece.numel() for piece in pieces) != numel:
-        raise CheckpointError(f"{name} does not hold elements {start} to {start + numel}")
-    return torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else torch.empty(0)

@@ -9,7 +9,7 @@ factor is cut where the dense weight it stands for is cut, and whole on every ra
 from typing import Literal
 
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rectangles import Rectangle, Shape
+from spectral_scale.parallel.shard_geometry import Rectangle, Shape
 
 Kind = Literal["column", "row", "vocabulary", "whole"]
 

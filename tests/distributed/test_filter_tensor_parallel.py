@@ -167,14 +167,14 @@ def test_state_moves(corpus: Path, tmp_path: Path) -> None:
 
 def row_major_samples(patch: pytest.MonkeyPatch) -> None:
     """Sampled entries are looked for where they would lie in rows."""
-    from spectral_scale.parallel.flat_order import FlatOrder
+    from spectral_scale.parallel.shard_geometry import FlatOrder
 
     patch.setattr(FlatOrder, "places", lambda order, entries: entries)
 
 
 def matrices_left_in_blocks(patch: pytest.MonkeyPatch) -> None:
     """The rows of a whole matrix are read from its blocks of columns."""
-    from spectral_scale.parallel.flat_order import FlatOrder
+    from spectral_scale.parallel.shard_geometry import FlatOrder
 
     patch.setattr(FlatOrder, "to_row_major", lambda order, flat: flat)
     patch.setattr(FlatOrder, "from_row_major", lambda order, flat: flat)

@@ -13,9 +13,8 @@ from spectral_scale.backends.deepspeed.optimizer_state import get_step, set_step
 from spectral_scale.backends.deepspeed.partitions import Flat, Fragment
 from spectral_scale.backends.deepspeed.store import ZeroStore
 from spectral_scale.errors import CheckpointError
-from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.flat_order import FlatOrder
-from spectral_scale.parallel.flat_shards import range_chunks, read_range
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, range_chunks, read_range
+from spectral_scale.parallel.shard_geometry import FlatOrder
 from spectral_scale.parallel.store import MOMENTS
 
 

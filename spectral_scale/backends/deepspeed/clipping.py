@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spectral_scale.errors import SpectralError
 from spectral_scale.optim.groups import group_kind
-from spectral_scale.parallel.ranges import column_square_sums, divide_columns
+from spectral_scale.parallel.shard_geometry import column_square_sums, divide_columns
 from spectral_scale.parallel.table import parameter_table
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rectangles import Shape
+from spectral_scale.parallel.shard_geometry import Shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spectral_scale.backends.deepspeed.store import ZeroStore
-from spectral_scale.parallel.flat_order import FlatOrder
 from spectral_scale.parallel.flat_shards import ShardGroup
-from spectral_scale.parallel.ranges import Range
-from spectral_scale.parallel.rectangles import Shape
+from spectral_scale.parallel.shard_geometry import FlatOrder, Range, Shape
 
 
 class ZeroShards:

@@ -14,7 +14,7 @@ from spectral_scale.parallel.dtensor_collectives import gather, local, scatter, 
 from spectral_scale.parallel.dtensor_layout import Layout, Layouts
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into
-from spectral_scale.parallel.rectangles import Rectangle
+from spectral_scale.parallel.shard_geometry import Rectangle
 from spectral_scale.parallel.store import rearrange, rearrange_moments, zero_moments
 
 

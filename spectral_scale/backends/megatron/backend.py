@@ -42,7 +42,7 @@ from spectral_scale.parallel.collective import Collective, ProcessGroup
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
-from spectral_scale.parallel.rectangles import Rectangle
+from spectral_scale.parallel.shard_geometry import Rectangle
 from spectral_scale.parallel.table import ParameterTable
 from spectral_scale.parallel.tensor_parallel import local_rectangle
 

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from spectral_scale.backends.base import Replicated
 from spectral_scale.backends.megatron.optimizer import Masters
 from spectral_scale.backends.megatron.partitioning import flat_place, sharded_dim_of
-from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.flat_shards import range_chunks
-from spectral_scale.parallel.rectangles import Rectangle
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, range_chunks
+from spectral_scale.parallel.shard_geometry import Rectangle
 from spectral_scale.parallel.store import MOMENTS
 from spectral_scale.parallel.table import ParameterTable
 from spectral_scale.parallel.tensor_parallel import local_rectangle

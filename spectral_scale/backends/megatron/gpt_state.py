@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spectral_scale.backends.megatron.gpt_weights import MegatronWeight, WeightMap, logical_shapes
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.rectangles import Rectangle, Shape, tiling_fault
+from spectral_scale.parallel.shard_geometry import Rectangle, Shape, tiling_fault
 
 
 def read_parameter(weight: MegatronWeight, read: ReadTensor, *, name: str = "{fqn}") -> Tensor:

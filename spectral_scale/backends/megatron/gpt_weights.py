@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from spectral_scale.backends.megatron.gpt_config import position_rows
 from spectral_scale.config.presets import Architecture
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rectangles import Rectangle, Shape
+from spectral_scale.parallel.shard_geometry import Rectangle, Shape
 from spectral_scale.parallel.tensor_parallel import local_rectangle, sharded_dimension
 
 

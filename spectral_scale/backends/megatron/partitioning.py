@@ -3,8 +3,7 @@
 import torch.distributed as dist
 from torch import Tensor
 
-from spectral_scale.parallel.flat_order import FlatOrder
-from spectral_scale.parallel.rectangles import Shape
+from spectral_scale.parallel.shard_geometry import FlatOrder, Shape
 
 
 def sharded_dim_of(parameter: Tensor) -> int | None:

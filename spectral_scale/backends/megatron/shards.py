@@ -8,10 +8,8 @@ from torch import Tensor, nn
 
 from spectral_scale.backends.megatron.optimizer import Masters
 from spectral_scale.backends.megatron.partitioning import flat_place
-from spectral_scale.parallel.flat_order import FlatOrder
 from spectral_scale.parallel.flat_shards import ShardGroup
-from spectral_scale.parallel.ranges import Range
-from spectral_scale.parallel.rectangles import Shape
+from spectral_scale.parallel.shard_geometry import FlatOrder, Range, Shape
 from spectral_scale.parallel.table import ParameterTable
 
 

@@ -7,7 +7,7 @@ from math import prod
 
 from spectral_scale.parallel.exchange import Exchange
 from spectral_scale.parallel.flat_shards import ParameterShards
-from spectral_scale.parallel.ranges import Range
+from spectral_scale.parallel.shard_geometry import Range
 
 
 @dataclass(frozen=True, kw_only=True)

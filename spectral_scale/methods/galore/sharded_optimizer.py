@@ -32,7 +32,7 @@ from spectral_scale.optim.build import adamw_state
 from spectral_scale.parallel.chunks import ReadTensor, overwrite
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.flat_shards import SteppedShards
-from spectral_scale.parallel.ranges import Range
+from spectral_scale.parallel.shard_geometry import Range
 from spectral_scale.parallel.store import MOMENTS
 
 

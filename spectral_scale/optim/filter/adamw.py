@@ -11,7 +11,7 @@ from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
 from spectral_scale.optim.groups import group_kind
 from spectral_scale.parallel.flat_shards import TensorShards
-from spectral_scale.parallel.rectangles import Rectangle
+from spectral_scale.parallel.shard_geometry import Rectangle
 
 ROLES = {
     "spectral_direction": "direction",

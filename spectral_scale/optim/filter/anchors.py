@@ -4,13 +4,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.flat_shards import (
-    ParameterShards,
-    is_first_holder,
-    range_chunks,
-    read_range,
-)
+from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, range_chunks, read_range
+from spectral_scale.parallel.flat_shards import ParameterShards, is_first_holder
 
 
 class Anchors:

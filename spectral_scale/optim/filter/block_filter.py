@@ -14,8 +14,7 @@ from spectral_scale.optim.filter.operator import GraphOperator, build_graph, che
 from spectral_scale.optim.filter.sampling import Sample
 from spectral_scale.optim.filter.signals import Signal, blocks
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.flat_order import FlatOrder
-from spectral_scale.parallel.ranges import Range
+from spectral_scale.parallel.shard_geometry import FlatOrder, Range
 
 SKETCH_ENTRIES = {"layers": 4096, "rows": 128, "heads": 1024}
 """Entries of a node's gradient whose mean is compared for knn."""

@@ -8,7 +8,7 @@ from math import prod
 
 from spectral_scale.config.schema import FilterConfig
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.rectangles import Shape
+from spectral_scale.parallel.shard_geometry import Shape
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from spectral_scale.errors import ConfigError
 from spectral_scale.optim.filter.nodes import NodeGroup
 from spectral_scale.parallel.exchange import even_slices
-from spectral_scale.parallel.flat_order import FlatOrder
 from spectral_scale.parallel.flat_shards import ParameterShards, is_first_holder
-from spectral_scale.parallel.ranges import Range
+from spectral_scale.parallel.shard_geometry import FlatOrder, Range
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,8 @@ from torch import Tensor
 from spectral_scale.ops.keyed_random import keyed_uniform
 from spectral_scale.optim.filter.measure import Sums
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.flat_order import FlatOrder
 from spectral_scale.parallel.flat_shards import ParameterShards, is_first_holder
-from spectral_scale.parallel.ranges import Range
+from spectral_scale.parallel.shard_geometry import FlatOrder, Range
 
 DRIFT_ENTRIES = 1024
 """Entries of a parameter from which its drift is estimated."""

@@ -19,7 +19,7 @@ from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.collective import SingleProcess
 from spectral_scale.parallel.dtensor_layout import Layout, Layouts, ShardedDim, piece
 from spectral_scale.parallel.group import join_alone
-from spectral_scale.parallel.rectangles import tiling_fault
+from spectral_scale.parallel.shard_geometry import tiling_fault
 from spectral_scale.parallel.store import TorchStore
 
 

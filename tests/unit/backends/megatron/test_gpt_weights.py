@@ -22,7 +22,7 @@ from spectral_scale.config.schema import ModelConfig
 from spectral_scale.config.tensor_parallel import allowed_sizes, tensor_parallel_problems
 from spectral_scale.errors import ConfigError
 from spectral_scale.models.build import build_model
-from spectral_scale.parallel.rectangles import tiling_fault
+from spectral_scale.parallel.shard_geometry import tiling_fault
 from spectral_scale.parallel.tensor_parallel import local_rectangle, sharded_dimension
 
 SIZES: dict[str, Any] = {

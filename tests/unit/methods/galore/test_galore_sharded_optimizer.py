@@ -13,9 +13,8 @@ from spectral_scale.methods.galore.rounds import plan_rounds
 from spectral_scale.methods.galore.sharded_optimizer import DividedGaLoreAdamW
 from spectral_scale.optim.build import create_state, state_tensors
 from spectral_scale.parallel.collective import SingleProcess
-from spectral_scale.parallel.flat_order import FlatOrder
 from spectral_scale.parallel.flat_shards import ShardGroup, TensorShards
-from spectral_scale.parallel.ranges import Range
+from spectral_scale.parallel.shard_geometry import FlatOrder, Range
 
 SHAPES = {"a": (9, 6), "b": (6, 9), "c": (7, 7), "bias": (6,)}
 

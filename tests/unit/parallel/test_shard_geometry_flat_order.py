@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from spectral_scale.errors import ConfigError
-from spectral_scale.parallel.flat_order import FlatOrder
-from spectral_scale.parallel.rectangles import Rectangle, tiling_fault
+from spectral_scale.parallel.shard_geometry import FlatOrder, Rectangle, tiling_fault
 
 SHAPE = (4, 6)
 

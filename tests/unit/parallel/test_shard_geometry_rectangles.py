@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_scale.parallel.rectangles import Rectangle, outside, tiling_fault
+from spectral_scale.parallel.shard_geometry import Rectangle, outside, tiling_fault
 
 
 def rectangles_in(shape: tuple[int, ...]) -> st.SearchStrategy[Rectangle]:

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_scale.parallel.ranges import (
+from spectral_scale.parallel.shard_geometry import (
+    Rectangle,
     column_square_sums,
     divide_columns,
     rectangles_of_range,
+    tiling_fault,
 )
-from spectral_scale.parallel.rectangles import Rectangle, tiling_fault
 
 SHAPES = [(), (1,), (5,), (1, 4), (3, 4), (4, 1), (2, 3, 4)]
 

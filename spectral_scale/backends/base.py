@@ -1,15 +1,21 @@
-"""What the training loop sees of a host, whatever the host does with parameters."""
+"""What the training loop sees of a backend, whatever the backend does with parameters.
 
-from collections.abc import Callable, Iterator, Mapping
+`Backend` is the one interface. It has the optimizer step, written once: a backend fills in how
+gradients are found, measured, scaled and applied.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectral_scale.models.weights import InitialWeights
+from spectral_scale.optim.groups import kinds
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
@@ -18,7 +24,9 @@ from spectral_scale.parallel.table import ParameterTable
 Accept = Callable[[Mapping[str, Tensor]], bool]
 """Given a step's gradient norms by group kind, whether it may be applied; alike on all ranks."""
 Replicated = tuple[str, Tensor, int]
-"""Name, this rank's tensor, and which piece of the whole it is (0 if it is the whole)."""
+"""Name, this rank's tensor, and the index of the shard that it is (0 if it is the whole)."""
+CLIP_EPSILON = 1e-6
+"""Added to a norm before dividing by it, as torch.nn.utils.clip_grads_with_norm_ does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,28 +34,17 @@ class StepStats:
     """Outcome of one optimizer step."""
 
     applied: bool
-    """False if it was refused or skipped by the host (an overflow); no counter may then advance."""
+    """False if it was refused, or skipped by the backend (an overflow); no counter may advance."""
     grad_norms: Mapping[str, Tensor]
     """Norm of the averaged gradient before clipping, by group kind; 0-dim tensors."""
     loss_scale: float | None = None
     """What the step's loss was multiplied by, where fp16 needs it."""
     overflowed: bool = False
     """Not applied because gradients overflowed in fp16, so that norms are not finite. No fault of
-    the run: the host lowers the loss scale and goes on, and `accept` was not asked."""
+    the run: the backend lowers the loss scale and goes on, and `accept` was not asked."""
 
 
-@runtime_checkable
-class OptimizerOwner(Protocol):
-    """A backend that may step an optimizer of its own."""
-
-    def own_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """What to attach in place of `optimizer`, over the same groups; or `optimizer`.
-
-        Collective. Raises ConfigError if the configuration demands one that cannot be had.
-        """
-
-
-class Backend(Protocol):
+class Backend(ABC):
     """Set up, shard, attach, backward, step, state in and out, close, in that order.
 
     All methods are collective.
@@ -60,45 +57,7 @@ class Backend(Protocol):
     data_collective: Collective
     """One rank for each data rank: sums over it count every batch once."""
 
-    def shard(self, model: nn.Module) -> None:
-        """Take the materialised model over, in place; before the optimizer is built."""
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """Take the optimizer over; the module that forward is called on."""
-
-    def store(self) -> ParameterStore:
-        """Access to logical parameters for the spectral controller."""
-
-    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Context of one micro-batch; gradients are reduced across ranks in the last one only."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a loss whose sum over ranks and micro-batches is the step's."""
-
-    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
-        """Clip each group kind by its own norm, update, and clear the gradients.
-
-        `accept` is asked after the norms are known and before anything changes. If it refuses,
-        the gradients are dropped and weights, moments and step counts stay as they are, bit for
-        bit.
-        """
-
-    def state_chunks(self) -> Iterator[TensorChunk]:
-        """What this rank writes to a checkpoint: `model/<fqn>` and `optimizer/<fqn>/<key>`."""
-
-    def replicated(self) -> Iterator[Replicated]:
-        """What other ranks hold, too: pieces of one name and place are equal, bit for bit."""
-
-    def load_state(self, read: ReadTensor) -> None:
-        """Overwrite trained parameters and optimizer state, in place, from a checkpoint."""
-
-    def close(self, *, failed: bool = False) -> None:
-        """Leave the process group; collective unless this rank has failed."""
-
-
-@runtime_checkable
-class ModelMaker(Protocol):
-    """A backend with modules of its own, which takes the model before it has memory."""
+    # -- setting up ---------------------------------------------------------------------------
 
     def make(
         self,
@@ -109,8 +68,11 @@ class ModelMaker(Protocol):
         dtype: torch.dtype,
         frozen_dtype: torch.dtype,
         fresh: bool,
-    ) -> None:
+    ) -> bool:
         """Put this rank's own parameters under the names of the (converted) meta model, in place.
+
+        Returns False from a backend without modules of its own, as most are: nothing has happened,
+        and the caller gives the model memory and values.
 
         Args:
             model: its names and its configuration stay.
@@ -120,3 +82,117 @@ class ModelMaker(Protocol):
             frozen_dtype: of frozen ones.
             fresh: False when `load_state` follows.
         """
+        return False
+
+    @abstractmethod
+    def shard(self, model: nn.Module) -> None:
+        """Take the materialised model over, in place; before the optimizer is built."""
+
+    def own_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """What to attach in place of `optimizer`, over the same groups; by default `optimizer`.
+
+        Raises ConfigError if the configuration demands one that cannot be had.
+        """
+        return optimizer
+
+    @abstractmethod
+    def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Take the optimizer over; the module that forward is called on."""
+
+    @abstractmethod
+    def store(self) -> ParameterStore:
+        """Access to logical parameters for the method's controller and the gradient filter."""
+
+    # -- a step -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Context of one micro-batch; gradients are reduced across ranks in the last one only."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of a loss whose sum over ranks and micro-batches is the step's."""
+
+    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
+        """Clip each group kind by its own norm, update, and clear the gradients.
+
+        `accept` is asked after the norms are known and before anything changes. If it refuses,
+        the gradients are dropped and weights, moments and step counts stay as they are, bit for
+        bit. `clip_grad_norm` 0 leaves gradients as they are.
+        """
+        loss_scale = self._loss_scale()
+        gradients = self._gradients_by_kind()
+        norms = self._norms_by_kind(gradients)
+        if self._skip_overflow(norms):
+            return StepStats(
+                applied=False, grad_norms=norms, loss_scale=loss_scale, overflowed=True
+            )
+        if accept is not None and not accept(norms):
+            self._drop_gradients()
+            return StepStats(applied=False, grad_norms=norms, loss_scale=loss_scale)
+        if clip_grad_norm > 0:
+            for kind, members in gradients.items():
+                if members:  # this rank may hold none of a kind
+                    factor = self._clip_factor(norms[kind], clip_grad_norm)
+                    self._scale_gradients(members, factor)
+        applied = self._update()
+        return StepStats(applied=applied, grad_norms=norms, loss_scale=loss_scale)
+
+    @abstractmethod
+    def _gradients_by_kind(self) -> Mapping[str, Sequence[Tensor]]:
+        """This rank's reduced gradients by group kind, every kind on every rank."""
+
+    @abstractmethod
+    def _norms_by_kind(self, gradients: Mapping[str, Sequence[Tensor]]) -> Mapping[str, Tensor]:
+        """Norm of each kind's averaged gradient over all ranks, alike on all ranks."""
+
+    @abstractmethod
+    def _update(self) -> bool:
+        """Step the optimizer and clear the gradients; whether it was applied."""
+
+    @abstractmethod
+    def _drop_gradients(self) -> None:
+        """Clear the gradients and change nothing else."""
+
+    def _loss_scale(self) -> float | None:
+        """What the step's loss was multiplied by; None without fp16."""
+        return None
+
+    def _skip_overflow(self, norms: Mapping[str, Tensor]) -> bool:
+        """Drop a step whose gradients overflowed in fp16, and lower the loss scale; whether it was
+        one. Without fp16 there is none."""
+        return False
+
+    def _clip_factor(self, norm: Tensor, max_norm: float) -> Tensor:
+        """What gradients of this norm are multiplied by so that it is at most `max_norm`."""
+        return (max_norm / (norm + CLIP_EPSILON)).clamp_max_(1.0)
+
+    def _scale_gradients(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
+        """Multiply gradients by a 0-dim factor, in place."""
+        torch._foreach_mul_(list(gradients), factor)
+
+    # -- state, and the end -------------------------------------------------------------------
+
+    @abstractmethod
+    def state_chunks(self) -> Iterator[TensorChunk]:
+        """What this rank writes to a checkpoint: `model/<fqn>` and `optimizer/<fqn>/<key>`."""
+
+    @abstractmethod
+    def replicated(self) -> Iterator[Replicated]:
+        """What other ranks hold, too: shards of one name and index are equal, bit for bit."""
+
+    @abstractmethod
+    def load_state(self, read: ReadTensor) -> None:
+        """Overwrite trained parameters and optimizer state, in place, from a checkpoint."""
+
+    @abstractmethod
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the process group; collective unless this rank has failed."""
+
+
+def gradients_of(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
+    """The gradients that a torch optimizer will step with, by group kind."""
+    return {
+        kind: [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        for kind, groups in kinds(optimizer.param_groups).items()
+    }

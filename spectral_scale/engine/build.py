@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectral_scale.backends.base import Backend, ModelMaker, OptimizerOwner
+from spectral_scale.backends.base import Backend
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.config.check import check_config, converted_shapes
@@ -193,9 +193,7 @@ def build_run(config: RunConfig, rank_info: RankInfo) -> Run:
     table = parameter_table(model)
     _give_memory(model, table, weights, config=config, backend=backend, fresh=reader is None)
     backend.shard(model)
-    optimizer = method.optimizer(model, config, backend.collective)
-    if isinstance(backend, OptimizerOwner):
-        optimizer = backend.own_optimizer(optimizer)
+    optimizer = backend.own_optimizer(method.optimizer(model, config, backend.collective))
     forward = backend.attach(optimizer)
     controller = method.controller(
         ControllerParts(
@@ -271,9 +269,8 @@ def _give_memory(
     Trained ones get their first values only if `fresh`: a checkpoint holds them otherwise.
     """
     dtype = MASTER_DTYPES[config.train.precision]
-    if isinstance(backend, ModelMaker):
-        frozen = frozen_dtype(config)
-        backend.make(model, table, weights, dtype=dtype, frozen_dtype=frozen, fresh=fresh)
+    frozen = frozen_dtype(config)
+    if backend.make(model, table, weights, dtype=dtype, frozen_dtype=frozen, fresh=fresh):
         return
     materialise(model, device=backend.device, dtype=dtype)
     if config.model.compile:

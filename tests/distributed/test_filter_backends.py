@@ -195,17 +195,16 @@ def mix_up_layers_on_one_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def clip_before_the_filter(patch: pytest.MonkeyPatch) -> None:
-    from spectral_scale.backends.deepspeed import clipping as zero_norms
     from spectral_scale.engine.loop import TrainingLoop
 
     plain = TrainingLoop._forward_backward
 
     def clipped(loop: Any, batch: Any) -> Any:
         loss = plain(loop, batch)
-        store = loop.run.backend.store()
-        gradients = zero_norms.gradients_by_kind(store)
-        norms = zero_norms.norms_by_kind(store, gradients, loss_scale=1.0)
-        zero_norms.clip_by_kind(gradients, norms, max_norm=0.1)
+        backend = loop.run.backend
+        gradients = backend._gradients_by_kind()
+        for kind, norm in backend._norms_by_kind(gradients).items():
+            backend._scale_gradients(gradients[kind], backend._clip_factor(norm, 0.1))
         return loss
 
     patch.setattr(TrainingLoop, "_forward_backward", clipped)

@@ -6,7 +6,7 @@ so that a run means the same here as on any other backend.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.backends.base import Accept, Replicated, StepStats
+from spectral_scale.backends.base import Backend, Replicated
 from spectral_scale.backends.deepspeed import checkpoint_state, cpu_adam, loss_scale
-from spectral_scale.backends.deepspeed.clipping import (
-    clip_by_kind,
-    gradients_by_kind,
-    norms_by_kind,
-)
+from spectral_scale.backends.deepspeed.clipping import gradients_by_kind, norms_by_kind
 from spectral_scale.backends.deepspeed.cpu_adam import offloaded_adam
 from spectral_scale.backends.deepspeed.optimizer_state import without_update
 from spectral_scale.backends.deepspeed.profiling import (
@@ -33,7 +29,6 @@ from spectral_scale.config.deepspeed_json import read_deepspeed_json, resolve_de
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError, SpectralScaleError
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
-from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import join_alone, join_group, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
@@ -42,10 +37,8 @@ RESOLVED_NAME = "ds_config.json"
 """In the run folder: what DeepSpeed was initialized with."""
 
 
-class DeepSpeedBackend:
-    """Implements `Backend` on a DeepSpeed engine."""
-
-    collective: Collective
+class DeepSpeedBackend(Backend):
+    """A DeepSpeed engine."""
 
     def __init__(self, config: RunConfig, rank_info: RankInfo) -> None:
         self.device = pick_device(config.train.device, rank_info.local_rank)
@@ -116,39 +109,28 @@ class DeepSpeedBackend:
         if not self._last:
             self._engine.step()  # counts the micro-batch, no more
 
-    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
-        """Clip each kind of group by its own norm, then let DeepSpeed update and clear."""
+    def _loss_scale(self) -> float | None:
+        return None if self._scaler is None else self._scale()
+
+    def _scale(self) -> float:
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    def _gradients_by_kind(self) -> Mapping[str, Sequence[Tensor]]:
         if not self._engine.is_gradient_accumulation_boundary():
             raise RuntimeError("DeepSpeed expects more micro-batches before the optimizer step")
-        scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0))
-        gradients = gradients_by_kind(self._store)
-        norms = norms_by_kind(self._store, gradients, loss_scale=scale)
-        scale_of_step = None if self._scaler is None else scale
-        if self._scaler is not None and not loss_scale.all_finite(norms):
-            self._skip_overflow(scale)
-            return StepStats(
-                applied=False, grad_norms=norms, loss_scale=scale_of_step, overflowed=True
-            )
-        if accept is not None and not accept(norms):
-            with without_update(self._store.inner):
-                self._engine.step()  # clears gradients and counts micro-batches, no more
-            return StepStats(applied=False, grad_norms=norms, loss_scale=scale_of_step)
-        clip_by_kind(gradients, norms, max_norm=clip_grad_norm)
-        self._engine.step()
-        applied = bool(self._engine.was_step_applied())
-        if self._scaler is not None and not applied:
-            raise SpectralScaleError(
-                "DeepSpeed skipped a step as overflowed whose gradient norms are finite; start "
-                "again to resume from the last checkpoint, and report this"
-            )
-        return StepStats(applied=applied, grad_norms=norms, loss_scale=scale_of_step)
+        return gradients_by_kind(self._store)
 
-    def _skip_overflow(self, scale: float) -> None:
+    def _norms_by_kind(self, gradients: Mapping[str, Sequence[Tensor]]) -> Mapping[str, Tensor]:
+        return norms_by_kind(self._store, gradients, loss_scale=self._scale())
+
+    def _skip_overflow(self, norms: Mapping[str, Tensor]) -> bool:
         """Let DeepSpeed drop the gradients and lower the loss scale."""
+        if self._scaler is None or loss_scale.all_finite(norms):
+            return False
         if loss_scale.cannot_lower(self._scaler):
             raise SpectralScaleError(
-                f"fp16 gradients overflow at loss scale {scale:g}, the smallest allowed; lower "
-                "the learning rates, lower fp16.loss_scale or fp16.min_loss_scale of the "
+                f"fp16 gradients overflow at loss scale {self._scale():g}, the smallest allowed; "
+                "lower the learning rates, lower fp16.loss_scale or fp16.min_loss_scale of the "
                 "DeepSpeed JSON, or train in bf16, then start again to resume"
             )
         self._engine.step()
@@ -157,6 +139,33 @@ class DeepSpeedBackend:
                 "DeepSpeed applied a step whose gradients had overflowed in fp16; start again to "
                 "resume from the last checkpoint, and report this"
             )
+        return True
+
+    def _clip_factor(self, norm: Tensor, max_norm: float) -> Tensor:
+        """Norms that are not finite clip nothing: DeepSpeed then skips the step, or the run
+        stops."""
+        return torch.where(norm.isfinite(), super()._clip_factor(norm, max_norm), 1.0)
+
+    def _scale_gradients(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
+        """Offloaded gradients are on the CPU, where the factor is sent once for each."""
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.device, gradient.dtype))
+
+    def _update(self) -> bool:
+        """DeepSpeed updates masters and weights, and clears the gradients."""
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        if self._scaler is not None and not applied:
+            raise SpectralScaleError(
+                "DeepSpeed skipped a step as overflowed whose gradient norms are finite; start "
+                "again to resume from the last checkpoint, and report this"
+            )
+        return applied
+
+    def _drop_gradients(self) -> None:
+        """DeepSpeed clears the gradients and counts micro-batches, no more."""
+        with without_update(self._store.inner):
+            self._engine.step()
 
     def state_chunks(self) -> Iterator[TensorChunk]:
         """Masters and moments, each piece from the rank that keeps it, and fp16's loss scale."""

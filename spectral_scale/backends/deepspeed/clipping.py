@@ -1,6 +1,6 @@
 """Norms over masters and gradients that are cut over ranks: clipping, and retraction."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +13,6 @@ from spectral_scale.parallel.table import parameter_table
 
 if TYPE_CHECKING:
     from spectral_scale.backends.deepspeed.store import ZeroStore
-
-CLIP_EPS = 1e-6
-"""As torch.nn.utils.clip_grads_with_norm_ has it."""
 
 
 def gradients_by_kind(store: "ZeroStore") -> dict[str, list[Tensor]]:
@@ -32,7 +29,7 @@ def gradients_by_kind(store: "ZeroStore") -> dict[str, list[Tensor]]:
 
 
 def norms_by_kind(
-    store: "ZeroStore", gradients: dict[str, list[Tensor]], *, loss_scale: float
+    store: "ZeroStore", gradients: Mapping[str, Sequence[Tensor]], *, loss_scale: float
 ) -> dict[str, Tensor]:
     """Norms over all ranks' pieces, by kind. One all-reduce of a number a kind.
 
@@ -48,23 +45,7 @@ def norms_by_kind(
     return dict(zip(gradients, squares.sqrt() / loss_scale, strict=True))
 
 
-def clip_by_kind(
-    gradients: dict[str, list[Tensor]], norms: dict[str, Tensor], *, max_norm: float
-) -> None:
-    """Scale each kind's pieces, in place, so that its norm is at most `max_norm`; 0 leaves them.
-
-    Norms that are not finite clip nothing: DeepSpeed then skips the step, or the run stops.
-    """
-    if max_norm <= 0:
-        return
-    for kind, parts in gradients.items():
-        factor = (max_norm / (norms[kind] + CLIP_EPS)).clamp_max(1.0)
-        factor = torch.where(norms[kind].isfinite(), factor, 1.0)
-        for part in parts:
-            part.mul_(factor.to(part.device, part.dtype))
-
-
-def _square_sum(parts: list[Tensor], device: torch.device) -> Tensor:
+def _square_sum(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     total = torch.zeros((), dtype=torch.float32, device=device)
     for part in parts:
         total += part.detach().float().square().sum().to(device)

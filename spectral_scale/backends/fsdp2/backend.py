@@ -8,7 +8,7 @@ residual stream too, and so train other numbers.
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,13 +19,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
-from spectral_scale.backends.base import Accept, Replicated, StepStats
+from spectral_scale.backends.base import Backend, Replicated, gradients_of
 from spectral_scale.backends.fsdp2.store import FSDP2Store
 from spectral_scale.backends.fsdp2.tensor_parallel import ShardedLogits, apply_tensor_parallel
 from spectral_scale.config.capability import shard_group_size, shards_residual
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.optim.build import create_state
-from spectral_scale.optim.groups import kinds
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
 from spectral_scale.parallel.collective import ProcessGroup
 from spectral_scale.parallel.device import pick_device
@@ -34,12 +33,9 @@ from spectral_scale.parallel.dtensor_layout import Layout, Layouts
 from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
 
-CLIP_EPSILON = 1e-6
-"""Added to a norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
 
-
-class FSDP2Backend:
-    """Implements `Backend` on `fully_shard`.
+class FSDP2Backend(Backend):
+    """A model under `fully_shard`.
 
     Args:
         rank_info: where this process stands.
@@ -115,22 +111,33 @@ class FSDP2Backend:
         with loss_parallel() if self._tensor_parallel > 1 else nullcontext():
             loss.backward()
 
-    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
-        """Clip each kind of group by its own norm, step, and drop the gradients."""
-        gradients = {
-            kind: [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            for kind, groups in kinds(self._optimizer.param_groups).items()
-        }
-        norms = self._norms(gradients)
-        applied = accept is None or accept(norms)
-        if applied:
-            if clip_grad_norm > 0:
-                for kind, members in gradients.items():
-                    coefficient = (clip_grad_norm / (norms[kind] + CLIP_EPSILON)).clamp_max_(1.0)
-                    torch._foreach_mul_([local(g) for g in members], coefficient)
-            self._optimizer.step()
+    def _gradients_by_kind(self) -> Mapping[str, Sequence[Tensor]]:
+        return gradients_of(self._optimizer)
+
+    def _norms_by_kind(self, gradients: Mapping[str, Sequence[Tensor]]) -> Mapping[str, Tensor]:
+        """Norms over all shards: one all-reduce, of one number a kind."""
+        parts = [
+            (kind, layout, nn.utils.get_total_norm(map(local, members)).square())
+            for kind, of_kind in gradients.items()
+            for layout, members in self._by_layout(of_kind).items()
+        ]
+        sums = sum_over_shards([part[2] for part in parts], [part[1] for part in parts])
+        totals = {kind: torch.zeros((), device=self.device) for kind in gradients}
+        for (kind, _, _), square in zip(parts, sums, strict=True):
+            totals[kind] = totals[kind] + square
+        return {kind: total.sqrt() for kind, total in totals.items()}
+
+    def _scale_gradients(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
+        """Each rank scales its own shards."""
+        super()._scale_gradients([local(gradient) for gradient in gradients], factor)
+
+    def _update(self) -> bool:
+        self._optimizer.step()
+        self._drop_gradients()
+        return True
+
+    def _drop_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        return StepStats(applied=applied, grad_norms=norms)
 
     def state_chunks(self) -> Iterator[TensorChunk]:
         """This rank's pieces of trained parameters and moments; copies write nothing twice."""
@@ -171,20 +178,7 @@ class FSDP2Backend:
         """Leave the process group; collective unless this rank has failed."""
         leave_group(failed=failed)
 
-    def _norms(self, gradients: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        """Norm of each kind's gradient over all pieces: one all-reduce, of one number a kind."""
-        parts = [
-            (kind, layout, torch.nn.utils.get_total_norm(map(local, members)).square())
-            for kind, of_kind in gradients.items()
-            for layout, members in self._by_layout(of_kind).items()
-        ]
-        sums = sum_over_shards([part[2] for part in parts], [part[1] for part in parts])
-        totals = {kind: torch.zeros((), device=self.device) for kind in gradients}
-        for (kind, _, _), square in zip(parts, sums, strict=True):
-            totals[kind] = totals[kind] + square
-        return {kind: total.sqrt() for kind, total in totals.items()}
-
-    def _by_layout(self, tensors: list[Tensor]) -> dict[Layout | None, list[Tensor]]:
+    def _by_layout(self, tensors: Sequence[Tensor]) -> dict[Layout | None, list[Tensor]]:
         found: dict[Layout | None, list[Tensor]] = {}
         for tensor in tensors:
             layout = self._layouts.of(tensor) if isinstance(tensor, DTensor) else None
@@ -200,7 +194,7 @@ class FSDP2Backend:
 
 
 def open_backend(config: RunConfig, rank_info: RankInfo) -> FSDP2Backend:
-    """Start it for a run; see `engine.hosts`. Collective."""
+    """Start it for a run; see `engine.backends`. Collective."""
     return FSDP2Backend(
         rank_info,
         config.train.device,

@@ -6,7 +6,7 @@ Weights and moments are fp32; bf16 runs compute products under autocast and hold
 bf16, as on the torch backend.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectral_scale.backends.base import Accept, Replicated, StepStats
+from spectral_scale.backends.base import Backend, Replicated, gradients_of
 from spectral_scale.backends.megatron.adapter import (
     GPTForward,
     build_spectral_gpt,
@@ -46,12 +46,9 @@ from spectral_scale.parallel.shard_geometry import Rectangle
 from spectral_scale.parallel.table import ParameterTable
 from spectral_scale.parallel.tensor_parallel import local_rectangle
 
-CLIP_EPSILON = 1e-6
-"""Added to a norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
 
-
-class MegatronBackend:
-    """Implements `Backend` and `ModelMaker` on megatron-core."""
+class MegatronBackend(Backend):
+    """A GPTModel of megatron-core, which the backend makes itself."""
 
     def __init__(self, config: RunConfig, rank_info: RankInfo) -> None:
         self.config = config
@@ -75,7 +72,7 @@ class MegatronBackend:
         self._model: nn.Module
         self._wrapped: DistributedDataParallel
         self._optimizer: torch.optim.Optimizer
-        self._host: Any
+        self._wrapper: Any
         self._table: ParameterTable
 
     def make(
@@ -87,7 +84,7 @@ class MegatronBackend:
         dtype: torch.dtype,
         frozen_dtype: torch.dtype,
         fresh: bool,
-    ) -> None:
+    ) -> bool:
         """Build the GPTModel and put its parameters in the place of the model's, in place."""
         parallel = self.config.parallel
         gpt = build_spectral_gpt(
@@ -107,6 +104,7 @@ class MegatronBackend:
         self._gpt, self._table = gpt, table
         if fresh:
             self._initialise_dense(model, weights)
+        return True
 
     def shard(self, model: nn.Module) -> None:
         """Wrap the GPTModel in Megatron's DistributedDataParallel."""
@@ -125,18 +123,18 @@ class MegatronBackend:
         """Wrap the optimizer in Megatron's and create its state."""
         if not isinstance(optimizer, torch.optim.AdamW):
             raise TypeError(f"Megatron's optimizers wrap AdamW, not {type(optimizer).__name__}")
-        self._host = wrap_adamw(optimizer, self._wrapped, clip_grad=0.0)
+        self._wrapper = wrap_adamw(optimizer, self._wrapped, clip_grad=0.0)
         self._optimizer = optimizer
         create_state(optimizer)
         self._state = MegatronState(
-            self._model, self._table, Masters(self._host), self._tensor, self._data
+            self._model, self._table, Masters(self._wrapper), self._tensor, self._data
         )
         self._wrapped.zero_grad_buffer()
         return GPTForward(self._wrapped, self._tensor)
 
     def store(self) -> MegatronStore:
         """Parameters by name, gathered to and scattered from their owners."""
-        return MegatronStore(self._model, self._host, self.collective, self._table)
+        return MegatronStore(self._model, self._wrapper, self.collective, self._table)
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
@@ -145,26 +143,40 @@ class MegatronBackend:
         if last:
             finalize_model_grads([self._wrapped])
             sum_partial_gradients(self._gpt.parameters(), self._tensor)
-            self._host.prepare_grads()
+            self._wrapper.prepare_grads()
 
     def backward(self, loss: Tensor) -> None:
         """Every rank's gradients, into Megatron's buffers."""
         loss.backward()
 
-    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
-        """Clip each kind of group by its own norm, step, and drop the gradients."""
-        norms = self._norms()
-        applied = accept is None or accept(norms)
-        if applied:
-            if clip_grad_norm > 0:
-                for kind, groups in kinds(self._optimizer.param_groups).items():
-                    factor = (clip_grad_norm / (norms[kind] + CLIP_EPSILON)).clamp_max_(1.0)
-                    if gradients := _gradients(groups):  # a rank's shard may hold none
-                        torch._foreach_mul_(gradients, factor)
-            self._host.step_with_ready_grads()
-        self._host.zero_grad()
+    def _gradients_by_kind(self) -> Mapping[str, Sequence[Tensor]]:
+        return gradients_of(self._optimizer)
+
+    def _norms_by_kind(self, gradients: Mapping[str, Sequence[Tensor]]) -> Mapping[str, Tensor]:
+        """What ranks hold whole counts once. One all-reduce of a number a kind."""
+        by_kind = kinds(self._optimizer.param_groups)
+        squares = torch.stack(
+            [
+                counted_squares(
+                    (p for group in groups for p in group["params"]),
+                    tensor_rank=self._tensor.rank(),
+                    device=self.device,
+                )
+                for groups in by_kind.values()
+            ]
+        )
+        sharded = self.config.parallel.distributed_optimizer
+        dist.all_reduce(squares, group=None if sharded else self._tensor)
+        return {k: s.sqrt().float() for k, s in zip(by_kind, squares, strict=True)}
+
+    def _update(self) -> bool:
+        self._wrapper.step_with_ready_grads()
+        self._drop_gradients()
+        return True
+
+    def _drop_gradients(self) -> None:
+        self._wrapper.zero_grad()
         self._wrapped.zero_grad_buffer()
-        return StepStats(applied=applied, grad_norms=norms)
 
     def state_chunks(self) -> Iterator[TensorChunk]:
         """The parts of trained parameters and moments that no other rank writes."""
@@ -183,23 +195,6 @@ class MegatronBackend:
         parallel_state.destroy_model_parallel()
         leave_group(failed=failed)
 
-    def _norms(self) -> dict[str, Tensor]:
-        """Norm of each kind's gradient; what ranks hold whole counts once. One all-reduce."""
-        by_kind = kinds(self._optimizer.param_groups)
-        squares = torch.stack(
-            [
-                counted_squares(
-                    (p for group in groups for p in group["params"]),
-                    tensor_rank=self._tensor.rank(),
-                    device=self.device,
-                )
-                for groups in by_kind.values()
-            ]
-        )
-        sharded = self.config.parallel.distributed_optimizer
-        dist.all_reduce(squares, group=None if sharded else self._tensor)
-        return {k: s.sqrt().float() for k, s in zip(by_kind, squares, strict=True)}
-
     @torch.no_grad()
     def _initialise_dense(self, model: nn.Module, weights: InitialWeights) -> None:
         """Whole tensors by name, of which this rank takes its part: never a draw for a part."""
@@ -213,10 +208,6 @@ class MegatronBackend:
                 parameter.copy_(weights.get(fqn, shape)[box.slices_in(frame)])
 
 
-def _gradients(groups: list[dict[str, Any]]) -> list[Tensor]:
-    return [p.grad for group in groups for p in group["params"] if p.grad is not None]
-
-
 def open_backend(config: RunConfig, rank_info: RankInfo) -> MegatronBackend:
-    """Start it for a run; see `engine.hosts`. Collective."""
+    """Start it for a run; see `engine.backends`. Collective."""
     return MegatronBackend(config, rank_info)

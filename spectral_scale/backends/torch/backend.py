@@ -1,6 +1,6 @@
 """One process, or DistributedDataParallel: every rank holds every parameter whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,22 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spectral_scale.backends.base import Accept, Replicated, StepStats
+from spectral_scale.backends.base import Backend, Replicated, gradients_of
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.optim.build import create_state
-from spectral_scale.optim.groups import kinds
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, overwrite, whole
-from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import join_group, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
 from spectral_scale.parallel.store import TorchStore
 
 
-class TorchBackend:
-    """Implements `Backend` on plain torch."""
-
-    collective: Collective
+class TorchBackend(Backend):
+    """Plain torch."""
 
     def __init__(self, rank_info: RankInfo, device: str) -> None:
         self.device = pick_device(device, rank_info.local_rank)
@@ -67,24 +63,20 @@ class TorchBackend:
         scale = self.collective.world_size
         (loss * scale if scale > 1 else loss).backward()
 
-    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
-        """Clip each kind of group by its own norm, step, and drop the gradients."""
-        parameters = {
-            kind: [p for group in groups for p in group["params"]]
-            for kind, groups in kinds(self._optimizer.param_groups).items()
-        }
-        norms = {
-            kind: torch.nn.utils.get_total_norm([p.grad for p in members if p.grad is not None])
-            for kind, members in parameters.items()
-        }
-        applied = accept is None or accept(norms)
-        if applied:
-            if clip_grad_norm > 0:
-                for kind, members in parameters.items():
-                    torch.nn.utils.clip_grads_with_norm_(members, clip_grad_norm, norms[kind])
-            self._optimizer.step()
+    def _gradients_by_kind(self) -> Mapping[str, Sequence[Tensor]]:
+        return gradients_of(self._optimizer)
+
+    def _norms_by_kind(self, gradients: Mapping[str, Sequence[Tensor]]) -> Mapping[str, Tensor]:
+        """Every rank has whole gradients, so nothing is sent."""
+        return {kind: nn.utils.get_total_norm(members) for kind, members in gradients.items()}
+
+    def _update(self) -> bool:
+        self._optimizer.step()
+        self._drop_gradients()
+        return True
+
+    def _drop_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        return StepStats(applied=applied, grad_norms=norms)
 
     def state_chunks(self) -> Iterator[TensorChunk]:
         """Trained parameters and moments, written by rank 0."""
@@ -115,5 +107,5 @@ class TorchBackend:
 
 
 def open_backend(config: RunConfig, rank_info: RankInfo) -> TorchBackend:
-    """Start it for a run; see `engine.hosts`."""
+    """Start it for a run; see `engine.backends`."""
     return TorchBackend(rank_info, config.train.device)

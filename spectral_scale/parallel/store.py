@@ -1,59 +1,80 @@
-"""How the spectral controller reaches a logical parameter, whatever its host did to the storage.
+"""How a controller reaches a logical parameter, whatever its backend did to the storage.
 
 `ParameterStore` is the interface; `TorchStore` serves plain torch, where every rank holds every
 parameter whole (one process, DistributedDataParallel).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from spectral_scale.errors import ConfigError
+from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.packing import broadcast_into
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ParameterStore(Protocol):
+class ParameterStore(ABC):
     """Logical parameters by fqn. All methods are collective: every rank calls them alike."""
 
     collective: Collective
     """The ranks that hold the parameters."""
+    moves_moments: bool = False
+    """Whether `move_moments` is there."""
+    retracts_in_step: bool = False
+    """Whether every optimizer step scales the columns of u and v to unit length by itself. If so,
+    `require_retracted` takes the place of `retract_columns`."""
 
+    @abstractmethod
     def gather(self, fqn: str, *, owner: int) -> Tensor | None:
         """The whole full-precision value on rank `owner`; None elsewhere."""
 
+    @abstractmethod
     def scatter(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
-        """Overwrite parameters, low-precision copies and masters, with rank `owner`'s values."""
+        """Overwrite parameters, low-precision weights and masters, with rank `owner`'s values."""
 
+    @abstractmethod
     def reset_moments(self, fqns: Sequence[str]) -> int:
         """Zero Adam's moments and step counts in place; the number of logical moments zeroed."""
-
-    def retract_columns(self, fqns: Iterable[str]) -> None:
-        """Scale every column to unit length, copies and masters alike."""
-
-    def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
-        """Raise negative entries to zero, copies and masters alike."""
-
-
-@runtime_checkable
-class MomentMover(Protocol):
-    """A store that can also let moments follow their triplets to other columns. Collective."""
 
     def move_moments(self, fqn: str, source: Tensor) -> int:
         """Give column j (entry j of a vector) the moments of column `source[j]`, none where -1.
 
         The step count stays unless nothing is kept, so that a kept moment is not corrected as if
-        it were new. `source` (int64) is the same on every rank. Returns the moments zeroed.
+        it were new. `source` (int64) is the same on every rank. Returns the moments zeroed. Raises
+        SpectralError from a store that cannot (`moves_moments`).
+        """
+        raise SpectralError(
+            f"{type(self).__name__} cannot move moments to other columns; set "
+            "spectral.boundary_moments=reset"
+        )
+
+    @abstractmethod
+    def retract_columns(self, fqns: Iterable[str]) -> None:
+        """Scale every column to unit length, weights and masters alike.
+
+        Raises SpectralError from a store that `retracts_in_step`.
         """
 
+    def require_retracted(self, fqns: Iterable[str]) -> None:
+        """Raise SpectralError unless the last optimizer step scaled all columns of `fqns`."""
+        raise SpectralError(
+            f"no optimizer step retracts behind {type(self).__name__}; call retract_columns()"
+        )
 
-class TorchStore:
+    @abstractmethod
+    def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
+        """Raise negative entries to zero, weights and masters alike."""
+
+
+class TorchStore(ParameterStore):
     """Parameters that every rank holds whole, and a torch optimizer's state of them."""
+
+    moves_moments = True
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, collective: Collective
@@ -109,18 +130,18 @@ class TorchStore:
 def zero_moments(
     optimizer: torch.optim.Optimizer,
     parameters: Iterable[Tensor],
-    held: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> int:
     """Zero exp_avg, exp_avg_sq and step of each parameter, in place; the logical entries zeroed.
 
-    `held` gives the part of a moment that this rank holds.
+    `local` gives the shard of a moment that this rank holds.
     """
     zeroed = 0
     for parameter in parameters:
         state = optimizer.state[parameter]
         for name in MOMENTS:
             if name in state:
-                held(state[name]).zero_()
+                local(state[name]).zero_()
                 zeroed += state[name].numel()
         if "step" in state:
             state["step"].zero_()
@@ -132,7 +153,7 @@ def rearrange_moments(
     parameter: Tensor,
     source: Tensor,
     move: Callable[[Tensor, Tensor, Tensor], None],
-    held: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> int:
     """Let a parameter's moments follow `source`, in place; the logical entries zeroed.
 
@@ -140,13 +161,13 @@ def rearrange_moments(
         optimizer: has the moments, or has not taken a step.
         parameter: its key.
         source: column j takes the moments of column `source[j]`, or zeros where that is -1; if all
-            are, the step count goes to zero, too.
+            are, the step count goes to zero as well.
         move: (moment, source clamped to 0, where it was -1) -> None, in place.
-        held: the part of a moment that this rank holds.
+        local: the shard of a moment that this rank holds.
     """
     new = source < 0
     if bool(new.all()):
-        return zero_moments(optimizer, [parameter], held)
+        return zero_moments(optimizer, [parameter], local)
     state = optimizer.state[parameter]
     zeroed = 0
     for name in (name for name in MOMENTS if name in state):

@@ -17,10 +17,10 @@ from spectral_scale.backends.deepspeed.partitions import Fragment, Layout, layou
 from spectral_scale.errors import SpectralError
 from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
 from spectral_scale.parallel.packing import broadcast_into, unpack
-from spectral_scale.parallel.store import MOMENTS
+from spectral_scale.parallel.store import MOMENTS, ParameterStore
 
 
-class ZeroStore:
+class ZeroStore(ParameterStore):
     """Parameters of a `deepspeed.initialize`d engine: ZeRO-0 (fp32), 1, 2, 3, BF16_Optimizer.
 
     Creating it gives the optimizer its state, and makes every optimizer step retract the

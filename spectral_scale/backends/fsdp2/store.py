@@ -1,4 +1,4 @@
-"""How the spectral controller reaches parameters that `fully_shard` has cut into DTensors."""
+"""How a controller reaches parameters that `fully_shard` has made DTensors."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
@@ -15,11 +15,16 @@ from spectral_scale.parallel.dtensor_layout import Layout, Layouts
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into
 from spectral_scale.parallel.shard_geometry import Rectangle
-from spectral_scale.parallel.store import rearrange, rearrange_moments, zero_moments
+from spectral_scale.parallel.store import (
+    ParameterStore,
+    rearrange,
+    rearrange_moments,
+    zero_moments,
+)
 
 
-class FSDP2Store:
-    """A `ParameterStore` of a model under `fully_shard` (FSDP2 or HSDP).
+class FSDP2Store(ParameterStore):
+    """Parameters of a model under `fully_shard` (FSDP2 or HSDP).
 
     Parameters that were left out of it (`ignored_params`), whole on every rank, are served too.
 
@@ -29,6 +34,8 @@ class FSDP2Store:
         collective: all ranks of the model; by default those of the default process group.
         mesh: all ranks as a mesh, if parameters lie on a part of it only (tensor parallelism).
     """
+
+    moves_moments = True
 
     def __init__(
         self,
@@ -46,7 +53,7 @@ class FSDP2Store:
         self._layouts = Layouts(mesh)
 
     def gather(self, fqn: str, *, owner: int) -> Tensor | None:
-        """The pieces, put together on the owner."""
+        """The shards, put together on the owner."""
         self._reshard()
         parameter = self._parameters[fqn]
         if isinstance(parameter, DTensor):

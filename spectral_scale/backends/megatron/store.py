@@ -1,4 +1,4 @@
-"""How the spectral controller reaches parameters over tensor- and data-parallel ranks."""
+"""How a controller reaches parameters over tensor- and data-parallel ranks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,15 +19,15 @@ from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.flat_shards import ParameterShards
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into, unpack
-from spectral_scale.parallel.store import MOMENTS
+from spectral_scale.parallel.store import MOMENTS, ParameterStore
 from spectral_scale.parallel.table import ParameterTable
 
 
-class MegatronStore:
-    """A `ParameterStore` of a model with Megatron's tensor parallelism, on several copies.
+class MegatronStore(ParameterStore):
+    """Parameters of a model with Megatron's tensor parallelism, on one replica or several.
 
-    An owner is one rank of all. What is cut is gathered to it within its own tensor-parallel group;
-    on the way back each rank of that group hands its part on to its data-parallel group.
+    An owner is one rank of all. A sharded parameter is gathered to it within its tensor-parallel
+    group; on the way back each rank of that group broadcasts its shard to its data-parallel group.
 
     Args:
         model: not wrapped; its parameters carry Megatron's marks of how they are cut.

@@ -108,7 +108,11 @@ class SpectralController:
         Returns the boundary's report when one took place. Raises SpectralError on all ranks alike.
         """
         self.applied_steps += 1
-        self.store.retract_columns(f"{n}.{leaf}" for n in self.layers for leaf in ("u", "v"))
+        directions = [f"{n}.{leaf}" for n in self.layers for leaf in ("u", "v")]
+        if self.store.retracts_in_step:
+            self.store.require_retracted(directions)
+        else:
+            self.store.retract_columns(directions)
         self.store.clamp_nonnegative(f"{n}.sigma" for n in self.layers)
         if not self.schedule.is_swap(self.applied_steps):
             return None

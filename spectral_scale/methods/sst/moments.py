@@ -15,7 +15,7 @@ from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
 from spectral_scale.methods.sst.bank import Triplets
 from spectral_scale.parallel.collective import Collective
-from spectral_scale.parallel.store import MomentMover, ParameterStore
+from spectral_scale.parallel.store import ParameterStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def update_all_moments(
         return store.reset_moments(
             [f"{n}.{leaf}" for n, leaves in shapes.items() for leaf in leaves]
         ), 0
-    if not isinstance(store, MomentMover):
+    if not store.moves_moments:
         raise SpectralError(
             f"spectral.boundary_moments={config.boundary_moments} needs a store that can move "
             f"moments; {type(store).__name__} cannot: set it to reset"
@@ -93,7 +93,7 @@ def update_all_moments(
 
 
 def update_moments(
-    store: MomentMover,
+    store: ParameterStore,
     collective: Collective,
     config: SpectralConfig,
     name: str,

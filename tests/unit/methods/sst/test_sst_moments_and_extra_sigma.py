@@ -157,15 +157,13 @@ def test_nothing_survives_a_decomposition_or_a_reset(keep):
 
 
 def test_a_store_that_cannot_move_moments_is_refused():
-    class Plain:
-        def __init__(self, store: TorchStore) -> None:
-            self.gather, self.scatter = store.gather, store.scatter
-            self.reset_moments, self.retract_columns = store.reset_moments, store.retract_columns
-            self.clamp_nonnegative = store.clamp_nonnegative
+    class Plain(TorchStore):
+        moves_moments = False
 
     small = Small(boundary_moments="keep_sigma")
     small.before_boundary()
-    small.controller.boundary.store = Plain(small.controller.store)
+    store = Plain(small.model, small.optimizer, small.controller.collective)
+    small.controller.boundary.store = store
     with pytest.raises(SpectralError, match="keep_sigma needs a store.*Plain cannot"):
         small.controller.after_step()
 

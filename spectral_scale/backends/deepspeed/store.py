@@ -34,6 +34,8 @@ class ZeroStore(ParameterStore):
     optimizer of DeepSpeed's whose parameters cannot be reached.
     """
 
+    retracts_in_step = True
+
     def __init__(self, engine: Any, collective: Collective | None = None) -> None:
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.collective = collective or (
@@ -122,7 +124,14 @@ class ZeroStore(ParameterStore):
         return int(self.collective.all_reduce_sum(torch.tensor(zeroed, device=self.device)))
 
     def retract_columns(self, fqns: Iterable[str]) -> None:
-        """Check that the last step did it. Raises SpectralError if it did not."""
+        """Raise SpectralError: the step retracts, and nothing is left to do after it."""
+        raise SpectralError(
+            "behind DeepSpeed each optimizer step retracts directions itself; call "
+            "require_retracted() after it"
+        )
+
+    def require_retracted(self, fqns: Iterable[str]) -> None:
+        """Raise SpectralError unless the last optimizer step retracted all columns of `fqns`."""
         self._directions.require(fqns)
 
     @torch.no_grad()

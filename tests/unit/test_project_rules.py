@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from packaging.requirements import Requirement
@@ -165,3 +165,45 @@ def test_quickstart_settings_are_valid():
     assert (config.data.train, config.spectral.method) == ("embedded", "sst")
     assert config.spectral.storage == "residual"
     assert config.checkpoint.interval <= 50
+
+
+def misplaced(tests: list[PurePosixPath], sources: list[PurePosixPath]) -> list[PurePosixPath]:
+    """Test files that do not lie where the code lies that they test.
+
+    Args:
+        tests: test files, relative to tests/unit. Those beside no package folder are about the
+            repository as a whole and may be there.
+        sources: modules, relative to the package.
+
+    A test's name begins with `test_` and the name of a module of the folder of the same path, or
+    of that folder itself; a topic may follow, as in test_swap_failures.py.
+    """
+    names = {folder: {folder.name} for source in sources for folder in source.parents}
+    for source in sources:
+        names[source.parent].add(source.stem)
+    return [
+        test
+        for test in tests
+        if test.parent.name
+        and not any(
+            f"{test.stem}_".startswith(f"test_{name}_") for name in names.get(test.parent, ())
+        )
+    ]
+
+
+def python_files(folder: Path, pattern: str) -> list[PurePosixPath]:
+    found = (file.relative_to(folder) for file in folder.rglob(pattern))
+    return sorted(PurePosixPath(file.as_posix()) for file in found)
+
+
+def test_unit_tests_mirror_the_package():
+    tests = python_files(ROOT / "tests" / "unit", "test_*.py")
+    assert misplaced(tests, python_files(ROOT / "spectral_scale", "*.py")) == []
+
+
+def test_a_misplaced_unit_test_is_found():
+    sources = [PurePosixPath(name) for name in ("ops/graphs.py", "methods/sst/swap.py")]
+    right = ["test_rules.py", "ops/test_graphs_knn.py", "methods/sst/test_sst_bank.py"]
+    wrong = ["ops/test_graphsx.py", "ops/test_swap.py", "sst/test_swap.py", "old/test_old.py"]
+    found = misplaced([PurePosixPath(name) for name in right + wrong], sources)
+    assert found == [PurePosixPath(name) for name in wrong]

@@ -1,0 +1,36 @@
+"""Which tests make up the fast tier (`pytest -m fast`).
+
+A file under `tests/unit` is in it if it imports nothing that starts processes or trains whole
+runs: its tests then take well under a second each. What takes longer all the same is marked
+`slow`, and a few smallest runs of two processes, one a backend, are marked `fast` where they stand.
+"""
+
+import ast
+from pathlib import Path
+
+UNIT = Path(__file__).parent / "unit"
+STARTERS = ("subprocess", "multiprocessing", "spectral_scale.testing.distributed")
+"""Modules by which a test starts further processes."""
+TRAINERS = ("spectral_scale.testing.tiny", "spectral_scale.engine.loop")
+"""Modules by which a test trains a whole run."""
+
+
+def imports(source: str) -> set[str]:
+    """The modules that a source imports, and the names it takes from them, dotted."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def starts_nothing(source: str) -> bool:
+    """Whether a test file starts no process and trains no run, as far as its imports tell."""
+    return not imports(source) & {*STARTERS, *TRAINERS}
+
+
+def is_fast(file: Path) -> bool:
+    """Whether the tests of a file are in the fast tier unless they say otherwise."""
+    return file.is_relative_to(UNIT) and starts_nothing(file.read_text(encoding="utf-8"))

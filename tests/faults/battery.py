@@ -1,4 +1,4 @@
-"""The forty faults, and what holds each: tests, or a written reason. docs/faults.md shows them."""
+"""Forty faults with their outcomes and the tests that hold them; rendered as docs/faults.md."""
 
 from dataclasses import dataclass
 
@@ -12,22 +12,22 @@ DATA = "tests/unit/data/"
 
 @dataclass(frozen=True)
 class Scenario:
-    """One fault."""
+    """A fault, its outcome and the tests that show it."""
 
     fault: str
-    """What happens."""
+    """The fault, as the page names it."""
     outcome: str
-    """What becomes of the run; for one without a test, why."""
+    """How the run responds; for a fault without a test, `no test: ` and the reason."""
     tests: tuple[str, ...] = ()
-    """Tests that show it; evidence scripts, too."""
+    """Tests and benchmark scripts that show the outcome."""
 
 
 SECTIONS: dict[str, list[Scenario]] = {
     "Writing checkpoints": [
         Scenario(
             "SIGKILL at a random instant of a save",
-            "what was being written has no checkpoint's name; resume from the one before, bit "
-            "for bit",
+            "The unfinished save never gets a checkpoint's name; the run resumes bit for bit from "
+            "the previous checkpoint.",
             (
                 f"{CHECKPOINT}test_checkpoint_kill.py::test_killed_at_random_again_and_again",
                 f"{FAULTS}test_kills_and_soak.py::test_kills_during_saves",
@@ -35,8 +35,8 @@ SECTIONS: dict[str, list[Scenario]] = {
             ),
         ),
         Scenario(
-            "SIGKILL of one rank amid a save",
-            "the others leave, name it, and the previous checkpoint is intact",
+            "SIGKILL of one rank during a save",
+            "The other ranks exit and name the lost one; the previous checkpoint is intact.",
             (
                 f"{FAULTS}test_kills_and_soak.py::test_kills_during_saves",
                 f"{FAULTS}test_lost_ranks.py::test_a_killed_rank_is_named_at_once",
@@ -44,15 +44,15 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "a kill between any two file operations of a save",
-            "there is always a good checkpoint; there is no `latest` pointer that could dangle",
+            "A good checkpoint always exists; there is no `latest` pointer that could dangle.",
             (
                 f"{CHECKPOINT}test_checkpoint_kill.py::test_killed_before_each_file_operation_in_turn",
             ),
         ),
         Scenario(
             "the disk is full",
-            "space needed and present are named, nothing partial is left, older checkpoints stay; "
-            "the run ends and can be resumed",
+            "The error states the space needed and the space available, nothing partial is left "
+            "behind, and older checkpoints stay; the run exits and can be resumed.",
             (
                 f"{CHECKPOINT}test_checkpoint_failure.py::test_a_write_that_fails_leaves_nothing_behind",
                 f"{CHECKPOINT}test_checkpoint_failure.py::test_the_kernels_own_refusal_to_write_more",
@@ -60,35 +60,37 @@ SECTIONS: dict[str, list[Scenario]] = {
             ),
         ),
         Scenario(
-            "too little space, known before the save",
-            "refused before a byte is written",
+            "too little disk space, predicted before the save",
+            "The save is refused before a byte is written.",
             (
                 f"{CHECKPOINT}test_checkpoint_failure.py"
                 "::test_a_full_disk_is_predicted_before_a_byte_is_written",
             ),
         ),
         Scenario(
-            "EIO or EDQUOT when the pointer to the newest is replaced",
-            "there is no pointer: committed folders are found by their names",
+            "EIO or EDQUOT while replacing the pointer to the newest checkpoint",
+            "There is no such pointer: committed checkpoints are found by their folder names.",
             (f"{CHECKPOINT}test_checkpoint_failure.py::test_every_fsync_that_fails_is_an_error",),
         ),
         Scenario(
-            "a folder that cannot be written",
-            "refused at the start (a file is written and removed), exit code 78",
+            "a run folder that cannot be written",
+            "The run refuses to start, after trying to write and remove a file, and exits with code"
+            " 78.",
             (f"{RUNS}test_bad_input.py::test_a_run_folder_that_cannot_be_made",),
         ),
         Scenario(
-            "a signal, or a fault, while a save runs in the background",
-            "the save is waited for and committed, then the stop; its fault ends the run on all "
-            "ranks",
+            "a signal or an error during a background save",
+            "After a signal, the run waits for the save to commit and then stops; an error in the "
+            "save ends the run on all ranks.",
             (
                 f"{ENGINE}test_saver_background.py::test_a_stop_waits_for_the_save_under_way",
                 f"{ENGINE}test_saver_background.py::test_a_fault_in_the_background_ends_the_run",
             ),
         ),
         Scenario(
-            "saving takes longer than its interval",
-            "one save at a time: training waits, with a warning; none is dropped",
+            "a save that takes longer than the checkpoint interval",
+            "Only one save runs at a time: training waits for it, with a warning, and no save is "
+            "dropped.",
             (
                 f"{ENGINE}test_saver_background.py"
                 "::test_a_snapshot_is_of_one_step_however_late_it_is_written",
@@ -96,8 +98,8 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "two jobs in one run folder",
-            "the second is refused with host, process and job of the first; a dead one's lock is "
-            "taken over",
+            "The second job is refused with the host, process and job id of the first; the lock of "
+            "a dead job is taken over.",
             (
                 f"{CHECKPOINT}test_lock.py::test_a_second_process_is_told_who_runs_there",
                 f"{CHECKPOINT}test_lock.py::test_a_killed_holder_is_taken_over_with_a_warning",
@@ -105,7 +107,7 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "pruning while newer checkpoints are damaged",
-            "only verified ones count; the last good one stays",
+            "Only verified checkpoints count towards the number kept; the last good one stays.",
             (
                 f"{CHECKPOINT}test_checkpoint_retention.py"
                 "::test_damaged_newer_ones_never_push_out_the_last_good_one",
@@ -114,8 +116,8 @@ SECTIONS: dict[str, list[Scenario]] = {
     ],
     "Reading checkpoints": [
         Scenario(
-            "one bit flipped in any file",
-            "named, and the checkpoint before is used, with a warning",
+            "one bit flipped in any file of a checkpoint",
+            "A warning names the damaged file, and the previous checkpoint is loaded.",
             (
                 f"{CHECKPOINT}test_checkpoint_damage.py"
                 "::test_no_byte_of_any_file_can_change_unnoticed",
@@ -125,7 +127,7 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "a file truncated, empty or missing, seen by one rank only",
-            "all ranks pass over that checkpoint together",
+            "All ranks skip that checkpoint together.",
             (
                 f"{CHECKPOINT}test_checkpoint_damage.py"
                 "::test_damage_seen_by_one_rank_only_is_passed_over_by_all",
@@ -133,8 +135,9 @@ SECTIONS: dict[str, list[Scenario]] = {
             ),
         ),
         Scenario(
-            "no pointer to the newest, or one that dangles",
-            "there is none; if checkpoints exist and none is good, the run refuses to start at 0",
+            "a missing or dangling pointer to the newest checkpoint",
+            "No pointer exists. If there are checkpoints but none is good, the run refuses to start"
+            " from step 0.",
             (
                 f"{CHECKPOINT}test_checkpoint_damage.py"
                 "::test_all_bad_is_an_error_and_not_a_start_from_zero",
@@ -142,7 +145,7 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "malicious pickles in a checkpoint",
-            "never opened",
+            "Pickles are never opened.",
             (
                 f"{CHECKPOINT}test_checkpoint_damage.py::test_pickles_are_never_opened",
                 f"{FAULTS}test_security.py::test_nothing_in_a_run_folder_executes",
@@ -150,7 +153,7 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "resuming with another model, method, data set or tokenizer",
-            "refused with the differences, unless allowed by name",
+            "The run refuses to resume and lists the differences, unless each is allowed by name.",
             (
                 f"{RUNS}test_bad_input.py::test_resuming_as_another_run",
                 f"{RUNS}test_bad_input.py::test_resuming_on_other_data",
@@ -159,25 +162,25 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "a checkpoint of another format version",
-            "refused with the versions that can be read; version 1 is the first, so that there is "
-            "none to migrate from yet",
+            "The checkpoint is refused and the readable versions are listed. Version 1 is the "
+            "first, so there is nothing to migrate yet.",
             (
                 f"{CHECKPOINT}test_checkpoint_damage.py"
                 "::test_a_hostile_manifest_is_refused_before_anything_is_read",
             ),
         ),
         Scenario(
-            "another world size or backend on resume",
-            "the same tensors, data order and, within rounding, losses",
+            "resuming at another world size or on another backend",
+            "Tensors and data order are the same, and losses agree within rounding.",
             (
                 f"{RUNS}test_resume.py::test_resume_at_another_world_size",
                 "tests/distributed/test_deepspeed_state.py::test_reshard_and_migrate",
             ),
         ),
         Scenario(
-            "resume anywhere: amid an iteration, around swaps and SVDs, with dropout and workers, "
-            "in a second epoch",
-            "bit for bit",
+            "resuming at any step: within an iteration, around swaps and SVDs, with dropout and "
+            "data workers, in a second epoch",
+            "The run continues bit for bit.",
             (
                 f"{RUNS}test_resume.py::test_resume_is_bit_exact",
                 f"{RUNS}test_resume.py::test_ddp_resume_is_bit_exact",
@@ -187,13 +190,13 @@ SECTIONS: dict[str, list[Scenario]] = {
     "Processes and network": [
         Scenario(
             "SIGKILL of a rank",
-            "the others end within seconds and name rank, host and process",
+            "The other ranks exit within seconds and name the rank, its host and its process.",
             (f"{FAULTS}test_lost_ranks.py::test_a_killed_rank_is_named_at_once",),
         ),
         Scenario(
-            "a rank stopped, or looping, with and without the GIL",
-            "ended after `health.hang_timeout_seconds` (45) with rank, host and stack traces of "
-            "all ranks; what hangs on the same host is ended, too",
+            "a rank that is stopped or loops forever, holding the GIL or not",
+            "The run ends after `health.hang_timeout_seconds` (45) and reports rank, host and the "
+            "stack traces of all ranks; hung processes on the same host are killed.",
             (
                 f"{FAULTS}test_lost_ranks.py::test_a_stopped_rank_ends_the_run",
                 f"{FAULTS}test_lost_ranks.py::test_a_rank_that_loops_is_found",
@@ -201,24 +204,24 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "an exception on one rank only",
-            "its own error is in its log and in what every other rank reports",
+            "That rank's error appears in its own log and in the report of every other rank.",
             (f"{FAULTS}test_lost_ranks.py::test_one_rank_s_own_error_is_what_all_report",),
         ),
         Scenario(
             "a slow rank",
-            "named with its host in a warning and in metrics.jsonl (`ranks/slowest`)",
+            "A warning and metrics.jsonl (`ranks/slowest`) name the rank and its host.",
             (f"{FAULTS}test_lost_ranks.py::test_a_slow_rank_is_named",),
         ),
         Scenario(
-            "ranks that call collectives in another order or with other shapes",
-            "no test: the run's own calls have one order on all ranks by construction, and torch "
-            "finds others with TORCH_DISTRIBUTED_DEBUG=DETAIL; a hang that results is ended as "
-            "any other",
+            "ranks that call collectives in different orders or with different shapes",
+            "no test: by construction, all ranks issue the run's collectives in one order; torch "
+            "reports mismatches in other code with TORCH_DISTRIBUTED_DEBUG=DETAIL, and a resulting "
+            "hang is ended like any other.",
         ),
         Scenario(
-            "a meeting place that is taken, cannot be resolved, or where a rank is missing",
-            "contradictions and missing facts are refused at once; after a minute every rank says "
-            "which ones are missing, or why the place cannot be used",
+            "a rendezvous address that is in use or does not resolve, or a rank that never arrives",
+            "Contradictory or missing rank information is refused at once; after one minute every "
+            "rank reports which ranks are missing, or why the address cannot be used.",
             (
                 "tests/unit/parallel/test_rendezvous_store.py::test_missing_ranks_are_named",
                 "tests/unit/parallel/test_rendezvous_store.py::test_a_port_that_is_taken",
@@ -227,8 +230,8 @@ SECTIONS: dict[str, list[Scenario]] = {
             ),
         ),
         Scenario(
-            "a copy of a tensor made different on one rank",
-            "tensor and rank are named at the next comparison (`health.replica_interval`)",
+            "a replicated tensor that differs on one rank",
+            "The next comparison (`health.replica_interval`) names the tensor and the rank.",
             (
                 f"{SUPERVISION}test_replica_check.py"
                 "::test_a_flipped_bit_on_one_rank_is_found_on_every_backend",
@@ -237,12 +240,14 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "`torchrun --max-restarts` and a rank that dies once",
-            "the ranks go on from the last checkpoint; the losses are those of a run left alone",
+            "The ranks resume from the last checkpoint, and the losses equal those of an "
+            "undisturbed run.",
             (f"{FAULTS}test_torchrun_restart.py::test_a_rank_that_dies_once",),
         ),
         Scenario(
             "a crash loop",
-            "exit code 93 at the third start that saved nothing new, so that no scheduler goes on",
+            "The third consecutive start without a new checkpoint exits with code 93, so that no "
+            "scheduler restarts the run.",
             (
                 f"{SUPERVISION}test_supervision_stopping.py::test_a_crash_loop_ends_in_93",
                 f"{SUPERVISION}test_supervision_stopping.py"
@@ -250,26 +255,27 @@ SECTIONS: dict[str, list[Scenario]] = {
             ),
         ),
         Scenario(
-            "memory that runs out on a rank",
-            "an exception (torch's, naming the allocation) ends as any other; the kernel's "
-            "OOM killer is a SIGKILL, which is named as one, since nothing in the job can tell "
-            "them apart. `spectral-scale plan` estimates memory beforehand",
+            "a rank that runs out of memory",
+            "torch's exception, which names the allocation, ends the run like any other. The "
+            "kernel's OOM killer sends SIGKILL and is reported as such, since nothing inside the "
+            "job can tell them apart. `spectral-scale plan` estimates memory beforehand.",
             (f"{FAULTS}test_lost_ranks.py::test_a_killed_rank_is_named_at_once",),
         ),
     ],
     "Schedulers": [
         Scenario(
             "SLURM: time limit, preemption, requeue, arrays, failing jobs",
-            "a real SLURM on one machine; skipped with the reason where it cannot be installed",
+            "The tests run on a real SLURM on one machine; where it cannot be installed, they are "
+            "skipped with the reason.",
             (
                 "tests/slurm/test_slurm.py::test_torchrun_saves_before_the_time_limit_and_goes_on",
                 "tests/slurm/test_slurm.py::test_a_submitted_job_that_fails_is_not_requeued",
             ),
         ),
         Scenario(
-            "signals: once, twice, to one rank, to the launcher",
-            "once: saved, exit code 75; twice: at once, the previous checkpoint valid; a launcher "
-            "that dies of it leaves no orphan",
+            "signals, sent once or twice, to one rank or to the launcher",
+            "The first signal saves and exits with code 75; the second exits at once and leaves the"
+            " previous checkpoint valid. A launcher that dies of a signal leaves no orphans.",
             (
                 f"{RUNS}test_signals.py::test_the_step_is_finished_saved_and_continued",
                 f"{RUNS}test_signals.py::test_a_second_signal_ends_at_once",
@@ -279,7 +285,8 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "the files STOP and SAVE",
-            "honoured after the step in progress, evaluation or save included; SAVE is removed",
+            "They are honoured after the step in progress, including its evaluation or save; SAVE "
+            "is then removed.",
             (
                 f"{SUPERVISION}test_supervision_stopping.py::test_the_stop_command_stops_within_the_step",
                 f"{SUPERVISION}test_supervision_stopping.py"
@@ -287,9 +294,9 @@ SECTIONS: dict[str, list[Scenario]] = {
             ),
         ),
         Scenario(
-            "the job's time runs out",
-            "saved with a margin from the run's own steps and saves; not started if nothing could "
-            "be saved",
+            "the job's time limit approaches",
+            "The run saves in time, with a margin derived from its own step and save durations; it "
+            "does not start if nothing could be saved.",
             (
                 f"{SUPERVISION}test_supervision_stopping.py::test_the_time_limit_leaves_time_to_save",
             ),
@@ -298,8 +305,9 @@ SECTIONS: dict[str, list[Scenario]] = {
     "Numbers and data": [
         Scenario(
             "NaN in loss or gradient on one rank",
-            "all ranks leave the step out; after `health.rollback_after` in a row they go back and "
-            "pass over the data; then the run ends with the samples named",
+            "All ranks skip the step. After `health.rollback_after` consecutive bad steps they "
+            "return to the last checkpoint and skip that data; if this does not help, the run ends "
+            "and names the samples.",
             (
                 f"{SUPERVISION}test_health.py::test_one_rank_s_nan_leaves_the_step_out_on_all_backends",
                 f"{SUPERVISION}test_health.py::test_a_step_left_out_touches_nothing_but_the_data",
@@ -308,9 +316,9 @@ SECTIONS: dict[str, list[Scenario]] = {
             ),
         ),
         Scenario(
-            "a spike of loss or gradient norm",
-            "left out with `health.spike_sigmas` set (off by default); incidents.jsonl names "
-            "samples, token offsets and documents",
+            "a spike in loss or gradient norm",
+            "The step is skipped if `health.spike_sigmas` is set (off by default); incidents.jsonl "
+            "names samples, token offsets and documents.",
             (
                 f"{SUPERVISION}test_health.py::test_spikes_stand_out_of_the_healthy_steps_before",
                 f"{FAULTS}test_spikes.py::test_one_rank_s_spike_is_left_out_by_both",
@@ -318,7 +326,8 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "corrupt or missing token files, ids beyond the vocabulary, empty or undecodable text",
-            "an error that names file and offset, or skipped and counted if asked for",
+            "An error names file and offset; on request, bad documents are skipped and counted "
+            "instead.",
             (
                 f"{DATA}test_tokens_folder.py::test_verify_names_the_file_of_one_flipped_bit",
                 f"{DATA}test_loader_train.py::test_corrupt_shard_stops_with_its_own_message",
@@ -326,8 +335,8 @@ SECTIONS: dict[str, list[Scenario]] = {
             ),
         ),
         Scenario(
-            "preparing data killed half-way, or by two at once",
-            "a half-made folder is recognised; the second process is refused or waits",
+            "data preparation that is killed half-way, or started twice at once",
+            "A partial folder is recognised; the second process is refused or waits.",
             (
                 f"{DATA}test_tokens_folder.py::test_interrupted_folder_is_recognised",
                 f"{DATA}test_prepare_folders.py::test_two_at_once_are_refused",
@@ -336,13 +345,13 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "no network",
-            "training never downloads; `prepare hf:…` says what to do offline",
+            "Training never downloads anything; `prepare hf:…` explains what to do offline.",
             (f"{DATA}test_sources.py::test_offline_error_says_what_to_do",),
         ),
         Scenario(
-            "a clock that jumps, a metrics folder that cannot be written",
-            "heartbeats and time limits use clocks that nobody sets; a failing sink never stops a "
-            "run",
+            "a clock that jumps; a metrics folder that cannot be written",
+            "Heartbeats and time limits use monotonic clocks; a failing metrics sink never stops a "
+            "run.",
             (
                 f"{SUPERVISION}test_watchdog.py::test_silence_is_measured_by_the_listener_s_own_clock",
                 "tests/unit/metrics/test_sinks.py::test_full_disk_loses_lines_only_while_full",
@@ -350,7 +359,7 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
         Scenario(
             "a long run under random faults",
-            "ends with the bits of a run that was left alone",
+            "The run ends with the same bits as an undisturbed run.",
             (f"{FAULTS}test_kills_and_soak.py::test_a_short_soak", "benchmarks/soak.py"),
         ),
     ],
@@ -359,39 +368,46 @@ COUNT = 40
 
 PAGE = """# Faults
 
-What clusters do to a run, and what becomes of it. Each line is held by the tests it names, or says
-why there is none. Written from `tests/faults/battery.py`, which a test compares with this page.
+Forty faults that clusters inflict on a training run, the outcome of each, and the tests that hold
+it; a fault without a test says why. This page is rendered from `tests/faults/battery.py`, and a
+test compares the two.
 
 {tables}
 
-## At length
+## Endurance runs
 
-`python benchmarks/kill_during_save.py --seeds 100` killed 100 runs with SIGKILL at a random
-instant of a random save (50 saving in the background, 20 with two ranks, of which one or both were
-killed); 64 times half a checkpoint lay on the disk. All 100 resumed and ended with the same bits as
-a run that was left alone: every tensor of the last checkpoint and every loss.
+**Kills during saves.** `python benchmarks/kill_during_save.py --seeds 100` killed 100 runs with
+SIGKILL at a random instant of a random save: 50 runs saved in the background, and 20 had two ranks,
+of which one or both were killed. In 64 cases half a checkpoint was left on the disk. All 100 runs
+resumed and ended with the same bits as an undisturbed run: every tensor of the last checkpoint and
+every loss.
 
-`python benchmarks/soak.py --mean-seconds 25 --seed 3` (2,000 steps, 2 ranks) met eight faults:
-a rank killed (twice), all ranks killed, a rank stopped, a byte of the newest checkpoint flipped, a
-full disk, the file STOP and SIGTERM, besides the steps whose loss was NaN by design and one return
-to an earlier step. Ten starts; every loss and every tensor of the last checkpoint equal to the
-undisturbed run's; 88 % of all steps taken were kept. Its goodput says nothing, since the machine
-had much other work during the undisturbed run only (447 s, and 215 s disturbed). Of a run of 3,000
-steps with six faults (all but SIGTERM) it was 0.52: 276 s undisturbed, 529 s disturbed, 92 % of the
-steps kept, the same bits; there each start loaded all modules anew, as it no longer does.
+**Soak.** `python benchmarks/soak.py --mean-seconds 25 --seed 3` (2,000 steps, 2 ranks) injected
+eight faults: one rank killed (twice), all ranks killed, one rank stopped, one byte of the newest
+checkpoint flipped, a full disk, the file STOP, and SIGTERM. In addition, some steps had a NaN loss
+by design, and the run returned once to an earlier step. It took ten starts. Every loss and every
+tensor of the last checkpoint equalled those of the undisturbed run, and 88 % of all steps taken
+were kept. The goodput of this run is not meaningful, because the machine was busy with other work
+during the undisturbed run only (447 s, against 215 s disturbed).
 
-What each launcher does with signals and lost ranks: [launchers.md](launchers.md).
+A run of 3,000 steps with six faults (all but SIGTERM) had a goodput of 0.52: 276 s undisturbed,
+529 s disturbed, 92 % of the steps kept, the same bits. In that run each start loaded all modules
+again, which is no longer the case.
+
+## See also
+
+[launchers.md](launchers.md): what each launcher does with signals and lost ranks.
 """
 
 
 def render() -> str:
-    """docs/faults.md."""
+    """The text of docs/faults.md."""
     parts, number = [], 0
     for title, scenarios in SECTIONS.items():
         lines = [
             f"## {title}",
             "",
-            "| | fault | what becomes of it | shown by |",
+            "| | Fault | Outcome | Shown by |",
             "|---|---|---|---|",
         ]
         for each in scenarios:

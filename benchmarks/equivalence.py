@@ -2,12 +2,12 @@
 
     python benchmarks/equivalence.py --output docs/equivalence.md
 
-Trains a tiny OPT, and on megatron-core a LLaMA with grouped queries, too, by SST in fp32 for ten
-steps, two swaps and a re-SVD among them, on 1 to 8 processes of this machine. Takes half an hour
-on two cores. TP: ranks that share each matrix; SP: with sequence parallelism; DP: copies. On
-megatron-core, what ranks hold alike was also compared after every step, bit for bit. Losses must be
-within 1e-5; in bf16, where DeepSpeed computes everything in bf16 and one process only products,
-within 1e-3.
+Trains a tiny OPT, and on megatron-core also a LLaMA with grouped-query attention, with SST in fp32
+for ten steps that include two swaps and a re-SVD, on 1 to 8 processes of this machine. This takes
+half an hour on two cores. TP: tensor-parallel ranks; SP: with sequence parallelism; DP: replicas.
+On megatron-core, replicated tensors are also compared bit for bit after every step. Losses must
+agree with those of one process within 1e-5; in bf16, where DeepSpeed computes everything in bf16
+and one process only products, within 1e-3.
 """
 
 import argparse
@@ -34,9 +34,9 @@ SETTINGS: dict[str, Any] = {
     "train__steps": 10,
     "train__global_batch_size": BATCH,
     "model__num_heads": 4,
-    # Above rounding, which Adam would blow up to full steps.
+    # Above rounding errors, which Adam would otherwise amplify to full steps.
     "optimizer__eps": 1e-5,
-    # So low that sigma stays above zero, as in runs of useful length.
+    # Low enough that sigma stays above zero, as it does in runs of useful length.
     "optimizer__spectral_lr": 1e-4,
 }
 FSDP2 = {"parallel__backend": "fsdp2"}
@@ -58,7 +58,7 @@ CASES = [(1, 4, 0.1, "residual"), (2, 1, 0.0, "factored"), (3, 4, 0.1, "residual
 CASES += [(4, 4, 0.1, "factored"), (4, 1, 0.0, "residual")]
 MEGATRON = {"Megatron, OPT": "opt", "Megatron, LLaMA": "llama"}
 LARGEST = {"fp32": 1e-5, "bf16": 1e-3}
-"""Difference of a loss that is accepted."""
+"""Largest accepted difference of a loss, by precision."""
 Shared = tuple[str, float, str, str]
 """Model, clipping, storage, precision."""
 HEADER = ["backend", "processes", "accumulation", "clipping", "storage"]
@@ -67,7 +67,7 @@ HEADER += ["largest difference of a loss", "of a weight", "same triplets"]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run on several processes."""
+    """A run on several processes: one row of the table."""
 
     backend: str
     processes: int
@@ -75,17 +75,17 @@ class Row:
     clip: float
     storage: str
     parallel: dict[str, Any]
-    """What one process does without."""
+    """Settings of the run that the run in one process does not have."""
     model: str = "opt"
 
     @property
     def precision(self) -> str:
-        """Of both."""
+        """The precision of this run and of the run in one process."""
         return self.parallel.get("train__precision", "fp32")
 
     @property
     def alone(self) -> Shared:
-        """What it has in common with the run in one process."""
+        """The settings in common with the run in one process."""
         return self.model, self.clip, self.storage, self.precision
 
     def settings(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Row:
 
 
 def rows(name: str) -> Iterator[Row]:
-    """Those of one of BACKENDS or MEGATRON, in order of processes."""
+    """The rows of one entry of BACKENDS or MEGATRON, ordered by number of processes."""
     if name in MEGATRON:
         yield from sorted(_megatron_rows(name), key=lambda row: row.processes)
         return
@@ -120,7 +120,7 @@ def rows(name: str) -> Iterator[Row]:
 
 
 def _megatron_rows(name: str) -> Iterator[Row]:
-    """Every combination; sequence parallelism needs ranks that share a sequence."""
+    """Every combination of layouts; sequence parallelism needs several tensor-parallel ranks."""
     for tensor, sequence, data, storage in product(
         (1, 2, 4), (False, True), (1, 2), ("residual", "factored")
     ):
@@ -136,14 +136,14 @@ def _megatron_rows(name: str) -> Iterator[Row]:
                 "parallel__backend": "megatron",
                 "parallel__tensor_parallel": tensor,
                 "parallel__sequence_parallel": sequence,
-                "health__replica_interval": 1,  # what ranks hold alike is compared at every step
+                "health__replica_interval": 1,  # compares replicated tensors at every step
             },
             model=MEGATRON[name],
         )
 
 
 def main() -> int:
-    """Print the table, and write it if asked for; 1 if a row misses the bounds."""
+    """Print the table and optionally write the page; return 1 if a row exceeds the bounds."""
     known = [*BACKENDS, *MEGATRON]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backends", nargs="*", default=known, choices=known)
@@ -165,7 +165,7 @@ def main() -> int:
 
 
 class Measurement:
-    """Runs of several rows by the same processes, and the runs they are compared with."""
+    """Runs several rows in the same processes, and the runs in one process to compare with."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.corpus = folder, small_corpus(folder)
@@ -174,7 +174,7 @@ class Measurement:
         self._alone: dict[Shared, dict[str, Any]] = {}
 
     def of(self, backends: list[str]) -> Iterator[tuple[Row, Distance]]:
-        """Each row with its distance from one process."""
+        """Yield each row with its distance from one process."""
         self._train_alone({row.alone for name in backends for row in rows(name)})
         for name in backends:
             train = train_in_turn_on_cpu if name in MEGATRON else train_in_turn

@@ -2,9 +2,10 @@
 
     python benchmarks/equivalence_methods.py --output docs/equivalence_methods.md
 
-Trains a tiny OPT in fp32 for ten steps by each method, with accumulation of 4 and clipping, on 3
-processes of this machine (HSDP: 4): two merges of ReLoRA*, two renewals of GaLore's projectors.
-Takes some minutes on two cores. Cells: the largest difference of a loss, and of a weight.
+Trains a tiny OPT in fp32 for ten steps with each method, with 4 accumulation steps and clipping, on
+3 processes of this machine (HSDP: 4). The runs include two merges of ReLoRA* and two renewals of
+GaLore's projectors. This takes some minutes on two cores. Each cell shows the largest difference of
+a loss and of a weight.
 """
 
 import argparse
@@ -24,7 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "relora": {},
     "galore": {},
-    # All but fc2, whose short stack has a null space, where any basis is as good as another.
+    # All but fc2: its short stack has a null space, in which the basis is arbitrary.
     "frod": {"spectral__targets": "[q_proj,k_proj,v_proj,out_proj,fc1]"},
 }
 CLIPPED = {"optimizer__clip_grad_norm": 0.1}
@@ -33,7 +34,7 @@ PLAIN = [name for name in BACKENDS if not any(word in name for word in OTHERS)]
 
 
 def main() -> int:
-    """Print the table, and write it if asked for; 1 if a cell misses the bounds."""
+    """Print the table and optionally write the page; return 1 if a cell exceeds the bounds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backends", nargs="*", default=PLAIN, choices=PLAIN)
     parser.add_argument("--output", type=Path, help="markdown file to write")
@@ -65,7 +66,7 @@ def main() -> int:
 
 
 def _train(corpus: Path, world: int, settings: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """By rank, the results of all methods."""
+    """Train all methods on `world` processes; the results by rank."""
     runs = []
     for method, changes in METHODS.items():
         run_dir = Path(tempfile.mkdtemp(dir=corpus)) / "run"

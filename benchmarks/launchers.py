@@ -1,12 +1,12 @@
-"""What every launcher does with signals, lost ranks and errors, and what becomes of the run.
+"""What every launcher does with signals, lost ranks and errors, and the outcome for the run.
 
     python benchmarks/launchers.py [--only NAME …] [--output FOLDER] [--render FILE]
 
-Two ranks (one under `plain`) of a tiny run are started by each launcher that is installed, and each
-event is done to it; for srun the cluster of tests/slurm is started where no SLURM answers. Looked
-at: status.json, the newest checkpoint (every byte verified), processes
-left after the launcher and the ranks had time to end, the launcher's exit code, and the time from
-the event to the end of the last process. Exit code 0 only if everything is as documented.
+Starts two ranks (one under `plain`) of a tiny run with each installed launcher and applies each
+event to it; for srun, the cluster of tests/slurm is started where no SLURM answers. An observation
+records status.json, the newest checkpoint (every byte verified), the processes left after launcher
+and ranks had time to exit, the launcher's exit code, and the time from the event to the end of the
+last process. The script exits with 0 only if every outcome is the documented one.
 """
 
 import argparse
@@ -45,14 +45,14 @@ HANG_SECONDS = 10
 
 @dataclass(frozen=True)
 class Launcher:
-    """How two ranks are started."""
+    """The command by which a launcher starts two ranks."""
 
     program: str
-    """What must be installed."""
+    """The program that must be installed."""
     words: tuple[str, ...]
-    """Before the training command's own words."""
+    """Words of the command line before the arguments of training."""
     kills_its_ranks_on: tuple[str, ...] = ()
-    """Events after which it gives its ranks no time."""
+    """Events after which the launcher kills its ranks at once."""
 
 
 def _beside_python(name: str) -> str:
@@ -89,29 +89,29 @@ GRACEFUL = ("SIGTERM", "SIGUSR1", "SIGINT")
 
 @dataclass(frozen=True)
 class Observation:
-    """One event under one launcher."""
+    """The outcome of one event under one launcher."""
 
     launcher: str
-    """Of LAUNCHERS."""
+    """Name of the launcher, a key of LAUNCHERS."""
     event: str
-    """What was done."""
+    """The event applied to the run."""
     state: str
-    """Of status.json."""
+    """`state` of status.json."""
     reason: str
-    """Of status.json."""
+    """`reason` of status.json."""
     exit_code: int | None
-    """Of the launcher; None if it had to be killed."""
+    """Exit code of the launcher; None if it had to be killed."""
     checkpoint: int | None
-    """Step of the newest checkpoint, if all its bytes are good."""
+    """Step of the newest checkpoint, if all its bytes verify."""
     saved_at_end: bool
-    """Whether that is the step the run ended at."""
+    """Whether that checkpoint holds the step at which the run ended."""
     orphans: int
-    """Processes left when time was up."""
+    """Number of processes left after PATIENCE_SECONDS."""
     seconds: float
-    """From the event to the end of the last process."""
+    """Seconds from the event to the end of the last process."""
 
     def outcome(self) -> str:
-        """In the words of the documentation."""
+        """The outcome in the words of the page."""
         if self.orphans:
             return f"{self.orphans} processes left behind"
         if self.state == "stopped" and self.saved_at_end:
@@ -158,7 +158,7 @@ def slurm() -> Iterator[None]:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """Processes of one start: they inherit its environment."""
+    """Live processes of one start, found by the mark in their inherited environment."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -170,12 +170,12 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 def ranks_of(run_dir: Path) -> list[psutil.Process]:
-    """The ranks, by their own heartbeats."""
+    """The processes of all ranks, found by their heartbeats."""
     return [psutil.Process(beat.pid) for beat in read_beats(run_dir)]
 
 
 def training_words(run_dir: Path, launcher: str) -> list[str]:
-    """A run that does not end by itself."""
+    """Arguments for a run that does not end by itself."""
     values = {
         "model.hidden_size": 32,
         "model.num_layers": 1,
@@ -198,7 +198,7 @@ def training_words(run_dir: Path, launcher: str) -> list[str]:
 
 
 def observe(launcher: str, event: str, folder: Path) -> Observation:
-    """Start, disturb, wait, look."""
+    """Start a run, apply the event, wait for the end, and inspect what is left."""
     mark, run_dir = uuid.uuid4().hex, folder / f"{launcher}-{event.replace(' ', '_')}"
     shutil.rmtree(run_dir, ignore_errors=True)
     port = 20_000 + os.getpid() % 20_000
@@ -236,7 +236,7 @@ def observe(launcher: str, event: str, folder: Path) -> Observation:
 
 
 def wait_for_step(process: "subprocess.Popen[bytes]", run_dir: Path, step: int, log: Path) -> None:
-    """Until the run has come that far."""
+    """Wait until the run has logged `step`."""
     deadline = time.monotonic() + 240
     while max((x["step"] for x in load_history(run_dir).current()), default=0) < step:
         if process.poll() is not None or time.monotonic() > deadline:
@@ -245,7 +245,7 @@ def wait_for_step(process: "subprocess.Popen[bytes]", run_dir: Path, step: int, 
 
 
 def act(event: str, process: "subprocess.Popen[bytes]", run_dir: Path) -> None:
-    """Do it."""
+    """Apply the event to the run."""
     name, _, to = event.partition(" to ")
     if name in GRACEFUL and to == "the launcher":
         process.send_signal(getattr(signal, name))
@@ -262,7 +262,7 @@ def act(event: str, process: "subprocess.Popen[bytes]", run_dir: Path) -> None:
 
 
 def wait_for_end(process: "subprocess.Popen[bytes]", mark: str) -> None:
-    """Until the launcher and everything it started has ended, or patience has."""
+    """Wait until the launcher and all it started have ended, or for PATIENCE_SECONDS."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None and not marked(mark):
@@ -273,7 +273,7 @@ def wait_for_end(process: "subprocess.Popen[bytes]", mark: str) -> None:
 def look(
     launcher: str, event: str, run_dir: Path, code: int | None, orphans: int, seconds: float
 ) -> Observation:
-    """What is left of the run."""
+    """Inspect the run folder and record the observation."""
     status = read_status(run_dir)
     try:
         newest = inspect_checkpoints(run_dir)[0]
@@ -310,39 +310,50 @@ def render(found: list[Observation]) -> str:
 
 PAGE = """# Launchers
 
-One behaviour under every launcher: a run that is asked to stop finishes its step, saves and ends;
-one that loses a rank ends with its last checkpoint intact; nothing is left behind. Written by
-`python benchmarks/launchers.py --render docs/launchers.md`; two ranks on one machine (one
-under `plain`), `health.hang_timeout_seconds` {hang}, all bytes of the checkpoint verified after
-each event.
+Runs behave the same under every launcher: a run that is asked to stop finishes its step, saves and
+exits; a run that loses a rank exits with its last checkpoint intact; no process is left behind.
+
+This page is written by `python benchmarks/launchers.py --render docs/launchers.md`. Each row is one
+run with two ranks on one machine (one rank under `plain`) and `health.hang_timeout_seconds` {hang};
+all bytes of the checkpoint were verified after each event.
 {missing}
-Exit codes of the ranks are those of `spectral-scale train` (0, 75, 78, 93, else failure). torchrun
-ends with 1 whatever its ranks end with, and launchers that a signal kills end with that signal:
-read `status.json` (`state`, `exit_code`, `requeue`) rather than the launcher's code.
+## Exit codes
 
-- **torchrun** dies of SIGUSR1 and `deepspeed` of any signal without telling their ranks, which
-  notice that their launcher is gone, save and end. `torchrun --signals-to-handle
-  SIGTERM,SIGINT,SIGUSR1` hands SIGUSR1 on.
-- **mpirun** is Open MPI's, `mpich` is MPICH's `mpirun`. On one host MPICH's ranks find each other
-  by the process that started them; on several mpi4py must load the launcher's own library
-  (`MPI4PY_MPIABI=mpich`), or `-genv MASTER_ADDR HOST -genv MASTER_PORT 29500` says where they meet.
-- **deepspeed --launcher openmpi, mpich and slurm** train through `mpirun` and `srun` (a test each);
-  signals to these were not tried. DeepSpeed's helper for MPICH ends with 0 whatever its rank ends
-  with: read `status.json`. It calls whatever is named `mpirun`, which must be MPICH's.
-- **srun** ends its ranks by SIGKILL when it gets SIGTERM itself: end a job by `scancel`, which
-  gives the ranks SIGTERM and SLURM's `KillWait` seconds, or by `spectral-scale stop`. At the first
-  Ctrl-C it only tells the state of its tasks; with `--disable-status`, as here, it hands it on.
-  The scripts of `slurm/` are tested on a real SLURM of two nodes by `tests/slurm`.
+The ranks exit with the codes of `spectral-scale train` (0, 75, 78, 93, otherwise failure). The
+launcher's own code is less reliable: torchrun exits with 1 for any failing rank, and launchers
+that a signal kills exit with that signal. Read `status.json` (`state`, `exit_code`, `requeue`)
+instead.
 
-The seconds are from the event to the end of the last process, on two cores that many other
-processes used at the same time; of a stopped rank, {hang} are the timeout (45 by default).
+## Notes on each launcher
+
+- **torchrun** is killed by SIGUSR1, and `deepspeed` by any signal, without forwarding it. The ranks
+  notice that their launcher is gone, save and exit. `torchrun --signals-to-handle
+  SIGTERM,SIGINT,SIGUSR1` forwards SIGUSR1 as well.
+- **mpirun** is Open MPI's, `mpich` is MPICH's `mpirun`. On one host, MPICH's ranks find each other
+  through their common parent process. On several hosts, either mpi4py must load the launcher's own
+  library (`MPI4PY_MPIABI=mpich`), or `-genv MASTER_ADDR HOST -genv MASTER_PORT 29500` must give the
+  rendezvous address.
+- **deepspeed --launcher openmpi, mpich and slurm** train through `mpirun` and `srun` (one test
+  each); signals were not tried with these. DeepSpeed's helper for MPICH exits with 0 whatever the
+  exit code of its rank: read `status.json`. It calls the `mpirun` found on the PATH, which must be
+  MPICH's.
+- **srun** kills its ranks with SIGKILL when it receives SIGTERM itself. End a job with `scancel`,
+  which sends the ranks SIGTERM and grants them SLURM's `KillWait` seconds, or with
+  `spectral-scale stop`. On the first Ctrl-C, srun only prints the state of its tasks; with
+  `--disable-status`, as used here, it forwards the signal. `tests/slurm` tests the scripts of
+  `slurm/` on a real SLURM of two nodes.
+
+## Observations
+
+Seconds are counted from the event to the end of the last process, on two cores shared with many
+other processes. For a stopped rank they include the timeout of {hang} seconds (45 by default).
 
 {table}
 """
 
 
 def main() -> int:
-    """Run all, print or render."""
+    """Run the missing observations, then print or render all of them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", choices=LAUNCHERS, default=list(LAUNCHERS))
     parser.add_argument("--output", type=Path, default=None)
@@ -373,7 +384,7 @@ def main() -> int:
     if arguments.render is not None:
         shown = {x.launcher for x in found}
         names = ", ".join(name for name in LAUNCHERS if name not in shown)
-        note = f"Not usable where this was run, and so not shown: {names}.\n" if names else ""
+        note = f"Launchers not available on this machine: {names}.\n" if names else ""
         page = PAGE.format(hang=HANG_SECONDS, missing=note, table=render(found))
         arguments.render.write_text(page, encoding="utf-8")
     wrong = [x for x in found if x.outcome() != events(x.launcher)[x.event]]

@@ -159,9 +159,9 @@ def test_a_missing_host_package_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         hosts.require_backend(config, world_size=1)
 
 
-def test_readme_holds_the_table() -> None:
-    """After a change of a row: put what `markdown_table()` returns there."""
-    assert markdown_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_backends_page_holds_the_table() -> None:
+    """After changing a row, paste the output of `markdown_table()` into docs/backends.md."""
+    assert markdown_table() in (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
 
 
 def test_table_shows_every_row_and_feature() -> None:

@@ -1,10 +1,10 @@
-"""How the time of a boundary divides over processes, as a table.
+"""How the time of a swap divides over processes, as a table.
 
-    python benchmarks/boundary_scaling.py --output docs/boundary_scaling.md
+    python benchmarks/swap_scaling.py --output docs/swap_scaling.md
 
-Trains an OPT of four blocks by SST under DistributedDataParallel on 1, 2 and 4 processes of this
-machine, one thread each, and measures boundaries that decompose every matrix again. Wall seconds
-are left out if the machine is busy with other work when it starts.
+Trains an OPT of four blocks with SST under DistributedDataParallel on 1, 2 and 4 processes of this
+machine, one thread each, and measures swaps that decompose every matrix again. Wall times are
+omitted if the machine is busy with other work at the start.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import tiny_config
 
 WORLDS = (1, 2, 4)
-BOUNDARIES = 3
-HEADER = ["processes", "boundary, wall", "of which SVD", "of which rebuild"]
+SWAPS = 3
+HEADER = ["processes", "swap, wall", "of which SVD", "of which rebuild"]
 HEADER += ["CPU of the busiest process", "CPU of all", "matrices of the busiest"]
 
 
 def main() -> int:
-    """Print the table, and write it if asked for."""
+    """Print the table and optionally write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--width", type=int, default=512, help="of the model")
+    parser.add_argument("--width", type=int, default=512, help="width of the model")
     parser.add_argument("--output", type=Path, help="markdown file to write")
     arguments = parser.parse_args()
     lines = [_row(HEADER), _row(["---"] * len(HEADER))]
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def measure(config: Any) -> dict[str, Any]:
-    """Seconds of the fastest boundary on this rank, and how many matrices it owns."""
+    """Seconds of the fastest swap on this rank, and the number of matrices that it owns."""
     from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
@@ -65,7 +65,7 @@ def measure(config: Any) -> dict[str, Any]:
     run = build_run(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     found: list[dict[str, Any]] = []
-    for batch in run.loader.steps(0, 1 + BOUNDARIES):
+    for batch in run.loader.steps(0, 1 + SWAPS):
         loop._forward_backward(batch)
         run.backend.step(clip_grad_norm=1.0)
         run.backend.collective.barrier()
@@ -74,7 +74,8 @@ def measure(config: Any) -> dict[str, Any]:
         found.append({"wall": report.seconds, "cpu": time.process_time() - started})
         found[-1] |= report.phase_seconds
     run.backend.close()
-    best = min(found[1:], key=lambda f: f["wall"])  # the first one reads back what it installed
+    # The first swap is left out: it also reads back what it scattered.
+    best = min(found[1:], key=lambda f: f["wall"])
     return best | {"matrices": len(list(run.controller.bank.items()))}
 
 
@@ -88,7 +89,7 @@ def _config(corpus: Path, run_dir: Path, width: int) -> Any:
         spectral__spectral_rank=width // 32,
         spectral__steps_per_iteration=1,
         spectral__iterations_per_round=1,
-        train__steps=1 + BOUNDARIES,
+        train__steps=1 + SWAPS,
         train__global_batch_size=4,
         train__micro_batch_size=1,
     )
@@ -106,16 +107,16 @@ def _row(cells: list[str]) -> str:
 
 
 def _page(width: int, loads: list[float], lines: list[str]) -> str:
-    title = f"# How a boundary divides over processes\n\n{(__doc__ or '').split(chr(10), 2)[2]}"
+    title = f"# How a swap divides over processes\n\n{(__doc__ or '').split(chr(10), 2)[2]}"
     table = "\n".join(lines)
     cores = len(os.sched_getaffinity(0))
     machine = (
         f"{cores} CPU cores, load average {loads[0]:.1f} at the start, {max(loads):.1f} at most"
     )
     return (
-        f"{title}\nWidth {width}; {machine} (with these\nprocesses). The fastest of {BOUNDARIES} "
-        "boundaries; of each phase the slowest process. That the operations\ndivide exactly is a "
-        f"test (`tests/distributed/test_swap_scaling.py`).\n\n{table}\n"
+        f"{title}\nWidth {width}; {machine} (including these\nprocesses). The fastest of {SWAPS} "
+        "swaps is shown, and for each phase the slowest process. A test\nholds that the operations "
+        f"divide exactly (`tests/distributed/test_swap_scaling.py`).\n\n{table}\n"
     )
 
 

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from spectral_scale.config.load import load_config
+from spectral_scale.config.resolve import resolve
 from spectral_scale.plan.build import Plan, plan_run
 
 RANKS = 8
@@ -42,9 +43,8 @@ def plans() -> dict[str, Plan]:
     for backend, place in BACKENDS.items():
         for method, what in METHODS.items():
             config = load_config(overrides=[*MODEL, *place, *what]).config
-            found[f"{backend}   {method}"] = plan_run(
-                config, world_size=RANKS, gpu_memory_bytes=80 * GB
-            )
+            resolved = resolve(config, world_size=RANKS)
+            found[f"{backend}   {method}"] = plan_run(resolved, gpu_memory_bytes=80 * GB)
     return found
 
 

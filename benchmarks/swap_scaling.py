@@ -55,14 +55,14 @@ def main() -> int:
 
 def measure(config: Any) -> dict[str, Any]:
     """Seconds of the fastest swap on this rank, and the number of matrices that it owns."""
-    from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
+    from spectral_scale.testing.tiny import build_from_config
 
     create_run_folder(Path(config.train.run_dir))
-    run = build_run(config, detect_rank_info())
+    run = build_from_config(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     found: list[dict[str, Any]] = []
     for batch in run.loader.steps(0, 1 + SWAPS):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from spectral_scale.cli.arguments import (
     load_run_config,
 )
 from spectral_scale.cluster.adopt import adopt_launcher
-from spectral_scale.config.deepspeed_json import with_deepspeed_json
+from spectral_scale.config.resolve import resolve
+from spectral_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from spectral_scale.doctor.examine import Subject
@@ -47,10 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
     from spectral_scale.doctor.examine import examine
     from spectral_scale.doctor.findings import Finding, exit_code
 
-    findings = examine(_subject(arguments), placement.rank_info)
-    findings.insert(0, Finding(name="ranks", verdict="ok", text=placement.note))
+    subject, unfit = _subject(arguments, world_size=placement.rank_info.world_size)
+    findings = examine(subject, placement.rank_info)
+    first = [Finding(name="ranks", verdict="ok", text=placement.note)]
     if placement.warning is not None:
-        findings.insert(1, Finding(name="ranks", verdict="warning", text=placement.warning))
+        first.append(Finding(name="ranks", verdict="warning", text=placement.warning))
+    findings = [*first, *([] if unfit is None else [unfit]), *findings]
     code = exit_code(findings)
     if placement.rank_info.rank == 0:
         if arguments.format == "json":
@@ -60,22 +64,36 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _subject(arguments: argparse.Namespace) -> "Subject":
-    """The run that the arguments mean, if they mean one, and the size of its checkpoints."""
+def _subject(arguments: argparse.Namespace, *, world_size: int) -> "tuple[Subject, Finding | None]":
+    """The run that the arguments describe, if any, and why it cannot run on these ranks.
+
+    One process may examine one machine of several, so a run that asks for more ranks is no more
+    than a warning there.
+    """
     from spectral_scale.doctor.examine import Subject
+    from spectral_scale.doctor.findings import Finding
 
     if not (arguments.config or arguments.overrides or arguments.deepspeed_config):
-        return Subject(run_dir=Path(os.getcwd()))
-    from spectral_scale.plan.build import disk_bytes
-
-    config = with_deepspeed_json(load_run_config(arguments).config)
-    return Subject(
+        return Subject(run_dir=Path(os.getcwd())), None
+    config = load_run_config(arguments).config
+    subject = Subject(
         run_dir=Path(config.train.run_dir),
         backend=config.parallel.backend,
         device=config.train.device,
-        checkpoint_bytes=disk_bytes(config),
         kept=config.checkpoint.keep_last,
     )
+    try:
+        resolved = resolve(config, world_size=world_size)
+    except ConfigError as error:
+        return subject, Finding(
+            name="configuration",
+            verdict="fault" if world_size > 1 else "warning",
+            text=str(error),
+            remedy="correct it, or start doctor on as many ranks as the run has",
+        )
+    from spectral_scale.plan.build import disk_bytes
+
+    return replace(subject, checkpoint_bytes=disk_bytes(resolved)), None
 
 
 SIGNS = {"ok": "ok     ", "warning": "WARNING", "fault": "FAULT  "}

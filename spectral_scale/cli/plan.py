@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from spectral_scale.cli.arguments import add_format, add_run_config, load_run_config, positive
-from spectral_scale.config.deepspeed_json import with_deepspeed_json
+from spectral_scale.config.resolve import resolve
 from spectral_scale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,11 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--gpu-memory {arguments.gpu_memory} must be above 0 GB")
     from spectral_scale.plan.build import plan_run, to_json
 
-    plan = plan_run(
-        with_deepspeed_json(load_run_config(arguments).config),
-        world_size=arguments.world_size,
-        gpu_memory_bytes=arguments.gpu_memory * 1e9,
-    )
+    resolved = resolve(load_run_config(arguments).config, world_size=arguments.world_size)
+    plan = plan_run(resolved, gpu_memory_bytes=arguments.gpu_memory * 1e9)
     print(json.dumps(to_json(plan), indent=1) if arguments.format == "json" else as_text(plan))
     return 0
 

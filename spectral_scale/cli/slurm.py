@@ -14,8 +14,8 @@ from spectral_scale.cli.arguments import add_run_config, load_run_config, positi
 from spectral_scale.cluster.rendezvous import job_rendezvous
 from spectral_scale.cluster.requeue import requeue, requeue_decision
 from spectral_scale.cluster.sbatch import SCRIPTS, render, tasks_a_node
-from spectral_scale.config.deepspeed_json import with_deepspeed_json
 from spectral_scale.config.load import ResolvedConfig
+from spectral_scale.config.resolve import resolve
 from spectral_scale.errors import ConfigError
 
 DESCRIPTION = """Write the job script of a run, after checking that it can run on so many GPUs.
@@ -60,15 +60,15 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0, or sbatch's exit code; with --conclude the job's. Raises ConfigError."""
-    resolved = load_run_config(arguments)
-    run_dir = Path(resolved.config.train.run_dir)
+    loaded = load_run_config(arguments)
+    run_dir = Path(loaded.config.train.run_dir)
     if arguments.facts:
         print(_facts(run_dir))
         return 0
     if arguments.conclude is not None:
         return _conclude(arguments.conclude, run_dir, since=arguments.since)
-    _check(resolved, arguments)
-    script = _script(resolved, arguments)
+    _check(loaded, arguments)
+    script = _script(arguments)
     if arguments.submit or arguments.test_only:
         return _sbatch(script, ["--test-only"] if arguments.test_only else [])
     print(script, end="")
@@ -95,15 +95,13 @@ def _conclude(code: int, run_dir: Path, *, since: float) -> int:
     return ending.code
 
 
-def _check(resolved: ResolvedConfig, arguments: argparse.Namespace) -> None:
+def _check(loaded: ResolvedConfig, arguments: argparse.Namespace) -> None:
     """Raise ConfigError unless the run can start on these nodes and fits their GPUs."""
     from spectral_scale.plan.build import plan_run
 
-    plan = plan_run(
-        with_deepspeed_json(resolved.config),
-        world_size=arguments.nodes * _ranks_a_node(arguments),
-        gpu_memory_bytes=arguments.gpu_memory * 1e9,
-    )
+    world_size = arguments.nodes * _ranks_a_node(arguments)
+    resolved = resolve(loaded.config, world_size=world_size)
+    plan = plan_run(resolved, gpu_memory_bytes=arguments.gpu_memory * 1e9)
     print(plan.summary(), file=sys.stderr)
     if plan.verdict == "no" and arguments.gpus_per_node and not arguments.force:
         raise ConfigError(
@@ -123,7 +121,7 @@ def _ranks_a_node(arguments: argparse.Namespace) -> int:
     return ranks
 
 
-def _script(resolved: ResolvedConfig, arguments: argparse.Namespace) -> str:
+def _script(arguments: argparse.Namespace) -> str:
     ranks = _ranks_a_node(arguments)
     tasks = tasks_a_node(arguments.launcher, ranks)
     header = {

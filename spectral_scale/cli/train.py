@@ -17,17 +17,14 @@ from spectral_scale.cli.arguments import (
 )
 from spectral_scale.cluster.adopt import adopt_launcher
 from spectral_scale.cluster.detect import LauncherFlags
-from spectral_scale.config.check import check_config
-from spectral_scale.config.deepspeed_json import with_deepspeed_json
 from spectral_scale.config.load import ResolvedConfig, build_parser
 from spectral_scale.config.method_keys import keys_without_effect
-from spectral_scale.config.schema import RunConfig
+from spectral_scale.config.resolve import resolve
 from spectral_scale.errors import SpectralScaleError
 
 if TYPE_CHECKING:
-    from spectral_scale.engine.build import Run
+    from spectral_scale.engine.build import Inputs, Run
     from spectral_scale.engine.loop import Outcome
-    from spectral_scale.parallel.rank_info import RankInfo
     from spectral_scale.supervision.exit_status import ExitStatus
 
 logger = logging.getLogger(__name__)
@@ -74,21 +71,21 @@ def run(arguments: argparse.Namespace) -> int:
     return train(resolved, output=arguments.format, flags=launcher_flags(arguments))
 
 
-def train(resolved: ResolvedConfig, *, output: str, flags: LauncherFlags) -> int:
+def train(loaded: ResolvedConfig, *, output: str, flags: LauncherFlags) -> int:
     """Check, build, loop, report. Every rank runs it; rank 0 speaks.
 
     What is wrong with the configuration is found before anything is written.
     """
-    config = with_deepspeed_json(resolved.config)
     placement = adopt_launcher(flags)
     rank_info = placement.rank_info
-    check_config(config, world_size=rank_info.world_size)
+    resolved = resolve(loaded.config, world_size=rank_info.world_size)
 
     from spectral_scale.engine.build import check_inputs
     from spectral_scale.supervision.exit_status import ExitStatus
     from spectral_scale.supervision.run_folder import create_run_folder, log_to_file
 
-    check_inputs(config, rank_info)
+    inputs = check_inputs(resolved, rank_info)
+    config = inputs.run.config
     run_dir = Path(config.train.run_dir)
     create_run_folder(run_dir)
     handler = log_to_file(run_dir, rank_info.rank)
@@ -106,7 +103,7 @@ def train(resolved: ResolvedConfig, *, output: str, flags: LauncherFlags) -> int
         with _alone(run_dir, rank_info.rank):
             try:
                 exit_status.begin()
-                return _train(config, rank_info, run_dir, output, exit_status)
+                return _train(inputs, run_dir, output, exit_status)
             except BaseException as error:
                 replaced = exit_status.failed(error)
                 if replaced is not error:
@@ -126,12 +123,10 @@ def _alone(run_dir: Path, rank: int) -> Iterator[None]:
         yield
 
 
-def _train(
-    config: RunConfig, rank_info: "RankInfo", run_dir: Path, output: str, exit_status: "ExitStatus"
-) -> int:
+def _train(inputs: "Inputs", run_dir: Path, output: str, exit_status: "ExitStatus") -> int:
     from spectral_scale.engine.build import build_run
 
-    built = build_run(config, rank_info)
+    built = build_run(inputs)
     try:
         code = _loop(built, run_dir, output, exit_status)
     except BaseException:

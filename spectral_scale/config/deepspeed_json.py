@@ -9,14 +9,14 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from spectral_scale.config.capability import zero_stage
 from spectral_scale.config.check import gradient_accumulation_steps
 from spectral_scale.config.deepspeed_keys import PASSED_ON, PASSED_ON_SECTIONS, REFUSED
-from spectral_scale.config.presets import resolve_architecture
+from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
 
@@ -38,15 +38,28 @@ DYNAMIC_LOSS_SCALE = {
 """DeepSpeed's own defaults, written out: doubled after so many steps without overflow."""
 
 
-def with_deepspeed_json(config: RunConfig) -> RunConfig:
-    """The run with the ZeRO stage and the offload that its `parallel.deepspeed_config` names.
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedSettings:
+    """What DeepSpeed is started with."""
 
-    Raises ConfigError if the file cannot be read or contradicts the run's own keys.
+    initialize: dict[str, Any]
+    """The `config` argument of `deepspeed.initialize`; every "auto" in it is a value."""
+    cpu_adam: bool | Literal["auto"]
+    """The file's `zero_force_ds_cpu_optimizer`, which `initialize` leaves off: the backend builds
+    that optimizer by itself."""
+
+
+def with_deepspeed_json(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    """Take over the ZeRO stage and the offload that the DeepSpeed file names.
+
+    Args:
+        config: a run on DeepSpeed.
+        given: what `read_deepspeed_json` returns for its `parallel.deepspeed_config`.
+
+    Raises:
+        ConfigError: the file names a stage that does not exist.
     """
     parallel = config.parallel
-    if parallel.backend != "deepspeed":
-        return config
-    given = read_deepspeed_json(parallel.deepspeed_config)
     stage, offload = given.get(STAGE, "auto"), given.get(OFFLOAD, "auto")
     if parallel.zero_stage == "auto" and stage != "auto":
         if stage not in (0, 1, 2, 3):
@@ -59,15 +72,23 @@ def with_deepspeed_json(config: RunConfig) -> RunConfig:
     return replace(config, parallel=parallel)
 
 
-def resolve_deepspeed(config: RunConfig, *, world_size: int) -> dict[str, Any]:
-    """The configuration that DeepSpeed is initialized with; every "auto" is a value.
+def resolve_deepspeed(
+    config: RunConfig, given: Mapping[str, Any], architecture: Architecture, *, world_size: int
+) -> DeepSpeedSettings:
+    """Settle every key of the DeepSpeed file against the run.
 
-    DeepSpeed's own clipping is off in it: kinds of parameter groups are clipped by themselves.
-    Raises one ConfigError that lists every key of the JSON that contradicts the run or is refused.
+    DeepSpeed's own clipping is switched off: kinds of parameter groups are clipped by themselves.
+
+    Args:
+        config: a run on DeepSpeed, from `with_deepspeed_json`.
+        given: the file's keys, from `read_deepspeed_json`.
+        architecture: the model's shapes, which bucket sizes follow.
+        world_size: ranks of the run.
+
+    Raises:
+        ConfigError: lists every key of the file that contradicts the run or is refused.
     """
-    config = with_deepspeed_json(config)
     path = config.parallel.deepspeed_config
-    given = read_deepspeed_json(path)
     shared = _shared(config, world_size)
     problems = [*_contradictions(given, shared), *_refusals(given)]
     if given.get("flops_profiler.enabled") is True and zero_stage(config.parallel) == 3:
@@ -85,7 +106,8 @@ def resolve_deepspeed(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     _warn_unknown(given, shared, path)
     passed = {k: v for k, v in given.items() if k in PASSED_ON or _section(k) in PASSED_ON_SECTIONS}
     concrete = {k: v for k, v in passed.items() if v != "auto"}
-    return _nested(_defaults(config) | concrete | _fixed(config, shared))
+    initialize = _nested(_defaults(config, architecture) | concrete | _fixed(config, shared))
+    return DeepSpeedSettings(initialize=initialize, cpu_adam=given.get(CPU_ADAM, "auto"))
 
 
 def read_deepspeed_json(path: str | None) -> dict[str, Any]:
@@ -130,9 +152,9 @@ def _shared(config: RunConfig, world_size: int) -> dict[str, tuple[str, Any]]:
     return shared
 
 
-def _defaults(config: RunConfig) -> dict[str, Any]:
-    """Values of ours for keys that a JSON may set."""
-    width = resolve_architecture(config.model).hidden_size
+def _defaults(config: RunConfig, architecture: Architecture) -> dict[str, Any]:
+    """This project's values of keys that the file may set."""
+    width = architecture.hidden_size
     defaults: dict[str, Any] = {
         "steps_per_print": 2**31,
         "zero_optimization.reduce_bucket_size": max(width * width, SMALLEST_BUCKET),

@@ -6,9 +6,8 @@ import torch
 
 from spectral_scale.backends.base import Backend
 from spectral_scale.backends.megatron.gpt_config import megatron_settings
-from spectral_scale.config.deepspeed_json import resolve_deepspeed, with_deepspeed_json
 from spectral_scale.config.packages import require_package
-from spectral_scale.config.presets import Architecture
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
 from spectral_scale.models.build import transformers_config
@@ -20,29 +19,22 @@ MODULES = {
     "fsdp2": "spectral_scale.backends.fsdp2.backend",
     "megatron": "spectral_scale.backends.megatron.backend",
 }
-"""parallel.backend -> the module whose `open_backend(config, rank_info)` starts it. Collective."""
+"""parallel.backend -> the module whose `open_backend(run, rank_info)` starts it. Collective."""
 
 
-def with_backend_file(config: RunConfig) -> RunConfig:
-    """The run with what the backend's own configuration file adds to it. Raises ConfigError."""
-    return with_deepspeed_json(config)
-
-
-def require_backend(config: RunConfig, *, world_size: int) -> None:
-    """Raise ConfigError if the backend's package or its GPU is missing, or if its own
-    configuration file contradicts the run."""
+def require_backend(config: RunConfig) -> None:
+    """Raise ConfigError if the backend's package or its GPU is missing."""
     backend = config.parallel.backend
     require_package(backend, what=f"parallel.backend={backend}")
     if backend == "megatron":
         _require_gpu(config.train.device)
-    if backend == "deepspeed":
-        resolve_deepspeed(config, world_size=world_size)
 
 
-def require_backend_model(config: RunConfig, architecture: Architecture) -> None:
+def require_backend_model(run: ResolvedRun) -> None:
     """Raise ConfigError if the backend has no place for an option of the model."""
+    config = run.config
     if config.parallel.backend == "megatron":
-        found = transformers_config(architecture, config.model, eos_token_id=None)
+        found = transformers_config(run.architecture, config.model, eos_token_id=None)
         megatron_settings(found, tensor_parallel=config.parallel.tensor_parallel)
 
 
@@ -60,15 +52,14 @@ def _require_gpu(wanted: str) -> None:
 
 
 def autocast_dtype(config: RunConfig) -> torch.dtype | None:
-    """What autocast computes in; None in full precision, or where the host casts by itself."""
+    """What autocast computes in; None in full precision, or where the backend casts by itself."""
     if config.train.precision != "bf16" or config.parallel.backend == "deepspeed":
         return None
     return torch.bfloat16
 
 
-def open_backend(config: RunConfig, rank_info: RankInfo) -> Backend:
+def open_backend(run: ResolvedRun, rank_info: RankInfo) -> Backend:
     """Start the configured backend: process groups and device. Collective. Raises ConfigError."""
-    require_backend(config, world_size=rank_info.world_size)
-    module = import_module(MODULES[config.parallel.backend])
-    backend: Backend = module.open_backend(config, rank_info)
+    module = import_module(MODULES[run.config.parallel.backend])
+    backend: Backend = module.open_backend(run, rank_info)
     return backend

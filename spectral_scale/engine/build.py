@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from spectral_scale.backends.base import Backend
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
-from spectral_scale.config.check import check_config, converted_shapes
+from spectral_scale.config.check import converted_shapes
 from spectral_scale.config.presets import Architecture
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 from spectral_scale.data.loader import TrainLoader, ValidationLoader, count_examples
 from spectral_scale.data.packing import count_samples
@@ -25,7 +26,6 @@ from spectral_scale.engine.backends import (
     open_backend,
     require_backend,
     require_backend_model,
-    with_backend_file,
 )
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
 from spectral_scale.engine.filter_run import open_filter
@@ -70,12 +70,10 @@ PRODUCT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Run:
     """Everything the loop needs."""
 
-    config: RunConfig
-    """As resolved (vocabulary included)."""
-    architecture: Architecture
-    """The model's shapes."""
+    resolved: ResolvedRun
+    """The settings and what follows from them, vocabulary included."""
     backend: Backend
-    """The host of the training step."""
+    """What holds the model and takes the training step."""
     model: PreTrainedModel
     """The model itself, for evaluation and state."""
     forward: nn.Module
@@ -105,6 +103,16 @@ class Run:
     saved_state: Mapping[str, Any] = field(default_factory=dict)
     """Counters of the checkpoint it goes on from; empty at step 0."""
 
+    @property
+    def config(self) -> RunConfig:
+        """The settings, as resolved."""
+        return self.resolved.config
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's shapes."""
+        return self.resolved.architecture
+
     def state_chunks(self) -> list[TensorChunk]:
         """What this rank saves of the run's tensors; views, valid until the next step."""
         chunks = list(self.backend.state_chunks())
@@ -125,53 +133,57 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run starts from, found fit for each other."""
+    """What a run starts from on this rank, checked to fit together."""
 
-    config: RunConfig
-    """With the vocabulary resolved."""
-    architecture: Architecture
-    """The model's shapes."""
+    run: ResolvedRun
+    """The settings, with the vocabulary that the data has."""
+    rank_info: RankInfo
+    """Which rank this process is."""
     train: TokenFolder
     """Training tokens."""
     validation: TokenFolder | None
     """Validation tokens."""
+    weights: InitialWeights
+    """Initial dense weights."""
 
 
-def check_inputs(config: RunConfig, rank_info: RankInfo) -> Inputs:
-    """Everything that can be known to be wrong before anything is written or allocated.
+def check_inputs(run: ResolvedRun, rank_info: RankInfo) -> Inputs:
+    """Find everything that can be wrong before anything is written or allocated.
 
     Raises ConfigError or DataError.
     """
     require_rendezvous(rank_info)
-    config = with_backend_file(config)
-    check_config(config, world_size=rank_info.world_size)
-    require_backend(config, world_size=rank_info.world_size)
+    config = run.config
+    require_backend(config)
     pick_device(config.train.device, rank_info.local_rank)
     train, validation = open_data(config)
-    config = with_vocabulary(config, train)
-    architecture = check_config(config, world_size=rank_info.world_size)
-    require_backend_model(config, architecture)
-    check_vocabulary(architecture.vocab_size, train)
+    run = with_vocabulary(run, train)
+    require_backend_model(run)
+    check_vocabulary(run.architecture.vocab_size, train)
     count_examples(train, config.model.sequence_length, config.data.examples)
     if validation is not None:
         count_samples(validation, config.model.sequence_length, keep_tail=True)
-    initial_weights(config)  # a folder without usable ones raises
-    return Inputs(config=config, architecture=architecture, train=train, validation=validation)
+    return Inputs(
+        run=run,
+        rank_info=rank_info,
+        train=train,
+        validation=validation,
+        weights=initial_weights(config),
+    )
 
 
-def build_run(config: RunConfig, rank_info: RankInfo) -> Run:
+def build_run(inputs: Inputs) -> Run:
     """Build, and resume if the run folder holds a good checkpoint. Collective.
 
     Raises ConfigError, DataError or CheckpointError on all ranks alike.
     """
-    inputs = check_inputs(config, rank_info)
-    config, architecture = inputs.config, inputs.architecture
+    resolved, weights = inputs.run, inputs.weights
+    config, architecture = resolved.config, resolved.architecture
     train_tokens, validation_tokens = inputs.train, inputs.validation
 
-    backend = open_backend(config, rank_info)
+    backend = open_backend(resolved, inputs.rank_info)
     _set_determinism(config, backend.device)
     loader, validation = _build_loaders(config, backend, train_tokens, validation_tokens)
-    weights = initial_weights(config)
     identity = run_identity(config, architecture, loader)
     identity |= base_identity(config, weights, backend.collective)
     checkpoints = _open_checkpoints(config, backend)
@@ -209,8 +221,7 @@ def build_run(config: RunConfig, rank_info: RankInfo) -> Run:
     )
     saved_state = {} if reader is None else reader.state
     run = Run(
-        config=config,
-        architecture=architecture,
+        resolved=resolved,
         backend=backend,
         model=model,
         forward=forward,

@@ -1,7 +1,6 @@
 """The run's token folders, and what they say about the vocabulary."""
 
-from dataclasses import replace
-
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.data.embedded import embedded_corpus
 from spectral_scale.data.tokens import TokenFolder, open_tokens
@@ -30,16 +29,15 @@ def open_data(config: RunConfig) -> tuple[TokenFolder, TokenFolder | None]:
     return train_tokens, validation_tokens
 
 
-def with_vocabulary(config: RunConfig, tokens: TokenFolder) -> RunConfig:
+def with_vocabulary(run: ResolvedRun, tokens: TokenFolder) -> ResolvedRun:
     """Resolve `model.vocab_size: auto` from the data, and refuse one the data does not fit."""
-    model, needed = config.model, tokens.vocab_size
+    model, needed = run.config.model, tokens.vocab_size
     if model.path is not None:
-        return config
+        return run
     if model.vocab_size == "auto":
-        padded = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        return replace(config, model=replace(model, vocab_size=padded))
+        return run.with_vocabulary(-(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
     check_vocabulary(model.vocab_size, tokens)
-    return config
+    return run
 
 
 def check_vocabulary(rows: int, tokens: TokenFolder) -> None:

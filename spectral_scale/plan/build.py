@@ -4,9 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spectral_scale.config.capability import variant
-from spectral_scale.config.check import check_config, gradient_accumulation_steps
-from spectral_scale.config.presets import resolve_architecture
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.activations import ASSUMPTIONS, activation_bytes, master_itemsize
 from spectral_scale.plan.filter_needs import filter_needs
@@ -67,14 +65,14 @@ VERDICTS: dict[Verdict, str] = {
 }
 
 
-def plan_run(config: RunConfig, *, world_size: int, gpu_memory_bytes: float) -> Plan:
-    """Compute the plan. Raises ConfigError for a run that could not start at all."""
-    config, vocabulary = _with_vocabulary(config)
-    architecture = check_config(config, world_size=world_size)
+def plan_run(run: ResolvedRun, *, gpu_memory_bytes: float) -> Plan:
+    """Compute the plan of a run. Raises ConfigError if the data does not fit the run."""
+    run, vocabulary = _with_vocabulary(run)
+    config, architecture = run.config, run.architecture
     inventory = take_inventory(config, architecture)
-    needs = memory_of(config, architecture, inventory, world_size=world_size)
+    needs = memory_of(run, inventory)
     activations = activation_bytes(config, architecture).total
-    traffic = traffic_of(config, architecture, inventory, world_size=world_size)
+    traffic = traffic_of(run, inventory)
     memory = {
         "weights": needs.weights,
         "gradients": needs.gradients,
@@ -86,16 +84,16 @@ def plan_run(config: RunConfig, *, world_size: int, gpu_memory_bytes: float) -> 
         "filter_workspace": needs.filter_workspace,
         "reserved": round(RESERVED_BYTES),
     }
-    resting = needs.weights + needs.optimizer + needs.bank + memory["reserved"]
+    kept = needs.weights + needs.optimizer + needs.bank + memory["reserved"]
     step = needs.gradients + needs.gathered + activations
     filtering = needs.gradients + needs.filter_workspace
-    peak = resting + max(step, needs.svd_workspace, filtering)
+    peak = kept + max(step, needs.svd_workspace, filtering)
     return Plan(
         model=config.model.name or str(config.model.path),
-        backend=variant(config.parallel, world_size=world_size),
-        world_size=world_size,
+        backend=run.capability_row,
+        world_size=run.world_size,
         micro_batch_size=config.train.micro_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps(config, world_size=world_size),
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
         tokens_per_step=config.train.global_batch_size * config.model.sequence_length,
         parameters_trained=inventory.numel(trainable=True),
         parameters_frozen=inventory.numel(trainable=False),
@@ -117,16 +115,17 @@ def plan_run(config: RunConfig, *, world_size: int, gpu_memory_bytes: float) -> 
     )
 
 
-def _with_vocabulary(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
-    """The embedding's rows as the data has them; of the preset, and a note, without the data."""
+def _with_vocabulary(run: ResolvedRun) -> tuple[ResolvedRun, tuple[str, ...]]:
+    """Take the embedding's rows from the data, or keep the preset's and note that."""
     from spectral_scale.data.tokens import open_tokens
     from spectral_scale.engine.data import with_vocabulary
 
+    config = run.config
     if Path(config.data.train).is_dir():
-        return with_vocabulary(config, open_tokens(config.data.train)), ()
+        return with_vocabulary(run, open_tokens(config.data.train)), ()
     if config.model.path is not None or config.model.vocab_size != "auto":
-        return config, ()
-    return config, (f"vocabulary: the preset's, as data.train={config.data.train} is not here",)
+        return run, ()
+    return run, (f"vocabulary: the preset's, as data.train={config.data.train} is not here",)
 
 
 def verdict(peak_bytes: float, gpu_memory_bytes: float) -> Verdict:
@@ -135,10 +134,10 @@ def verdict(peak_bytes: float, gpu_memory_bytes: float) -> Verdict:
     return "fits" if share <= FITS else "tight" if share <= TIGHT else "no"
 
 
-def disk_bytes(config: RunConfig) -> int:
+def disk_bytes(run: ResolvedRun) -> int:
     """Bytes of one checkpoint of a run; see `checkpoint_bytes`. Raises ConfigError."""
-    config, _ = _with_vocabulary(config)
-    return checkpoint_bytes(config, take_inventory(config, resolve_architecture(config.model)))
+    run, _ = _with_vocabulary(run)
+    return checkpoint_bytes(run.config, take_inventory(run.config, run.architecture))
 
 
 def checkpoint_bytes(config: RunConfig, inventory: Inventory) -> int:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from math import prod
 
 from spectral_scale.config.capability import shard_group_size, zero_stage
-from spectral_scale.config.presets import resolve_architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.optim.filter.block_filter import SKETCH_ENTRIES
 from spectral_scale.optim.filter.nodes import Member, NodeGroup, plan_groups
@@ -58,8 +57,7 @@ def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) ->
     if not settings.enabled:
         return FilterNeeds()
     members = {i.fqn: Member(i.shape, i.role) for i in inventory.items if i.trainable}
-    head_size = resolve_architecture(config.model).head_size
-    groups = plan_groups(members, settings, head_size=head_size)
+    groups = plan_groups(members, settings, head_size=inventory.architecture.head_size)
     numels = {fqn: prod(members[fqn].shape) for group in groups for fqn in group.fqns}
     itemsize = master_itemsize(config)
     kept_by_name = {

@@ -35,6 +35,8 @@ class Inventory:
     """In the model's order; a shared parameter once."""
     matrices: dict[str, tuple[int, int]]
     """Converted layer -> (m, n); empty for methods that convert none."""
+    architecture: Architecture
+    """The model's shapes."""
 
     def numel(self, *, trainable: bool, in_blocks: bool | None = None) -> int:
         """Elements of these kinds."""
@@ -92,7 +94,7 @@ def take_inventory(config: RunConfig, architecture: Architecture) -> Inventory:
     ]
     layers = factored_layers(model).items()
     matrices = {name: (layer.out_features, layer.in_features) for name, layer in layers}
-    return Inventory(items=tuple(items), matrices=matrices)
+    return Inventory(items=tuple(items), matrices=matrices, architecture=architecture)
 
 
 def _block(fqn: str) -> int | None:

@@ -3,14 +3,13 @@
 from dataclasses import dataclass, field
 
 from spectral_scale.config.capability import (
-    data_parallel_size,
     projection_group,
     shard_group_size,
     shards_residual,
     zero_stage,
 )
-from spectral_scale.config.check import gradient_accumulation_steps
 from spectral_scale.config.presets import Architecture
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.methods.owners import assign_owners
 from spectral_scale.plan.activations import master_itemsize
@@ -53,12 +52,11 @@ class Memory:
     """What was assumed."""
 
 
-def memory_of(
-    config: RunConfig, architecture: Architecture, inventory: Inventory, *, world_size: int
-) -> Memory:
+def memory_of(run: ResolvedRun, inventory: Inventory) -> Memory:
     """The parts for the run's backend; activations apart (see `plan.activations`)."""
+    config, architecture, world_size = run.config, run.architecture, run.world_size
     here = rank_shard(config, inventory)
-    parts = _PARTS[config.parallel.backend](config, here, world_size)
+    parts = _PARTS[config.parallel.backend](run, here)
     if config.spectral.method == "galore":
         resting = "host" if config.parallel.offload == "cpu" else "optimizer"
         parts[resting] += _galore(config, architecture, inventory, world_size)
@@ -82,7 +80,7 @@ def memory_of(
     )
 
 
-def _torch(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str, int]:
+def _torch(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
     trained = inventory.nbytes(trainable=True)
     return {
         "weights": trained + inventory.nbytes(trainable=False),
@@ -92,9 +90,10 @@ def _torch(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str
     }
 
 
-def _fsdp2(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str, int]:
-    group = shard_group_size(config.parallel, world_size) // config.parallel.tensor_parallel
-    sharded = shards_residual(config.parallel)
+def _fsdp2(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
+    parallel = run.config.parallel
+    group = shard_group_size(parallel, run.world_size) // parallel.tensor_parallel
+    sharded = shards_residual(parallel)
     trained = inventory.nbytes(trainable=True)
     frozen = inventory.nbytes(trainable=False)
     itemsize = trained // max(inventory.numel(trainable=True), 1)
@@ -102,8 +101,7 @@ def _fsdp2(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str
     gathered = 2 * block + inventory.nbytes(trainable=True, in_blocks=False)
     if sharded:
         gathered += 2 * inventory.largest_block(trainable=False) * inventory.frozen_itemsize()
-    several = gradient_accumulation_steps(config, world_size=world_size) > 1
-    gathered += trained if several else 2 * block
+    gathered += trained if run.gradient_accumulation_steps > 1 else 2 * block
     return {
         "weights": _share(trained, group) + (_share(frozen, group) if sharded else frozen),
         "gradients": _share(trained, group),
@@ -112,14 +110,13 @@ def _fsdp2(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str
     }
 
 
-def _deepspeed(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str, int]:
-    from spectral_scale.config.deepspeed_json import resolve_deepspeed
-
+def _deepspeed(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
+    config = run.config
     stage = zero_stage(config.parallel)
     half = config.train.precision in ("bf16", "fp16")
     size = 2 if half else 4
     trained, frozen = inventory.numel(trainable=True), inventory.numel(trainable=False)
-    share = world_size if stage else 1
+    share = run.world_size if stage else 1
     weights, gradients = size * (trained + frozen), size * trained
     gathered = 0
     if stage == 3:
@@ -135,7 +132,8 @@ def _deepspeed(config: RunConfig, inventory: Inventory, world_size: int) -> dict
     optimizer = _share(masters + 8 * trained, share)
     if stage and half:
         optimizer += _share(4 * trained, share)  # fp32 gradients of the rank's part, in the step
-    buckets = resolve_deepspeed(config, world_size=world_size).get("zero_optimization", {})
+    settings = {} if run.deepspeed is None else run.deepspeed.initialize
+    buckets = settings.get("zero_optimization", {})
     elements = min(int(buckets.get("reduce_bucket_size", 5e8)), trained) if stage else 0
     parts = {"weights": weights, "gradients": gradients, "gathered": gathered + size * elements}
     if config.parallel.offload == "cpu":
@@ -143,11 +141,10 @@ def _deepspeed(config: RunConfig, inventory: Inventory, world_size: int) -> dict
     return parts | {"optimizer": optimizer}
 
 
-def _megatron(config: RunConfig, inventory: Inventory, world_size: int) -> dict[str, int]:
-    ranks = data_parallel_size(config.parallel, world_size)
-    parts = _torch(config, inventory, world_size)
-    shared = ranks if config.parallel.distributed_optimizer else 1
-    return parts | {"optimizer": _share(parts["optimizer"], shared)}
+def _megatron(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
+    parts = _torch(run, inventory)
+    ranks = run.data_parallel_size if run.config.parallel.distributed_optimizer else 1
+    return parts | {"optimizer": _share(parts["optimizer"], ranks)}
 
 
 _PARTS = {"torch": _torch, "fsdp2": _fsdp2, "deepspeed": _deepspeed, "megatron": _megatron}

@@ -6,8 +6,9 @@ sequences: Korthikanti et al., arXiv 2205.05198, section 4.2). T tokens, h featu
 
 from dataclasses import dataclass, replace
 
-from spectral_scale.config.check import gradient_accumulation_steps, trains_all_sigma
+from spectral_scale.config.check import trains_all_sigma
 from spectral_scale.config.presets import Architecture, linear_shapes
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.parallel.tensor_parallel import kind_of, sharded_dimension
 from spectral_scale.plan.activations import itemsizes, master_itemsize
@@ -38,13 +39,12 @@ def _part(item: Item, ranks: int) -> Item:
     return replace(item, shape=shape, numel=item.numel // ranks)
 
 
-def tensor_parallel_payload(
-    config: RunConfig, architecture: Architecture, inventory: Inventory, *, world_size: int
-) -> Payload:
-    """What the tensor-parallel ranks of one copy send each other in an optimizer step."""
+def tensor_parallel_payload(run: ResolvedRun, inventory: Inventory) -> Payload:
+    """What the tensor-parallel ranks of one replica send each other in an optimizer step."""
+    config = run.config
     if config.parallel.tensor_parallel == 1:
         return Payload()
-    passes = _Passes.of(config, architecture, inventory)
+    passes = _Passes.of(config, run.architecture, inventory)
     if config.parallel.backend == "megatron":
         by_sequence = config.parallel.sequence_parallel
         sent = passes.by_sequence() if by_sequence else passes.by_sums(passes.activation)
@@ -53,7 +53,7 @@ def tensor_parallel_payload(
     per_step = config.parallel.factor_gradients == "per_step"
     if not per_step:
         sent += Payload(all_reduce=_completed(config, inventory, passes))
-    sent *= gradient_accumulation_steps(config, world_size=world_size)
+    sent *= run.gradient_accumulation_steps
     once = _of_parts_of_sequences(config, inventory)
     once += _whole_factors(inventory) if per_step else 0
     return sent + Payload(all_reduce=once)

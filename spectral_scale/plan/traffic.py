@@ -9,8 +9,7 @@ from spectral_scale.config.capability import (
     shards_residual,
     zero_stage,
 )
-from spectral_scale.config.check import gradient_accumulation_steps
-from spectral_scale.config.presets import Architecture
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, Item
@@ -28,16 +27,15 @@ class Traffic:
     """New factors and frozen weights at a swap, merge or refresh, on top of the step's."""
 
 
-def traffic_of(
-    config: RunConfig, architecture: Architecture, inventory: Inventory, *, world_size: int
-) -> Traffic:
+def traffic_of(run: ResolvedRun, inventory: Inventory) -> Traffic:
     """The bytes for the run's backend; nothing for one process."""
+    config, world_size = run.config, run.world_size
     line = config.parallel.tensor_parallel
     group, copies = _groups(config, world_size)
-    payload = step_payload(config, rank_shard(config, inventory), world_size=world_size)
+    payload = step_payload(run, rank_shard(config, inventory))
     cut, copied = replace(payload, all_reduce=0), Payload(all_reduce=payload.all_reduce)
     moved = cut.ring_bytes(group) + copied.ring_bytes(copies)
-    in_line = tensor_parallel_payload(config, architecture, inventory, world_size=world_size)
+    in_line = tensor_parallel_payload(run, inventory)
     moved += in_line.ring_bytes(line)
     filtered = filter_needs(config, inventory, world_size=world_size)
     moved += filtered.exchanged + filtered.reduced
@@ -77,13 +75,13 @@ def _projected(inventory: Inventory) -> list[Item]:
     return [item for item in inventory.items if item.block is not None and len(item.shape) == 2]
 
 
-def step_payload(config: RunConfig, inventory: Inventory, *, world_size: int) -> Payload:
+def step_payload(run: ResolvedRun, inventory: Inventory) -> Payload:
     """What one optimizer step sends between ranks of different data: all-reduces over all of them,
     or over the copies of a shard. The inventory is one tensor-parallel rank's."""
-    accumulation = gradient_accumulation_steps(config, world_size=world_size)
+    config, accumulation = run.config, run.gradient_accumulation_steps
     trained = inventory.nbytes(trainable=True)
     if config.parallel.backend == "fsdp2":
-        return _fsdp2(config, inventory, world_size, accumulation)
+        return _fsdp2(config, inventory, run.world_size, accumulation)
     if config.parallel.backend != "deepspeed":
         return Payload(all_reduce=trained)
     size = 2 if config.train.precision in ("bf16", "fp16") else 4

@@ -6,12 +6,17 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from spectral_scale.config.load import load_config
+from spectral_scale.config.resolve import resolve
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.parallel.rank_info import RankInfo, detect_rank_info
+
+if TYPE_CHECKING:
+    from spectral_scale.engine.build import Run
 
 TINY = {
     "model.hidden_size": 32,
@@ -87,6 +92,19 @@ def save_tiny_llama(folder: Path, corpus: Path, **changes: Any) -> dict[str, Any
     }
 
 
+def build_from_config(config: RunConfig, rank_info: RankInfo | None = None) -> "Run":
+    """Resolve a configuration, check what it reads, and build the run, as `train` does.
+
+    Args:
+        config: the run.
+        rank_info: which rank this process is; None: as the environment says.
+    """
+    from spectral_scale.engine.build import build_run, check_inputs
+
+    found = detect_rank_info() if rank_info is None else rank_info
+    return build_run(check_inputs(resolve(config, world_size=found.world_size), found))
+
+
 def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, Any]:
     """Train in this process; losses by step, index sets, and every tensor of the final state.
 
@@ -94,16 +112,14 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
         config: the run.
         stop_after: ask for a stop, by a signal, in that step of this attempt.
     """
-    from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.dtensor_collectives import local
-    from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
 
     rank_info = detect_rank_info()
     create_run_folder(Path(config.train.run_dir))
-    run = build_run(config, rank_info)
+    run = build_from_config(config, rank_info)
     recorder = _Recorder()
     run.loader = cast(Any, _SignallingLoader(run.loader, stop_after))
     log: Any = recorder if rank_info.rank == 0 else NullLog()
@@ -132,14 +148,12 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
 def run_with_gradients(config: RunConfig) -> Any:
     """A `Run` in the middle of its first step: after the last backward pass, before the filter,
     clipping and the optimizer."""
-    from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
-    from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
 
     create_run_folder(Path(config.train.run_dir))
-    run = build_run(config, detect_rank_info())
+    run = build_from_config(config)
     TrainingLoop(run, NullLog(), None)._forward_backward(next(iter(run.loader.steps(0, 1))))
     return run
 
@@ -158,7 +172,6 @@ def one_process_group() -> Iterator[None]:
     import importlib
 
     from spectral_scale.parallel.group import join_alone, join_group, leave_group
-    from spectral_scale.parallel.rank_info import detect_rank_info
 
     world_size = detect_rank_info().world_size
     collective = join_group(world_size, torch.device("cpu"))

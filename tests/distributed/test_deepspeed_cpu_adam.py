@@ -17,7 +17,7 @@ import torch
 
 from spectral_scale.backends.deepspeed import optimizer_state as zero_steps
 from spectral_scale.backends.deepspeed.cpu_adam import offloaded_adam
-from spectral_scale.config.deepspeed_json import resolve_deepspeed
+from spectral_scale.config.resolve import resolve
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.collective import SingleProcess
 from spectral_scale.testing.distributed import run_distributed
@@ -159,4 +159,4 @@ def test_other_values_are_refused(corpus: Path, tmp_path: Path) -> None:
     path.write_text('{"zero_force_ds_cpu_optimizer": "yes"}')
     config = run_of(corpus, tmp_path, 2, parallel__deepspeed_config=str(path))
     with pytest.raises(ConfigError, match=r'="yes" must be true, false or "auto"'):
-        resolve_deepspeed(config, world_size=2)
+        resolve(config, world_size=2)

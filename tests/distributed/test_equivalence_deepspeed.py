@@ -223,17 +223,17 @@ def test_a_broken_twin_shows(
 
 def train_round_robin(config: Any) -> dict[str, Any]:
     """Let round_robin_gradients through the two places that refuse it."""
-    from spectral_scale.backends.deepspeed import backend as deepspeed
     from spectral_scale.backends.deepspeed import partitions as zero_layout
+    from spectral_scale.config import resolve
 
-    resolve = deepspeed.resolve_deepspeed
+    plain = resolve.resolve_deepspeed
 
-    def with_round_robin(*arguments: Any, **keywords: Any) -> dict[str, Any]:
-        resolved = resolve(*arguments, **keywords)
-        resolved["zero_optimization"]["round_robin_gradients"] = True
-        return resolved
+    def with_round_robin(*arguments: Any, **keywords: Any) -> Any:
+        settings = plain(*arguments, **keywords)
+        settings.initialize["zero_optimization"]["round_robin_gradients"] = True
+        return settings
 
-    deepspeed.resolve_deepspeed = with_round_robin
+    resolve.resolve_deepspeed = with_round_robin
     zero_layout.refuse_round_robin = lambda optimizer: None
     return train_tiny(config)
 

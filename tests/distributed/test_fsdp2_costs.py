@@ -26,13 +26,13 @@ ACTIVE = sum(RANK * (m + n) + RANK for m, n in SHAPES)
 
 def traffic(config: Any) -> dict[str, dict[str, int]]:
     """Payload bytes by collective: of a step without and of one with a swap; trained elements."""
-    from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.rank_info import detect_rank_info
+    from spectral_scale.testing.tiny import build_from_config
     from spectral_scale.testing.traffic import TrafficCounter
 
-    run = build_run(config, detect_rank_info())
+    run = build_from_config(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     found = {"trained": {"": sum(p.numel() for p in run.model.parameters() if p.requires_grad)}}
     for batch in run.loader.steps(0, 4):
@@ -95,10 +95,10 @@ def products(config: Any) -> set[tuple[int, ...]]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.rank_info import detect_rank_info
+    from spectral_scale.testing.tiny import build_from_config
 
     shapes: set[tuple[int, ...]] = set()
 
@@ -109,7 +109,7 @@ def products(config: Any) -> set[tuple[int, ...]]:
                 shapes.add(tuple(result.shape))
             return result
 
-    run = build_run(config, detect_rank_info())
+    run = build_from_config(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     with Products():
         loop._forward_backward(next(iter(run.loader.steps(0, 1))))
@@ -131,14 +131,14 @@ def memory(config: Any) -> dict[str, int]:
     """Bytes of every live tensor of this rank after a swap, and of what they should be."""
     import torch
 
-    from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.measures import tensor_bytes
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.rank_info import detect_rank_info
+    from spectral_scale.testing.tiny import build_from_config
 
     before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
-    run = build_run(config, detect_rank_info())
+    run = build_from_config(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     for batch in run.loader.steps(0, 4):
         loop._one_step(batch)

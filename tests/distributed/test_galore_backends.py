@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from spectral_scale.config.capability import projection_group
+from spectral_scale.config.resolve import resolve
 from spectral_scale.plan.build import plan_run
 from spectral_scale.testing.deepspeed import allow_fp16
 from spectral_scale.testing.distributed import run_distributed
@@ -323,7 +324,6 @@ def in_scope(scope: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def costs(configs: list[Any]) -> list[dict[str, Any]]:
     """Bytes that two steps send, what a rank keeps, and the most that the second one takes."""
-    from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.engine.measure import memory
     from spectral_scale.metrics.measures import tensor_bytes
@@ -331,13 +331,14 @@ def costs(configs: list[Any]) -> list[dict[str, Any]]:
     from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
     from spectral_scale.testing.memory import PeakMemory
+    from spectral_scale.testing.tiny import build_from_config
     from spectral_scale.testing.traffic import TrafficCounter
 
     results = []
     with one_process_group():
         for config in configs:
             create_run_folder(Path(config.train.run_dir))
-            run = build_run(config, detect_rank_info())
+            run = build_from_config(config, detect_rank_info())
             loop = TrainingLoop(run, NullLog(), None)
             optimizer: Any = run.optimizer
             step, found = optimizer._step_projected, {"sent": []}
@@ -400,7 +401,7 @@ def assert_planned(config: Any, world: int, found: list[dict[str, Any]]) -> None
     """`plan` says what was counted, on top of what dense training keeps and sends."""
     spectral = replace(config.spectral, method="full")
     dense, plan = (
-        plan_run(c, world_size=world, gpu_memory_bytes=80e9)
+        plan_run(resolve(c, world_size=world), gpu_memory_bytes=80e9)
         for c in (replace(config, spectral=spectral), config)
     )
     group = projection_group(config.parallel, world)

@@ -22,18 +22,18 @@ def compare(configs: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from spectral_scale.backends.megatron.attention import FusedAttention
-    from spectral_scale.engine.build import build_run
     from spectral_scale.errors import SpectralError
     from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
     from spectral_scale.testing.megatron import megatron_in_one_group
     from spectral_scale.testing.memory import saved_bytes
+    from spectral_scale.testing.tiny import build_from_config
 
     found: dict[str, Any] = {}
     with megatron_in_one_group():
         for name, config in configs.items():
             create_run_folder(Path(config.train.run_dir))
-            run = build_run(config, detect_rank_info())
+            run = build_from_config(config, detect_rank_info())
             tokens = torch.arange(2 * SEQUENCE).view(2, SEQUENCE) % 97
             with saved_bytes(run.model) as saved:
                 logits = run.forward(input_ids=tokens).logits

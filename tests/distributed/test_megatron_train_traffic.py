@@ -36,15 +36,15 @@ def by_group(counter: TrafficCounter) -> dict[tuple[str, str], int]:
 
 def traffic(configs: list[Any]) -> list[dict[str, Any]]:
     """Of each run, bytes by group and operation of the parts of one step."""
-    from spectral_scale.engine.build import build_run
     from spectral_scale.engine.evaluate import token_loss_sum
     from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.testing.megatron import megatron_in_one_group
+    from spectral_scale.testing.tiny import build_from_config
 
     found = []
     with megatron_in_one_group():
         for config in configs:
-            run = build_run(config, detect_rank_info())
+            run = build_from_config(config, detect_rank_info())
             batch = next(iter(run.loader.steps(0, 1))).micro_batches[0]
             parts: dict[str, Any] = {"trained": run.model.parameters()}
             parts["trained"] = sum(p.numel() for p in parts["trained"] if p.requires_grad)

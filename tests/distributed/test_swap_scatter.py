@@ -25,15 +25,15 @@ BACKENDS: dict[str, dict[str, Any]] = {
 
 def deliver_twice(config: Any) -> dict[str, Any]:
     """At a boundary, install every bucket tensor by tensor, wipe it, and install it packed."""
-    from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
+    from spectral_scale.testing.tiny import build_from_config
     from spectral_scale.testing.traffic import TrafficCounter
 
     create_run_folder(Path(config.train.run_dir))
-    run = build_run(config, detect_rank_info())
+    run = build_from_config(config, detect_rank_info())
     store = run.controller.boundary.store
     install = store.install
     calls: dict[str, Counter[str]] = {"single": Counter(), "packed": Counter()}

@@ -71,19 +71,19 @@ def group_of(host: str) -> Iterator[None]:
 
 def measure(host: str, configs: list[Any]) -> list[dict[str, Any]]:
     """Of each run, what a step sends by group and operation, and what a rank keeps."""
-    from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.engine.measure import memory
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
+    from spectral_scale.testing.tiny import build_from_config
     from spectral_scale.testing.traffic import TrafficCounter
 
     found = []
     with group_of(host):
         for config in configs:
             create_run_folder(Path(config.train.run_dir))
-            run = build_run(config, detect_rank_info())
+            run = build_from_config(config, detect_rank_info())
             loop = TrainingLoop(run, NullLog(), None)
             first, second = run.loader.steps(0, 2)
             with TrafficCounter() as counter:
@@ -123,9 +123,9 @@ def plan(run: Any) -> dict[str, Any]:
     config, architecture = run.config, run.architecture
     inventory = take_inventory(config, architecture)
     return {
-        "line": tensor_parallel_payload(config, architecture, inventory, world_size=WORLD),
-        "data": step_payload(config, rank_shard(config, inventory), world_size=WORLD),
-        "memory": memory_of(config, architecture, inventory, world_size=WORLD),
+        "line": tensor_parallel_payload(run.resolved, inventory),
+        "data": step_payload(run.resolved, rank_shard(config, inventory)),
+        "memory": memory_of(run.resolved, inventory),
         "activations": activation_bytes(config, architecture).total,
     }
 

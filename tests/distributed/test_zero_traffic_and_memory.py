@@ -38,16 +38,16 @@ def measure(config: Any, fault: Callable[[Any], Any]) -> dict[str, Any]:
     """Train four steps with two swaps; payloads of the last ones, and bytes that are kept."""
     import torch
 
-    from spectral_scale.engine.build import build_run
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.supervision.run_folder import create_run_folder
+    from spectral_scale.testing.tiny import build_from_config
     from spectral_scale.testing.traffic import ProductShapes, TrafficCounter
 
     create_run_folder(Path(config.train.run_dir))
     before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
-    run = build_run(config, detect_rank_info())
+    run = build_from_config(config, detect_rank_info())
     kept = fault(run)
     loop = TrainingLoop(run, NullLog(), None)
     found: dict[str, Any] = {}

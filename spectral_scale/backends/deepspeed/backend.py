@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from spectral_scale.backends.deepspeed.profiling import (
     print_traffic,
 )
 from spectral_scale.backends.deepspeed.store import ZeroStore
-from spectral_scale.config.deepspeed_json import read_deepspeed_json, resolve_deepspeed
-from spectral_scale.config.schema import RunConfig
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.errors import ConfigError, SpectralScaleError
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.device import pick_device
@@ -40,7 +40,13 @@ RESOLVED_NAME = "ds_config.json"
 class DeepSpeedBackend(Backend):
     """A DeepSpeed engine."""
 
-    def __init__(self, config: RunConfig, rank_info: RankInfo) -> None:
+    def __init__(self, run: ResolvedRun, rank_info: RankInfo) -> None:
+        config = run.config
+        if run.deepspeed is None:
+            raise ConfigError(
+                f"DeepSpeed was given a run with parallel.backend={config.parallel.backend}; "
+                "resolve one with parallel.backend=deepspeed"
+            )
         self.device = pick_device(config.train.device, rank_info.local_rank)
         self.collective = join_group(rank_info.world_size, self.device)
         if rank_info.world_size == 1:
@@ -48,7 +54,8 @@ class DeepSpeedBackend(Backend):
         self.data_rank, self.data_world_size = rank_info.rank, rank_info.world_size
         self.data_collective = self.collective
         self._config = config
-        self.deepspeed_config = resolve_deepspeed(config, world_size=rank_info.world_size)
+        self.deepspeed_config = deepcopy(run.deepspeed.initialize)
+        self._cpu_adam = run.deepspeed.cpu_adam
         self._deepspeed = _import_deepspeed(
             self.device, rank_info, log_level(self.deepspeed_config)
         )
@@ -67,9 +74,7 @@ class DeepSpeedBackend(Backend):
         """DeepSpeed's Adam for state on the CPU, where it is wanted and can be built."""
         if self._config.parallel.offload == "none" or not isinstance(optimizer, torch.optim.AdamW):
             return optimizer
-        path = self._config.parallel.deepspeed_config
-        wanted = read_deepspeed_json(path).get(cpu_adam.KEY, "auto")
-        found = offloaded_adam(self._deepspeed, optimizer, self.collective, wanted=wanted)
+        found = offloaded_adam(self._deepspeed, optimizer, self.collective, wanted=self._cpu_adam)
         self.deepspeed_config[cpu_adam.KEY] = cpu_adam.is_cpu_adam(found)
         return found
 
@@ -199,9 +204,9 @@ class DeepSpeedBackend(Backend):
         return bool(self.deepspeed_config.get(section, {}).get("enabled"))
 
 
-def open_backend(config: RunConfig, rank_info: RankInfo) -> DeepSpeedBackend:
+def open_backend(run: ResolvedRun, rank_info: RankInfo) -> DeepSpeedBackend:
     """Start DeepSpeed. Collective. Raises ConfigError."""
-    return DeepSpeedBackend(config, rank_info)
+    return DeepSpeedBackend(run, rank_info)
 
 
 def _require_precision(deepspeed: Any, precision: str, device: torch.device) -> None:

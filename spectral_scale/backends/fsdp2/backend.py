@@ -23,7 +23,7 @@ from spectral_scale.backends.base import Backend, Replicated, gradients_of
 from spectral_scale.backends.fsdp2.store import FSDP2Store
 from spectral_scale.backends.fsdp2.tensor_parallel import ShardedLogits, apply_tensor_parallel
 from spectral_scale.config.capability import shard_group_size, shards_residual
-from spectral_scale.config.schema import RunConfig
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.optim.build import create_state
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
 from spectral_scale.parallel.collective import ProcessGroup
@@ -193,14 +193,15 @@ class FSDP2Backend(Backend):
                     yield f"optimizer/{fqn}/{key}", value
 
 
-def open_backend(config: RunConfig, rank_info: RankInfo) -> FSDP2Backend:
+def open_backend(run: ResolvedRun, rank_info: RankInfo) -> FSDP2Backend:
     """Start it for a run; see `engine.backends`. Collective."""
+    parallel = run.config.parallel
     return FSDP2Backend(
         rank_info,
-        config.train.device,
-        shard_group=shard_group_size(config.parallel, rank_info.world_size),
-        shard_frozen=shards_residual(config.parallel),
-        tensor_parallel=config.parallel.tensor_parallel,
+        run.config.train.device,
+        shard_group=shard_group_size(parallel, rank_info.world_size),
+        shard_frozen=shards_residual(parallel),
+        tensor_parallel=parallel.tensor_parallel,
     )
 
 

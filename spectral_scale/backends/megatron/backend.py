@@ -33,6 +33,7 @@ from spectral_scale.backends.megatron.checkpoint_state import MegatronState
 from spectral_scale.backends.megatron.gradients import counted_squares, sum_partial_gradients
 from spectral_scale.backends.megatron.optimizer import Masters, wrap_adamw
 from spectral_scale.backends.megatron.store import MegatronStore
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.models.weights import InitialWeights
 from spectral_scale.optim.build import create_state
@@ -208,6 +209,6 @@ class MegatronBackend(Backend):
                 parameter.copy_(weights.get(fqn, shape)[box.slices_in(frame)])
 
 
-def open_backend(config: RunConfig, rank_info: RankInfo) -> MegatronBackend:
+def open_backend(run: ResolvedRun, rank_info: RankInfo) -> MegatronBackend:
     """Start it for a run; see `engine.backends`. Collective."""
-    return MegatronBackend(config, rank_info)
+    return MegatronBackend(run.config, rank_info)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spectral_scale.backends.base import Backend, Replicated, gradients_of
-from spectral_scale.config.schema import RunConfig
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.optim.build import create_state
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, overwrite, whole
 from spectral_scale.parallel.device import pick_device
@@ -106,6 +106,6 @@ class TorchBackend(Backend):
         leave_group(failed=failed)
 
 
-def open_backend(config: RunConfig, rank_info: RankInfo) -> TorchBackend:
+def open_backend(run: ResolvedRun, rank_info: RankInfo) -> TorchBackend:
     """Start it for a run; see `engine.backends`."""
-    return TorchBackend(rank_info, config.train.device)
+    return TorchBackend(rank_info, run.config.train.device)

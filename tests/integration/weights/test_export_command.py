@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spectral_scale.artifacts import export as engine_export
 from spectral_scale.config.load import load_config
-from spectral_scale.engine.build import build_run
 from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.parallel.rank_info import RankInfo
+from spectral_scale.testing.tiny import build_from_config
 
 Runs = Callable[[str], Path]
 
@@ -27,7 +27,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 def resumed_logits(run_dir: Path, ids: torch.Tensor) -> torch.Tensor:
     """Logits of the model that a resumed training would continue with."""
-    run = build_run(load_config([run_dir / "config.yaml"]).config, RankInfo())
+    run = build_from_config(load_config([run_dir / "config.yaml"]).config, RankInfo())
     assert run.start_step == STEPS
     with torch.no_grad():
         return run.model.eval()(input_ids=ids).logits

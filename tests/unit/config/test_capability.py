@@ -156,7 +156,7 @@ def test_a_missing_host_package_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(packages, "version", missing)
     with pytest.raises(ConfigError, match=r"pip install 'spectral-scale\[deepspeed\]'"):
-        hosts.require_backend(config, world_size=1)
+        hosts.require_backend(config)
 
 
 def test_the_backends_page_holds_the_table() -> None:

@@ -123,7 +123,7 @@ def test_a_missing_package_and_an_untested_version(monkeypatch: pytest.MonkeyPat
     """Refused for a run, and for a Megatron user's own script."""
     config = load_config([], ["--parallel.backend=megatron"]).config
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    hosts.require_backend(config, world_size=1)
+    hosts.require_backend(config)
     assert callable(spectral_scale.megatron.convert_gpt)
 
     def missing(name: str) -> str:
@@ -135,7 +135,7 @@ def test_a_missing_package_and_an_untested_version(monkeypatch: pytest.MonkeyPat
     ):
         monkeypatch.setattr(packages, "version", installed)
         with pytest.raises(ConfigError, match=f"parallel.backend=megatron .*{words}"):
-            hosts.require_backend(config, world_size=1)
+            hosts.require_backend(config)
         with pytest.raises(ConfigError, match=f"spectral_scale.megatron.convert_gpt .*{words}"):
             _ = spectral_scale.megatron.convert_gpt
 
@@ -157,4 +157,4 @@ def test_what_is_installed_is_what_is_accepted() -> None:
 def test_a_machine_without_a_gpu_is_refused() -> None:
     config = load_config([], ["--parallel.backend=megatron"]).config
     with pytest.raises(ConfigError, match=r"needs a GPU.*parallel\.backend=fsdp2"):
-        hosts.require_backend(config, world_size=1)
+        hosts.require_backend(config)

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from spectral_scale.config.check import check_config
-from spectral_scale.config.deepspeed_json import resolve_deepspeed, with_deepspeed_json
 from spectral_scale.config.load import load_config
+from spectral_scale.config.resolve import resolve
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
 
@@ -30,6 +29,13 @@ def written(folder: Path, value: Any) -> Path:
     return path
 
 
+def settings(config: RunConfig, *, world_size: int = 1) -> dict[str, Any]:
+    """What DeepSpeed is initialized with."""
+    found = resolve(config, world_size=world_size).deepspeed
+    assert found is not None
+    return found.initialize
+
+
 def leaves(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [leaf for item in value.values() for leaf in leaves(item)]
@@ -46,11 +52,10 @@ def test_shipped_files_resolve_without_a_warning(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They name the stage and the offload, and no "auto" is left."""
-    config = with_deepspeed_json(run_with(path))
-    assert config.parallel.zero_stage == int(path.stem[4])
-    assert config.parallel.offload == ("cpu" if "offload" in path.stem else "none")
-    check_config(config, world_size=2)
-    resolved = resolve_deepspeed(config, world_size=2)
+    run = resolve(run_with(path), world_size=2)
+    assert run.config.parallel.zero_stage == int(path.stem[4])
+    assert run.config.parallel.offload == ("cpu" if "offload" in path.stem else "none")
+    resolved = settings(run.config, world_size=2)
     assert "auto" not in leaves(resolved)
     assert resolved["train_batch_size"] == 32
     assert resolved["gradient_accumulation_steps"] == 2
@@ -59,14 +64,14 @@ def test_shipped_files_resolve_without_a_warning(
 
 
 def test_without_a_file_it_is_zero_2() -> None:
-    resolved = resolve_deepspeed(run_with(None), world_size=1)
+    resolved = settings(run_with(None))
     assert resolved["zero_optimization"]["stage"] == 2
     assert "offload_optimizer" not in resolved["zero_optimization"]
 
 
 def test_equal_values_pass_and_clipping_stays_ours(tmp_path: Path) -> None:
     path = written(tmp_path, {"gradient_clipping": 1, "train_micro_batch_size_per_gpu": 8})
-    assert resolve_deepspeed(run_with(path), world_size=1)["gradient_clipping"] == 0.0
+    assert settings(run_with(path))["gradient_clipping"] == 0.0
 
 
 CONTRADICTIONS: list[tuple[Any, str]] = [
@@ -82,17 +87,17 @@ CONTRADICTIONS: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("value", "message"), CONTRADICTIONS, ids=str)
 def test_contradictions_name_both(value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
+        settings(run_with(written(tmp_path, value)))
     assert message in str(error.value)
 
 
 def test_a_stage_given_twice_must_agree(tmp_path: Path) -> None:
     path = written(tmp_path, {"zero_optimization": {"stage": 3}})
-    config = with_deepspeed_json(run_with(path, parallel__zero_stage=1))
+    config = run_with(path, parallel__zero_stage=1)
     with pytest.raises(
         ConfigError, match=r"zero_optimization.stage=3 differs from 1, given by par"
     ):
-        resolve_deepspeed(config, world_size=1)
+        settings(config)
 
 
 REFUSED: list[tuple[Any, str]] = [
@@ -117,28 +122,28 @@ REFUSED: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("value", "message"), REFUSED, ids=str)
 def test_what_breaks_the_method_is_refused(value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
+        settings(run_with(written(tmp_path, value)))
     assert message in str(error.value)
 
 
 def test_the_flops_profiler_is_refused_in_stage_3_alone(tmp_path: Path) -> None:
     path = written(tmp_path, {"flops_profiler": {"enabled": True}})
     with pytest.raises(ConfigError, match=r"flops_profiler.enabled=true is refused in stage 3"):
-        resolve_deepspeed(run_with(path, parallel__zero_stage=3), world_size=1)
-    assert resolve_deepspeed(run_with(path), world_size=1)["flops_profiler"] == {"enabled": True}
+        settings(run_with(path, parallel__zero_stage=3))
+    assert settings(run_with(path))["flops_profiler"] == {"enabled": True}
 
 
 def test_deepspeeds_adam_cannot_step_galore(tmp_path: Path) -> None:
     path = written(tmp_path, {"zero_force_ds_cpu_optimizer": True})
     with pytest.raises(ConfigError, match=r"zero_force_ds_cpu_optimizer=true is refused with"):
-        resolve_deepspeed(run_with(path, spectral__method="galore"), world_size=1)
-    resolve_deepspeed(run_with(path), world_size=1)
+        settings(run_with(path, spectral__method="galore"))
+    settings(run_with(path))
 
 
 def test_all_problems_are_listed_together(tmp_path: Path) -> None:
     value = {"train_batch_size": 1, "gradient_clipping": 9, "prescale_gradients": True}
     with pytest.raises(ConfigError) as error:
-        resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
+        settings(run_with(written(tmp_path, value)))
     assert str(error.value).count("\n  - ") == 3
 
 
@@ -148,7 +153,7 @@ def test_harmless_values_of_refused_keys_pass(tmp_path: Path) -> None:
         "curriculum_learning": {"enabled": False},
         "checkpoint": {"load_universal": False},
     }
-    resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
+    settings(run_with(written(tmp_path, value)))
 
 
 def test_unknown_keys_are_named_with_the_nearest(
@@ -156,7 +161,7 @@ def test_unknown_keys_are_named_with_the_nearest(
 ) -> None:
     path = written(tmp_path, {"zero_optimization": {"reduce_bucket_sise": 5}})
     with caplog.at_level(logging.WARNING):
-        resolved = resolve_deepspeed(run_with(path), world_size=1)
+        resolved = settings(run_with(path))
     assert "zero_optimization.reduce_bucket_sise is not known" in caplog.text
     assert "the nearest known one is zero_optimization.reduce_bucket_size" in caplog.text
     assert "reduce_bucket_sise" not in resolved["zero_optimization"]
@@ -164,7 +169,7 @@ def test_unknown_keys_are_named_with_the_nearest(
 
 def test_deepspeeds_own_keys_are_handed_on(tmp_path: Path) -> None:
     value = {"flops_profiler": {"enabled": True, "profile_step": 3}, "wall_clock_breakdown": True}
-    resolved = resolve_deepspeed(run_with(written(tmp_path, value)), world_size=1)
+    resolved = settings(run_with(written(tmp_path, value)))
     assert resolved["flops_profiler"] == {"enabled": True, "profile_step": 3}
     assert resolved["wall_clock_breakdown"] is True
 
@@ -175,7 +180,7 @@ def test_unusable_files_are_named(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=r"parallel.deepspeed_config=.*ds.json"):
-        resolve_deepspeed(run_with(path), world_size=1)
+        settings(run_with(path))
 
 
 @pytest.mark.parametrize(
@@ -191,11 +196,10 @@ def test_pairs_that_cannot_be_are_refused_by_name(changes: Any, reason: str) -> 
     config = run_with(None)
     config = replace(config, parallel=replace(config.parallel, **changes))
     with pytest.raises(ConfigError, match=reason):
-        check_config(config, world_size=1)
+        resolve(config, world_size=1)
 
 
 def test_other_backends_do_not_read_the_file() -> None:
     config = load_config([], ["--parallel.deepspeed_config=/nowhere.json"]).config
-    assert with_deepspeed_json(config) is config
     with pytest.raises(ConfigError, match="set parallel.backend=deepspeed"):
-        check_config(config, world_size=1)
+        resolve(config, world_size=1)

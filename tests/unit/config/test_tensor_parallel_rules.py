@@ -12,9 +12,9 @@ from spectral_scale.config.capability import variant
 from spectral_scale.config.check import check_config, gradient_accumulation_steps
 from spectral_scale.config.load import load_config
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.engine.build import build_run
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.rank_info import RankInfo
+from spectral_scale.testing.tiny import build_from_config
 
 LLAMA = {
     **{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512},
@@ -97,5 +97,5 @@ def test_a_folder_that_megatron_has_no_place_for(
         patch.setenv("MASTER_PORT", "1")
         patch.setattr(torch.cuda, "current_device", lambda: 0)  # as if there were a GPU
         with pytest.raises(ConfigError, match=words):
-            build_run(config, facts)
+            build_from_config(config, facts)
     assert not dist.is_initialized()

@@ -13,18 +13,18 @@ from torch.nn import functional as F
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.data.prepare import prepare
 from spectral_scale.data.tokens import open_tokens
-from spectral_scale.engine.build import Run, build_run
+from spectral_scale.engine.build import Run
 from spectral_scale.engine.evaluate import evaluate
 from spectral_scale.parallel.rank_info import RankInfo, detect_rank_info
 from spectral_scale.testing.distributed import run_distributed
-from spectral_scale.testing.tiny import tiny_config, train_tiny
+from spectral_scale.testing.tiny import build_from_config, tiny_config, train_tiny
 
 EXACT = {"train__precision": "fp64", "train__steps": 6}  # a swap after step 4
 
 
 def built(config: RunConfig) -> Run:
     Path(config.train.run_dir).mkdir(parents=True, exist_ok=True)
-    return build_run(config, RankInfo())
+    return build_from_config(config, RankInfo())
 
 
 def all_tokens(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def test_each_step_reads_its_own_batch(corpus: Path, tmp_path: Path) -> None:
 
 def evaluate_fresh(config: RunConfig) -> tuple[float, int, int]:
     """(loss, tokens, sequences of this rank) of an untrained model; for several processes."""
-    run = build_run(config, detect_rank_info())
+    run = build_from_config(config, detect_rank_info())
     assert run.validation is not None
     result = evaluate(
         run.model,

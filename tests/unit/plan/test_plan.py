@@ -9,8 +9,10 @@ import pytest
 
 from spectral_scale.cli.main import main
 from spectral_scale.config.load import load_config
+from spectral_scale.config.resolve import resolve
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.engine.build import build_run
+from spectral_scale.data.tokens import open_tokens
+from spectral_scale.engine.data import with_vocabulary
 from spectral_scale.engine.loop import TrainingLoop
 from spectral_scale.engine.measure import memory
 from spectral_scale.metrics.sinks import NullLog
@@ -21,7 +23,7 @@ from spectral_scale.plan.inventory import take_inventory
 from spectral_scale.plan.traffic import step_payload, swap_payload
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.memory import saved_bytes
-from spectral_scale.testing.tiny import tiny_config
+from spectral_scale.testing.tiny import build_from_config, tiny_config
 
 GPU = 80e9
 
@@ -29,7 +31,7 @@ GPU = 80e9
 def measured(config: RunConfig) -> dict[str, float]:
     """Bytes of a rank by use, after two steps."""
     Path(config.train.run_dir).mkdir(parents=True, exist_ok=True)
-    run = build_run(config, detect_rank_info())
+    run = build_from_config(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     for batch in run.loader.steps(0, 2):
         loop._one_step(batch)
@@ -62,7 +64,8 @@ def measured(config: RunConfig) -> dict[str, float]:
 def test_memory_on_one_process(changes: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
     """Within 2 %: step counters and 0-dim tensors are left out."""
     config = tiny_config(corpus, tmp_path, **changes)
-    plan, found = plan_run(config, world_size=1, gpu_memory_bytes=GPU), measured(config)
+    plan = plan_run(resolve(config, world_size=1), gpu_memory_bytes=GPU)
+    found = measured(config)
     assert plan.memory["weights"] == found["weights"]
     assert plan.memory["gradients"] == found["gradients"]
     assert plan.memory["optimizer"] == pytest.approx(found["states"], rel=0.02)
@@ -74,7 +77,7 @@ def cut(config: RunConfig) -> dict[str, Any]:
     """What a rank of FSDP2 keeps, and sends in a step and in a step with a swap."""
     from spectral_scale.testing.traffic import TrafficCounter
 
-    run = build_run(config, detect_rank_info())
+    run = build_from_config(config, detect_rank_info())
     loop = TrainingLoop(run, NullLog(), None)
     sent = []
     for batch in run.loader.steps(0, 4):
@@ -93,7 +96,8 @@ def test_memory_and_traffic_under_fsdp2(corpus: Path, tmp_path: Path) -> None:
         model__hidden_size=64, train__global_batch_size=8,
     )  # fmt: skip
     ranks = run_distributed(cut, 2, config)
-    plan = plan_run(config, world_size=2, gpu_memory_bytes=GPU)
+    resolved = resolve(config, world_size=2)
+    plan = plan_run(resolved, gpu_memory_bytes=GPU)
     assert plan.memory["weights"] == pytest.approx(
         ranks[0]["kept"]["memory/weights_bytes"], rel=0.05
     )
@@ -102,26 +106,14 @@ def test_memory_and_traffic_under_fsdp2(corpus: Path, tmp_path: Path) -> None:
     )
     banks = [rank["kept"]["memory/bank_bytes"] for rank in ranks]
     assert plan.memory["bank"] == pytest.approx(max(banks), rel=0.02)
-    inventory = take_inventory(config_with_rows(config), check(config))
-    payload = step_payload(config, inventory, world_size=2)
+    with_rows = with_vocabulary(resolved, open_tokens(config.data.train))
+    inventory = take_inventory(with_rows.config, with_rows.architecture)
+    payload = step_payload(with_rows, inventory)
     first, swap = ranks[0]["sent"][0], ranks[0]["sent"][3]
     assert payload.all_gather == pytest.approx(first["allgather_base"], rel=0.05)
     assert payload.reduce_scatter == pytest.approx(first["reduce_scatter_base"], rel=0.05)
     new = sum(v for k, v in swap.items() if k in ("scatter", "broadcast"))
     assert swap_payload(config, inventory) == pytest.approx(new, rel=0.05)
-
-
-def config_with_rows(config: RunConfig) -> RunConfig:
-    from spectral_scale.data.tokens import open_tokens
-    from spectral_scale.engine.data import with_vocabulary
-
-    return with_vocabulary(config, open_tokens(config.data.train))
-
-
-def check(config: RunConfig) -> Any:
-    from spectral_scale.config.check import check_config
-
-    return check_config(config_with_rows(config), world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +140,7 @@ def test_activations(
         model__hidden_size=128, model__num_heads=4, model__sequence_length=128,
         model__attention=attention,
     )  # fmt: skip
-    run = build_run(config, RankInfo())
+    run = build_from_config(config, RankInfo())
     loop = TrainingLoop(run, NullLog(), None)
     batch = next(iter(run.loader.steps(0, 1)))
     one = type(batch)(**{**vars(batch), "micro_batches": batch.micro_batches[:1]})
@@ -183,7 +175,8 @@ def test_zero_stages(parallel: dict[str, Any], bytes_a_trained_element: float) -
 
 
 def _plan(words: list[str], world_size: int) -> Any:
-    return plan_run(load_config([], words).config, world_size=world_size, gpu_memory_bytes=GPU)
+    resolved = resolve(load_config([], words).config, world_size=world_size)
+    return plan_run(resolved, gpu_memory_bytes=GPU)
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from spectral_scale.config.load import load_config
+from spectral_scale.config.resolve import resolve
 from spectral_scale.plan.build import plan_run
 
 TEXT = (Path(__file__).parents[3] / "slurm" / "README.md").read_text(encoding="utf-8")
@@ -39,7 +40,7 @@ def test_a_row(row: list[str]) -> None:
         "parallel.shard_group": 8 if "shard_group 8" in parallel else "auto",
     }
     config = load_config([], [f"--{key}={value}" for key, value in values.items()]).config
-    plan = plan_run(config, world_size=8 * int(nodes), gpu_memory_bytes=80e9)
+    plan = plan_run(resolve(config, world_size=8 * int(nodes)), gpu_memory_bytes=80e9)
     assert plan.gradient_accumulation_steps == int(accumulate)
     found = [
         f"{plan.peak_bytes / 1e9:.1f}",

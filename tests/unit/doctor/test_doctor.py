@@ -37,6 +37,18 @@ def test_a_healthy_machine(
     assert "ok      run folder" in capsys.readouterr().out
 
 
+def test_a_configuration_that_needs_more_ranks_is_a_warning_on_one_machine(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"parallel__backend": "fsdp2", "parallel__tensor_parallel": 2}
+    words = tiny_words(corpus, tmp_path / "run", **changes)
+    assert main(["doctor", *words, "--format", "json"]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (found,) = [f for f in findings if f["name"] == "configuration"]
+    assert found["verdict"] == "warning" and "must divide the 1 ranks" in found["text"]
+    assert "as many ranks as the run has" in found["remedy"]
+
+
 def sick_rank(run_dir: str) -> dict[str, Any]:
     """Two ranks of different software, clocks and sums; each rank's exit code and rank 0's text."""
     from spectral_scale.doctor.examine import Subject, examine

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 
 from spectral_scale.bench.settings import StepSettings, model_config, num_blocks
 from spectral_scale.config.presets import Architecture
-from spectral_scale.data.loader import Batch
-from spectral_scale.engine.evaluate import token_loss_sum
 from spectral_scale.models.build import build_model, materialise
+from spectral_scale.models.loss import token_loss_sum
 
 
 class BlockStack(nn.Module):
@@ -74,7 +73,7 @@ class Workload:
             self.inputs.grad = None
             output: Tensor = model(self.inputs)
             return output
-        return token_loss_sum(model, Batch(self.inputs, self.given)) / self.inputs.numel()
+        return token_loss_sum(model, self.inputs, self.given) / self.inputs.numel()
 
     def backward(self, output: Tensor) -> None:
         """Leave gradients on the parameters and, as inside a model, on hidden inputs."""

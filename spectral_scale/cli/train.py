@@ -166,7 +166,7 @@ def _loop(built: "Run", run_dir: Path, output: str, exit_status: "ExitStatus") -
             start_step=built.start_step, steps=steps, bar=config.metrics.progress
         )
     loop = TrainingLoop(built, log, progress, end=exit_status.at_once)
-    loop.guard.time_limit.require_useful()
+    loop.supervisor.require_time_to_save()
     outcome = loop.train()
     log.close()
     if progress is not None:

@@ -106,6 +106,11 @@ class TrainLoader:
         self._rank_offset = data_rank * self.rank_batch_size
 
     @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step learns from, over all ranks."""
+        return self.global_batch_size * self.sequence_length
+
+    @property
     def state_fingerprint(self) -> dict[str, int | str]:
         """Everything that the sequence of global batches depends on; compare it on resume."""
         few: dict[str, int | str] = {}

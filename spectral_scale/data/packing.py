@@ -8,9 +8,7 @@ import numpy as np
 
 from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.errors import DataError
-
-IGNORED_LABEL = -100
-"""The label of a position that predicts nothing (the default ignore_index of the loss)."""
+from spectral_scale.ops.labels import IGNORED_LABEL
 
 
 def count_samples(folder: TokenFolder, sequence_length: int, *, keep_tail: bool = False) -> int:

@@ -3,25 +3,17 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spectral_scale.data.loader import Batch, ValidationLoader
-from spectral_scale.ops.losses import IGNORED, negative_log_likelihood_sum
+from spectral_scale.models.loss import token_loss_sum
+from spectral_scale.ops.labels import IGNORED_LABEL
 from spectral_scale.parallel.collective import Collective
 
 Watch = Callable[[Iterable[Batch], int], Iterable[Batch]]
-"""Hands on this rank's batches, of which it is told the number, as tqdm does."""
-
-
-@runtime_checkable
-class SumsLosses(Protocol):
-    """A model that keeps its logits in parts and sums the losses itself."""
-
-    def token_loss_sum(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Of ids and labels (batch, sequence), a 0-dim tensor of float32 or better."""
+"""Passes this rank's batches through, given their number, and shows progress as tqdm does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,21 +21,14 @@ class Evaluation:
     """One pass over the validation batches."""
 
     loss: float
-    """Mean negative log-likelihood a token, nats."""
+    """Mean negative log-likelihood of a token, in nats."""
     tokens: int
-    """Tokens predicted, over all ranks."""
+    """Number of tokens predicted, over all ranks."""
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss."""
+        """The exponential of the loss."""
         return math.exp(min(self.loss, 700.0))
-
-
-def token_loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum over tokens of the negative log-likelihood, float32 or better; runs the forward pass."""
-    if isinstance(model, SumsLosses):
-        return model.token_loss_sum(batch.input_ids, batch.labels)
-    return negative_log_likelihood_sum(model(input_ids=batch.input_ids).logits, batch.labels)
 
 
 def evaluate(
@@ -55,9 +40,17 @@ def evaluate(
     autocast: torch.dtype | None,
     watch: Watch | None = None,
 ) -> Evaluation:
-    """Loss over the loader's batches of all ranks that see different data, those of `collective`.
+    """Mean loss over the batches of all ranks of `collective`. Collective.
 
-    Collective: every rank runs as many forwards.
+    Every rank runs the same number of forward passes.
+
+    Args:
+        model: what the training forward is called on; its mode is restored.
+        loader: this rank's batches.
+        device: where the model is.
+        collective: the ranks that see different data.
+        autocast: compute dtype of the forward pass, if it differs from the weights'.
+        watch: shows progress.
     """
     was_training = model.training
     model.eval()
@@ -67,23 +60,25 @@ def evaluate(
         batches: Iterable[Batch] = _equal_batches(loader, count)
         for batch in watch(batches, count) if watch is not None else batches:
             moved = Batch(batch.input_ids.to(device), batch.labels.to(device))
-            totals[0] += token_loss_sum(model, moved).double()
-            totals[1] += (moved.labels != IGNORED).sum()
+            totals[0] += token_loss_sum(model, *moved).double()
+            totals[1] += (moved.labels != IGNORED_LABEL).sum()
     model.train(was_training)
     loss_sum, tokens = collective.all_reduce_sum(totals).tolist()
     return Evaluation(loss=loss_sum / max(tokens, 1.0), tokens=int(tokens))
 
 
 def _equal_count(loader: ValidationLoader, world_size: int) -> int:
-    """Batches of the rank that has most."""
-    largest_share = -(-loader.num_sequences // world_size)
-    return -(-largest_share // loader.micro_batch_size)
+    """The number of batches of the rank that has most."""
+    most_sequences = -(-loader.num_sequences // world_size)
+    return -(-most_sequences // loader.micro_batch_size)
 
 
 def _equal_batches(loader: ValidationLoader, count: int) -> Iterator[Batch]:
-    """This rank's batches, filled up with unlabelled ones: hosts that shard weights need all ranks
-    in every forward pass."""
+    """This rank's batches, filled up to `count` with batches that have no labels.
+
+    A backend that shards weights needs all ranks in every forward pass.
+    """
     yield from loader
     empty = torch.zeros(1, loader.sequence_length, dtype=torch.int64)
     for _ in range(count - len(loader)):
-        yield Batch(empty, torch.full_like(empty, IGNORED))
+        yield Batch(empty, torch.full_like(empty, IGNORED_LABEL))

@@ -42,7 +42,8 @@ class MethodController(Protocol):
         """Follow one applied optimizer step; a report if a boundary took place."""
 
     def lr_factor(self) -> float:
-        """Factor on the learning rate of groups marked `spectral` in the next step."""
+        """Factor on the learning rate of groups marked `spectral` in the next step; the loop sets
+        it."""
 
     def nbytes(self) -> int:
         """Bytes this rank keeps besides weights, gradients and optimizer state."""
@@ -123,7 +124,7 @@ def _galore(model: nn.Module, config: RunConfig, collective: Collective) -> torc
 def _spectral_controller(parts: ControllerParts) -> SpectralController:
     return SpectralController(
         parts.model,
-        parts.optimizer,
+        None,  # no hooks: the loop sets the learning rates, and the store reaches the optimizer
         parts.config.spectral,
         seed=parts.config.train.seed,
         collective=parts.collective,

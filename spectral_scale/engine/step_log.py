@@ -1,112 +1,97 @@
-"""What is logged of a step: loss, norms, learning rates and speed, known finite."""
+"""What is logged of a step: loss, gradient norms, learning rates and speed."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from spectral_scale.backends.base import StepStats
 from spectral_scale.engine.build import Run
+from spectral_scale.engine.learning_rate import LearningRates
 from spectral_scale.engine.measure import flops_per_token, utilization
-from spectral_scale.errors import SpectralScaleError
-from spectral_scale.optim.groups import group_kind
-from spectral_scale.parallel.chunks import TensorChunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepNumbers:
+    """The numbers of one step, read from the device."""
+
+    loss: float
+    """Mean loss over all ranks."""
+    grad_norms: Mapping[str, float]
+    """Norms of the averaged gradients by group kind; empty if they overflowed in fp16."""
 
 
 class StepLog:
-    """Keeps the latest step and the time since the last logged one; reads them when asked.
+    """Keeps the latest step's outcome and the time since a step was logged, until asked for them.
 
     Args:
-        run: whose steps they are.
+        run: the run whose steps are logged.
+        rates: the learning rates of its groups.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, rates: LearningRates) -> None:
+        self._run, self._rates = run, rates
         self._flops_per_token = flops_per_token(run)
-        train = run.config.train
-        self.tokens_per_step = train.global_batch_size * run.config.model.sequence_length
         self._steps, self._seconds = 0, 0.0
         self._loss: torch.Tensor | None = None
         self._stats: StepStats
 
-    def took(self, loss: torch.Tensor, stats: StepStats) -> None:
-        """A step's share of the loss and its outcome; nothing is read yet."""
+    def add(self, loss: torch.Tensor, stats: StepStats) -> None:
+        """Keep a step's outcome; nothing is read from the device yet.
+
+        Args:
+            loss: this rank's part of the mean loss, 0-dim.
+            stats: the outcome of the step.
+        """
         self._loss, self._stats = loss, stats
         self._steps += 1
 
-    def took_seconds(self, seconds: float) -> None:
-        """What the step took, with the wait for its numbers if they were read."""
+    def add_seconds(self, seconds: float) -> None:
+        """Add what the step took, with the wait for its numbers if they were read."""
         self._seconds += seconds
 
-    def read(self, step: int, saved_step: int) -> tuple[float, dict[str, float]] | None:
-        """Mean loss and gradient norms of the latest step; None if it was refused. Collective.
-
-        Raises SpectralScaleError on all ranks alike if they are not finite.
-        """
+    def read(self) -> StepNumbers | None:
+        """Read the latest step's numbers; None if the step was refused. Collective."""
         if self._loss is None or (not self._stats.applied and not self._stats.overflowed):
             return None
         stats, collective = self._stats, self._run.backend.data_collective
         norms = {} if stats.overflowed else {k: float(n) for k, n in stats.grad_norms.items()}
         loss = float(collective.all_reduce_sum(self._loss.clone()))
-        broken = [kind for kind, norm in norms.items() if not math.isfinite(norm)]
-        if math.isfinite(loss) and not broken:
-            return loss, norms
-        what = f"gradient norm of {', '.join(broken)}" if broken else "loss"
-        raise SpectralScaleError(
-            f"the {what} is not finite at step {step} (loss {loss}); nothing was saved since "
-            f"step {saved_step}; lower the learning rates or look at the data of that "
-            "step, then start again to resume"
-        )
+        return StepNumbers(loss=loss, grad_norms=norms)
 
-    def require_finite(self, chunks: list[TensorChunk], step: int, saved_step: int) -> None:
-        """A step's own update can overflow though its loss was finite. Collective.
-
-        Raises SpectralScaleError on all ranks alike.
-        """
-        broken = next((c.name for c in chunks if not bool(c.tensor.isfinite().all())), None)
-        agreed = self._run.backend.collective.agree(broken, what="not finite after the update")
-        if agreed is not None:
-            raise SpectralScaleError(
-                f"step {step} was not saved: {agreed}; lower the learning rates, then start "
-                f"again to resume from step {saved_step}"
-            )
-
-    def values(
-        self, step: int, read: tuple[float, dict[str, float]] | None, *, ramp: float, skipped: int
-    ) -> dict[str, Any]:
-        """The values of a logged step, by metric path.
+    def metrics(self, step: int, numbers: StepNumbers | None, *, skipped: int) -> dict[str, Any]:
+        """The values of a logged step, by metric path; the clock starts anew.
 
         Args:
             step: steps taken.
-            read: of `read`.
-            ramp: factor on the spectral groups' learning rates.
+            numbers: what `read` returned.
             skipped: steps so far that updated nothing.
         """
         seconds = self._seconds / self._steps
         self._steps, self._seconds = 0, 0.0
-        speed = self.tokens_per_step / seconds
+        loader = self._run.loader
+        speed = loader.tokens_per_step / seconds
         values: dict[str, Any] = {
-            "train/tokens": step * self.tokens_per_step,
-            "train/epoch": self._run.loader.epoch_of(step),
+            "train/tokens": step * loader.tokens_per_step,
+            "train/epoch": loader.epoch_of(step),
             "train/step_seconds": seconds,
             "train/tokens_per_second": speed,
         }
-        if read is not None:
-            values = _loss_values(*read) | values
+        if numbers is not None:
+            values = _loss_metrics(numbers) | values
         if self._stats.loss_scale is not None:
             values["train/loss_scale"] = self._stats.loss_scale
         if skipped or self._stats.loss_scale is not None:
             values["train/skipped_steps"] = skipped
-        for group in self._run.optimizer.param_groups:
-            lr = group["lr"] * (ramp if group["spectral"] else 1.0)
-            values[f"train/lr/{group_kind(group['name'])}"] = lr
-        if "train/lr/dense" in values:
-            values["train/lr"] = values["train/lr/dense"]
+        values |= self._rates.metrics()
         mfu = utilization(self._run, self._flops_per_token, speed)
         return values if mfu is None else values | {"train/mfu": mfu}
 
 
-def _loss_values(loss: float, norms: dict[str, float]) -> dict[str, Any]:
+def _loss_metrics(numbers: StepNumbers) -> dict[str, Any]:
+    loss, norms = numbers.loss, numbers.grad_norms
     values = {"train/loss": loss, "train/perplexity": math.exp(min(loss, 700.0))}
     if norms:
         values["train/grad_norm"] = math.sqrt(sum(n * n for n in norms.values()))

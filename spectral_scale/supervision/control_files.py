@@ -21,16 +21,18 @@ _MAX_BYTES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the files ask for."""
+    """What the control files ask for."""
 
     stop: Manner | None = None
-    """How to stop, if at all."""
+    """How to stop; None to go on."""
     save: bool = False
-    """Whether to save and go on."""
+    """Whether to save a checkpoint and go on."""
 
 
 class ControlFiles:
-    """Reads the files between steps. Rank 0 only: file systems may show other ranks other things.
+    """Reads the files between steps, on rank 0 only.
+
+    A file system may show other ranks other things; the consensus tells them what rank 0 read.
 
     Args:
         run_dir: the run folder.
@@ -40,34 +42,34 @@ class ControlFiles:
         self._stop, self._save = run_dir / STOP_NAME, run_dir / SAVE_NAME
 
     def clear(self) -> None:
-        """At the start: what lies there was meant for an earlier process, which is gone."""
+        """Remove what lies there before the start: it was meant for a process that has ended."""
         for path in (self._stop, self._save):
             if _remove(path):
                 logger.warning("%s was there before the start and is removed", path)
 
     def read(self) -> Request:
-        """What is asked for now; two system calls."""
+        """Read what is asked for now; without files that takes two system calls."""
         return Request(stop=_manner(self._stop), save=os.path.lexists(self._save))
 
-    def saved(self) -> None:
-        """The request to save has been met."""
+    def remove_save(self) -> None:
+        """Remove SAVE once it is honoured."""
         _remove(self._save)
 
-    def stopped(self) -> None:
-        """So has the one to stop; the next start goes on."""
+    def remove_all(self) -> None:
+        """Remove STOP and SAVE once honoured; the next start resumes."""
         _remove(self._stop)
         _remove(self._save)
 
 
 def ask(run_dir: Path, what: Literal["stop", "save"], manner: Manner = "hold") -> Path:
-    """Put the file there; any earlier one is replaced. Raises OSError."""
+    """Write the control file, in place of an earlier one. Raises OSError."""
     path = run_dir / (STOP_NAME if what == "stop" else SAVE_NAME)
     write_json(path, manner)
     return path
 
 
 def _manner(path: Path) -> Manner | None:
-    """An empty file, as `touch` makes it, asks to stop and may be requeued."""
+    """How a STOP file asks to stop; an empty one, as `touch` makes it, allows a requeue."""
     if not os.path.lexists(path):
         return None
     try:

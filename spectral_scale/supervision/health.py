@@ -1,6 +1,6 @@
 """Which steps may be applied, and when a run must go back: the rules, without communication.
 
-Every rank feeds in the same agreed numbers and so comes to the same verdict.
+Every rank feeds in the numbers of the consensus and so comes to the same verdict.
 """
 
 import math
@@ -11,20 +11,20 @@ from typing import Any
 
 from spectral_scale.config.schema import HealthConfig
 
-_SHARE = 4
-"""A quarter of the window is enough for a verdict."""
+_WINDOW_DIVISOR = 4
+"""A window that is filled to a quarter is enough for a verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What is to become of a step."""
+    """Whether a step is applied or left out."""
 
     reason: str | None = None
-    """Why it is left out; None if it is applied."""
+    """Why the step is left out; None if it is applied."""
 
     @property
     def healthy(self) -> bool:
-        """Whether it is applied."""
+        """Whether the step is applied."""
         return self.reason is None
 
 
@@ -33,7 +33,7 @@ class HealthMonitor:
 
     Args:
         config: the rules.
-        saved: `state()` of a checkpoint, to go on as the run that wrote it would have.
+        saved: `state()` of the run that wrote a checkpoint, so that judging goes on as it was.
     """
 
     def __init__(self, config: HealthConfig, saved: dict[str, Any] | None = None) -> None:
@@ -43,15 +43,15 @@ class HealthMonitor:
         self.streak: int = saved.get("streak", 0)
         """Steps left out in a row, up to the present one."""
         self.rollbacks = 0
-        """Returns since a checkpoint was last added."""
+        """Returns to a checkpoint since one was last added."""
 
     def judge(self, *, loss: float, norm: float, faulty_ranks: tuple[int, ...]) -> Verdict:
-        """Whether a step may be applied. Counts it.
+        """Judge whether a step may be applied, and count it.
 
         Args:
-            loss: mean over all ranks.
-            norm: of the whole gradient.
-            faulty_ranks: that found something not finite.
+            loss: the mean over all ranks.
+            norm: the norm of the whole gradient.
+            faulty_ranks: ranks that found something not finite.
         """
         verdict = self._verdict(loss, norm, faulty_ranks)
         if verdict.healthy:
@@ -63,8 +63,8 @@ class HealthMonitor:
             self.streak += 1
         return verdict
 
-    def boundary(self) -> None:
-        """Other triplets train from now on: their gradients may be of another size."""
+    def forget_norms(self) -> None:
+        """Start the window of gradient norms anew: other triplets train from now on."""
         self._norms.clear()
 
     @property
@@ -74,21 +74,21 @@ class HealthMonitor:
 
     @property
     def may_go_back(self) -> bool:
-        """Whether it may try once more."""
+        """Whether the run may return to a checkpoint once more."""
         return self.rollbacks < self._config.max_rollbacks
 
     def went_back(self, saved: dict[str, Any] | None) -> None:
-        """Take over what the checkpoint knew."""
+        """Take over `state()` of the checkpoint that the run returned to."""
         self._take_windows(saved or {})
         self.streak = 0
         self.rollbacks += 1
 
     def progressed(self) -> None:
-        """A checkpoint was added."""
+        """Count returns anew, since a checkpoint was added."""
         self.rollbacks = 0
 
     def state(self) -> dict[str, Any]:
-        """JSON values that continue it exactly."""
+        """JSON values from which another monitor goes on exactly as this one."""
         return {
             "losses": list(self._losses),
             "norms": list(self._norms),
@@ -109,8 +109,8 @@ class HealthMonitor:
         return Verdict()
 
     def _limit(self, window: deque[float]) -> float | None:
-        """Largest value that is no spike; None while too little is known."""
-        if len(window) < max(2, math.ceil(self._config.spike_window / _SHARE)):
+        """The largest value that is no spike; None while too few are known."""
+        if len(window) < max(2, math.ceil(self._config.spike_window / _WINDOW_DIVISOR)):
             return None
         spread = statistics.stdev(window)
         return statistics.fmean(window) + self._config.spike_sigmas * spread

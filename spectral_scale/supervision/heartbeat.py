@@ -18,7 +18,7 @@ import psutil
 
 FOLDER = "heartbeats"
 DEAF_SECONDS = 10.0
-"""A listener that comes so late was held up itself (a stalled file system, a stopped process)."""
+"""A listener that is this late was held up itself (a stalled file system, a stopped process)."""
 Phase = Literal[
     "start", "data", "forward", "backward", "agree", "step", "evaluation", "save", "done"
 ]
@@ -26,30 +26,30 @@ Phase = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What one rank says."""
+    """What one rank writes about itself."""
 
     rank: int
-    """Whose it is."""
+    """The rank that writes."""
     host: str
-    """Where it runs."""
+    """The name of the machine that it runs on."""
     pid: int
-    """Its process there."""
+    """Its process id there."""
     born: float
-    """When that process began, by its host: a number given to another process has another."""
+    """Process start time; it distinguishes a reused process id."""
     step: int = 0
-    """The step it works on."""
+    """The number of steps taken before the one it works on."""
     phase: Phase = "start"
-    """What it does."""
+    """The phase of the step."""
     marks: int = 0
-    """How often it has moved on."""
+    """How often it has entered a phase."""
     beats: int = 0
-    """How often it has written this."""
+    """How often it has written this file."""
     verdict: str | None = None
-    """Why it is about to end the run, if it is."""
+    """Why it is about to end the run; None while it goes on."""
 
 
 class Heartbeat:
-    """One rank's own file.
+    """Writes one rank's own file.
 
     Args:
         run_dir: the run folder, which all ranks see.
@@ -63,11 +63,11 @@ class Heartbeat:
         self.beat = Beat(rank=rank, host=host, pid=me.pid, born=me.create_time())
 
     def mark(self, step: int, phase: Phase) -> None:
-        """Say that this rank has come to another point. Cheap: nothing is written."""
+        """Note that this rank enters another phase; nothing is written yet."""
         self.beat = replace(self.beat, step=step, phase=phase, marks=self.beat.marks + 1)
 
     def write(self, verdict: str | None = None) -> None:
-        """Write the file. Never raises: a full disk is no sign of death."""
+        """Write the file. An error is suppressed: a full disk does not mean that a rank died."""
         self.beat = replace(self.beat, beats=self.beat.beats + 1, verdict=verdict)
         temporary = self.path.with_name(f".{self.path.name}")
         with contextlib.suppress(OSError):
@@ -78,21 +78,21 @@ class Heartbeat:
 
 @dataclass
 class Observed:
-    """A rank as this one has seen it."""
+    """Another rank as this one has observed it."""
 
     beat: Beat
-    """The last thing it said."""
+    """The last heartbeat that was read."""
     heard_at: float
-    """When that was new, by this rank's clock."""
+    """When a new heartbeat was last read, by this rank's clock."""
 
 
 class Listener:
-    """Follows the files of other ranks.
+    """Follows the heartbeat files of other ranks.
 
     Args:
         run_dir: the run folder.
-        ranks: whose files.
-        clock: seconds of a clock that never jumps.
+        ranks: the ranks to follow.
+        clock: a monotonic clock, in seconds.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Listener:
         self.seen: dict[int, Observed] = {}
 
     def listen(self) -> None:
-        """Read the files once."""
+        """Read each rank's file once."""
         now = self._clock()
         if (deaf := now - self._listened_at) > DEAF_SECONDS:
             for observed in self.seen.values():  # this rank was held up, and heard nothing
@@ -122,12 +122,12 @@ class Listener:
 
 
 def heartbeat_path(run_dir: Path, rank: int) -> Path:
-    """RUN/heartbeats/rank_00000.json."""
+    """The path of a rank's file, RUN/heartbeats/rank_00000.json."""
     return run_dir / FOLDER / f"rank_{rank:05d}.json"
 
 
 def read_beat(run_dir: Path, rank: int) -> Beat | None:
-    """What a rank said last; None if nothing that can be read."""
+    """A rank's last heartbeat; None if there is none that can be read."""
     try:
         raw = json.loads(heartbeat_path(run_dir, rank).read_text(encoding="utf-8"))
         return Beat(**raw)
@@ -136,14 +136,14 @@ def read_beat(run_dir: Path, rank: int) -> Beat | None:
 
 
 def read_beats(run_dir: Path) -> list[Beat]:
-    """What all ranks said last, in order."""
+    """The last heartbeats of all ranks, in order."""
     count = len(list((run_dir / FOLDER).glob("rank_*.json")))
     found = (read_beat(run_dir, rank) for rank in range(count))
     return [beat for beat in found if beat is not None]
 
 
 def forget(run_dir: Path) -> None:
-    """Remove what an earlier start left, before any rank of this one writes."""
+    """Remove the files of an earlier start, before any rank of this one writes."""
     for path in (run_dir / FOLDER).glob("rank_*.json"):
         with contextlib.suppress(OSError):
             path.unlink()

@@ -4,15 +4,20 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectral_scale.data.loader import TrainLoader  # needs torch; `status` reads without it
 
 logger = logging.getLogger(__name__)
 
 INCIDENTS_NAME = "incidents.jsonl"
+MAX_SAMPLES = 64
+"""At most this many samples of a step are named; `data_step` determines the others."""
 
 
 def record(run_dir: Path, kind: str, step: int, **facts: Any) -> None:
-    """Append one incident. Never raises: the run has trouble enough. Rank 0 only."""
+    """Append one incident; rank 0 only. A failure to write is logged, never raised."""
     line = {"kind": kind, "step": step, "time": round(time.time(), 3)} | facts
     try:
         with open(run_dir / INCIDENTS_NAME, "a", encoding="utf-8") as file:
@@ -22,7 +27,7 @@ def record(run_dir: Path, kind: str, step: int, **facts: Any) -> None:
 
 
 def read_incidents(run_dir: Path) -> list[dict[str, Any]]:
-    """All whole lines; none if there is no file."""
+    """Read all complete lines; without a file the list is empty."""
     found = []
     try:
         text = (run_dir / INCIDENTS_NAME).read_text(encoding="utf-8", errors="replace")
@@ -36,3 +41,20 @@ def read_incidents(run_dir: Path) -> list[dict[str, Any]]:
         if isinstance(value, dict):
             found.append(value)
     return found
+
+
+def step_data(loader: "TrainLoader", data_step: int) -> dict[str, Any]:
+    """Which samples and documents a step's global batch holds, for people who look into it.
+
+    `documents` are the numbers of the documents in which the samples begin, `token_offsets` where
+    the samples begin in the token stream.
+    """
+    samples = loader.sample_ids(data_step)[:MAX_SAMPLES]
+    offsets = samples * loader.sequence_length
+    documents = loader.folder.document_starts.searchsorted(offsets, side="right") - 1
+    return {
+        "data_step": data_step,
+        "samples": samples.tolist(),
+        "token_offsets": offsets.tolist(),
+        "documents": documents.tolist(),
+    }

@@ -18,7 +18,7 @@ MODULES = frozenset(("torch.distributed.run", "deepspeed.launcher.launch"))
 
 
 class LauncherWatch:
-    """The parent, and its own parents as long as they are launchers, too (`deepspeed` has two)."""
+    """Watches the parent process and those above it that are launchers (`deepspeed` has two)."""
 
     def __init__(self) -> None:
         self._parent = os.getppid()
@@ -30,7 +30,7 @@ class LauncherWatch:
                 self._above.append(process)
 
     def gone(self) -> bool:
-        """Whether one of them has ended."""
+        """Whether one of the watched processes has ended."""
         return os.getppid() != self._parent or not all(map(_runs, self._above))
 
 

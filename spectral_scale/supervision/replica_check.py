@@ -1,11 +1,11 @@
-"""Copies that must be equal on several ranks: compared bit for bit by a hash of each tensor.
+"""Replicas that must be equal on several ranks, compared bit for bit by a hash of each tensor.
 
 BLOOM-176B trained for weeks with layer norms that had drifted apart between ranks; here the first
 comparison names tensor and rank.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ _MASK = (1 << 64) - 1
 def tensor_hash(tensor: Tensor) -> int:
     """A 64-bit hash of a tensor's bits, the same on every device. Any single flipped bit shows.
 
-    The sum of element i's bits times an odd number of i, modulo 2**64: integers, so in any order.
+    It is the sum over i of element i's bits times an odd number made of i, modulo 2**64. These are
+    integers, so the order of the additions does not matter.
     """
     words = tensor.detach().contiguous().reshape(-1)
     words = words.view(_WORDS[words.element_size()])
@@ -38,11 +39,39 @@ def tensor_hash(tensor: Tensor) -> int:
     return int(total) * _GOLDEN & _MASK
 
 
+class ReplicaCheck:
+    """Decides after which steps replicas are compared: the first of an attempt, then in turn.
+
+    Args:
+        collective: all ranks of the run.
+        interval: compare after every step that it divides; 0 never compares.
+    """
+
+    def __init__(self, collective: Collective, *, interval: int) -> None:
+        self._collective, self._interval = collective, interval
+        self._is_first = True
+
+    def after_step(self, step: int, replicated: Callable[[], Iterable[Replicated]]) -> None:
+        """Compare if it is time. Collective. Raises HealthError on every rank.
+
+        Args:
+            step: steps taken.
+            replicated: lists what other ranks hold as well; called only if it is time.
+        """
+        first, self._is_first = self._is_first, False
+        due = self._interval and (first or step % self._interval == 0)
+        if self._collective.world_size == 1 or not due:
+            return
+        count = check_replicas(replicated(), self._collective)
+        if first:
+            logger.info("%d tensors are held by several ranks and equal on all of them", count)
+
+
 def check_replicas(tensors: Iterable[Replicated], collective: Collective) -> int:
     """Compare what several ranks hold. Collective. Returns the number of tensors compared.
 
-    Raises HealthError on every rank, naming the first tensor that differs and the ranks that hold
-    another value than most.
+    Raises HealthError on every rank, naming the first tensor that differs and the ranks whose
+    value is not that of the majority.
     """
     names, places, hashes = [], [], []
     for name, tensor, place in tensors:
@@ -81,7 +110,7 @@ def _first_difference(names: list[str], gathered: list[list[list[int]]]) -> str 
 
 
 def _describe(name: str, holders: list[list[int]]) -> str:
-    """Most ranks are right, if there is a majority; of two, nobody can tell."""
+    """Name the ranks outside the majority, or all of them where there is no majority."""
     groups = sorted(holders, key=len, reverse=True)
     if len(groups[0]) > len(groups[1]):
         odd = sorted(rank for group in groups[1:] for rank in group)

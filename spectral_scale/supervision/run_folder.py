@@ -1,4 +1,4 @@
-"""The run folder: what a run writes besides checkpoints and metrics. Rank 0 writes, all log."""
+"""What a run writes besides checkpoints and metrics. Rank 0 writes the files; all ranks log."""
 
 import logging
 import os
@@ -58,7 +58,7 @@ def write_environment(run_dir: Path, facts: dict[str, Any]) -> None:
 
 
 def write_failure(run_dir: Path, *, steps: int, reason: str, exit_code: int = 1) -> None:
-    """Write status.json of a run that failed, at the step it was last known to have saved."""
+    """Write status.json of a run that failed, with the step of its newest checkpoint."""
     write_status(
         run_dir,
         "failed",

@@ -1,4 +1,4 @@
-"""Signals, and a launcher that is gone: what one rank notices and all act upon together."""
+"""Requests to stop that a single rank notices: a signal, or the end of its launcher."""
 
 import signal
 import time
@@ -8,18 +8,18 @@ from spectral_scale.supervision.launcher_watch import LauncherWatch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO_SECONDS = 2.0
-"""A signal this soon after the first is the same request: on Ctrl-C the terminal signals the whole
-group and a launcher such as torchrun signals its workers again."""
+"""A signal within this time of the first is the same request: on Ctrl-C the terminal signals the
+whole group, and a launcher such as torchrun signals its workers again."""
 
 
 class StopRequest:
-    """Turns the first signal into a flag; one that comes later ends the process at once.
+    """Turns the first signal into a flag; a later signal ends the process at once.
 
-    Use as a context manager around the loop. The previous checkpoint stays valid either way.
+    Use it as a context manager around the loop. The previous checkpoint stays valid either way.
 
     Args:
-        launched: whether a launcher started this process: then its end is a request, too, so that
-            no rank goes on as an orphan.
+        launched: whether a launcher started this process. The end of the launcher then counts as
+            a request to stop, so that no rank goes on as an orphan.
     """
 
     def __init__(self, *, launched: bool = False) -> None:
@@ -57,9 +57,9 @@ class StopRequest:
 
     @staticmethod
     def name_of(number: int) -> str:
-        """SIGTERM for 15."""
+        """The name of a signal: SIGTERM for 15."""
         return signal.Signals(number).name
 
     def launcher_gone(self) -> bool:
-        """Whether what started this process has ended."""
+        """Whether the launcher that started this process has ended."""
         return self._launcher is not None and self._launcher.gone()

@@ -16,20 +16,20 @@ logger = logging.getLogger(__name__)
 State = Literal["running", "completed", "stopped", "failed", "no_progress"]
 STATUS_NAME = "status.json"
 EXIT_CODES: dict[State, int] = {"completed": 0, "stopped": 75, "failed": 1, "no_progress": 93}
-"""What the process ends with, unless the error says otherwise."""
+"""Exit codes by state; an error may carry another one."""
 KEPT = ("start_step", "starts_without_progress", "save_seconds", "incidents")
-"""Facts that outlive one write: they are carried over unless given anew."""
+"""Keys that are carried over from one write to the next unless they are given anew."""
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file as a whole."""
+    """Replace a JSON file in one piece, so that no reader sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """The last status written; empty if there is none, or none that can be read."""
+    """Read the last status written; empty if there is none that can be read."""
     try:
         found = json.loads((run_dir / STATUS_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -48,9 +48,9 @@ def write_status(
         run_dir: the run folder.
         state: how the run stands.
         step: the last step known to be saved, or taken if the run ended in order.
-        steps: of the whole run.
+        steps: the steps of the whole run.
         reason: why it is not running.
-        facts: more keys; those of `KEPT` stay until they are given again.
+        facts: further keys; those of `KEPT` stay until they are given again.
     """
     kept = {key: value for key, value in read_status(run_dir).items() if key in KEPT}
     status = kept | {
@@ -72,7 +72,7 @@ def write_status(
 
 
 def saved_step(run_dir: Path) -> int:
-    """The newest checkpoint's step by its folder's name; 0 if there is none."""
+    """The step of the newest checkpoint, by its folder's name; 0 if there is none."""
     try:
         folders = list_checkpoints(run_dir / CHECKPOINTS_NAME)
     except OSError:

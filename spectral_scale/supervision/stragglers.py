@@ -8,19 +8,19 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 FACTOR = 1.5
-"""A rank that works so many times as long as the median rank is a straggler ..."""
+"""A straggler works at least this many times as long as the median rank, ..."""
 LEAST_SECONDS = 0.02
-"""... if that is at least so much longer a step ..."""
+"""... at least this much longer a step, ..."""
 IN_A_ROW = 2
-"""... at so many logged steps in a row."""
+"""... and that at this many logged steps in a row."""
 
 
 class Stragglers:
-    """Compares what ranks need for a batch, its forward passes and all but the last backward pass.
+    """Compares the time that ranks need for a batch and its passes, but the last backward pass.
 
-    In the last one, gradients are exchanged, and all ranks take as long as the slowest. Where
-    weights are gathered for each block (FSDP2, ZeRO-3) that holds for forward passes, too: then
-    only slow data and slow starts show.
+    In the last backward pass gradients are exchanged, and all ranks take as long as the slowest.
+    Where weights are gathered for each block (FSDP2, ZeRO-3) the same holds for forward passes, so
+    that only slow data and slow starts show.
     """
 
     def __init__(self, host_of: Callable[[int], str]) -> None:
@@ -30,14 +30,14 @@ class Stragglers:
         self._suspect, self._seen = -1, 0
 
     def add(self, work_seconds: Sequence[float]) -> None:
-        """Seconds of each rank in one step."""
+        """Add the seconds that each rank worked in one step."""
         if len(self._sums) != len(work_seconds):
             self._sums = [0.0] * len(work_seconds)
         self._sums = [a + b for a, b in zip(self._sums, work_seconds, strict=True)]
         self._steps += 1
 
     def metrics(self) -> dict[str, Any]:
-        """Means since the last call, by metric path; warns of a straggler. Nothing for one rank."""
+        """Means since the last call, by metric path, empty for one rank; warns of a straggler."""
         if len(self._sums) < 2 or not self._steps:
             return {}
         means = [total / self._steps for total in self._sums]

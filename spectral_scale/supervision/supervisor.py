@@ -1,82 +1,97 @@
-"""What may stop a run, leave out a step or end a hang: everything around the loop in one place."""
+"""Everything that may stop a run, leave a step out or end a hang: the loop asks one object."""
 
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from spectral_scale.supervision.consensus import Consensus, Mine, agree
+from spectral_scale.backends.base import Replicated
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.parallel.collective import Collective
+from spectral_scale.supervision.consensus import Consensus, RankReport, reach_consensus
 from spectral_scale.supervision.control_files import ControlFiles, Request
 from spectral_scale.supervision.health import HealthMonitor, Verdict
 from spectral_scale.supervision.heartbeat import Phase, forget
+from spectral_scale.supervision.incidents import record
+from spectral_scale.supervision.replica_check import ReplicaCheck
 from spectral_scale.supervision.signals import StopRequest
-from spectral_scale.supervision.status import read_status
+from spectral_scale.supervision.status import read_status, write_status
 from spectral_scale.supervision.stragglers import Stragglers
 from spectral_scale.supervision.time_limit import TimeLimit
 from spectral_scale.supervision.watchdog import End, Watchdog
 
-if TYPE_CHECKING:
-    from spectral_scale.engine.build import Run
-    from spectral_scale.engine.saver import Saver
-
 
 class Supervisor:
-    """One rank's signals, clock, files and heartbeat, and what all ranks made of them.
+    """One rank's signals, clock, control files and heartbeat, and what all ranks make of them.
 
-    Use as a context manager around the loop. `accept` or `agree` is called once a step, by all
-    ranks.
+    Use it as a context manager around the loop. In each step every rank calls, in this order:
+    `begin_step`, `accept_step` (asked by the backend, perhaps never), `end_step`. After that
+    `consensus` holds what all ranks agreed on in the step.
 
     Args:
-        run: to be guarded.
-        saver: of the run.
+        config: the run's; its `train` and `health` sections are read.
+        collective: all ranks of the run.
+        data_world_size: ranks that see different data.
+        saved_health: `health_state()` of the checkpoint that the run goes on from, if any.
+        checkpoint_written: tells whether this rank's part of a background save is done.
         end: ends the process of a run that hangs.
     """
 
-    def __init__(self, run: "Run", saver: "Saver", end: End) -> None:
-        config, self._collective = run.config, run.backend.collective
-        self._loss_weight = run.backend.data_world_size / self._collective.world_size
-        """Ranks that share their data see the same loss."""
-        self._run_dir, self._saver = Path(config.train.run_dir), saver
-        self._ordinary_overflow = config.train.precision == "fp16"
+    def __init__(
+        self,
+        config: RunConfig,
+        collective: Collective,
+        *,
+        data_world_size: int,
+        saved_health: dict[str, Any] | None,
+        checkpoint_written: Callable[[], bool],
+        end: End,
+    ) -> None:
+        self._collective, self._checkpoint_written = collective, checkpoint_written
+        self._run_dir, self._steps = Path(config.train.run_dir), config.train.steps
+        self._leads = collective.rank == 0
+        # Tensor-parallel ranks see the same data and so the same loss: each counts in part.
+        self._loss_weight = data_world_size / collective.world_size
+        self._overflow_is_ordinary = config.train.precision == "fp16"
         self._stack = ExitStack()
         self._stop = StopRequest(launched="RANK" in os.environ)
-        self.switches = ControlFiles(self._run_dir)
-        self._leads = self._collective.rank == 0
-        self.time_limit = TimeLimit(
+        self._control_files = ControlFiles(self._run_dir)
+        self._time_limit = TimeLimit(
             config.train.time_limit_minutes,
             save_seconds=read_status(self._run_dir).get("save_seconds"),
         )
-        self.watchdog = Watchdog(
+        self._watchdog = Watchdog(
             self._run_dir,
-            rank=self._collective.rank,
-            world_size=self._collective.world_size,
+            rank=collective.rank,
+            world_size=collective.world_size,
             timeout_seconds=config.health.hang_timeout_seconds,
             end=end,
         )
-        self.monitor = HealthMonitor(config.health, run.saved_state.get("health"))
-        self.stragglers = Stragglers(self.watchdog.host_of)
+        self._monitor = HealthMonitor(config.health, saved_health)
+        self._replica_check = ReplicaCheck(collective, interval=config.health.replica_interval)
+        self._stragglers = Stragglers(self._watchdog.host_of)
         self._work_started = time.perf_counter()
         self._work_seconds = 0.0
-        self.agreed: Consensus
-        """By all ranks in the latest step."""
-        self.has_agreed = False
-        """Whether that was this step."""
-        self.verdict = Verdict()
-        """On the latest step."""
+        self._step, self._loss = 0, torch.zeros(())
+        self._verdict = Verdict()
+        self._has_consensus = False
+        self.consensus: Consensus
+        """What all ranks agreed on in the latest step that has ended."""
 
     def __enter__(self) -> Self:
         if self._leads:
             forget(self._run_dir)
-        self._collective.barrier()  # then every rank writes its heartbeat
+        # Before any rank writes its heartbeat, those of an earlier start must be gone.
+        self._collective.barrier()
         self._stack.enter_context(self._stop)
-        self._stack.enter_context(self.watchdog)
+        self._stack.enter_context(self._watchdog)
         return self
 
     def __exit__(
@@ -85,60 +100,160 @@ class Supervisor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Raises LostRankError in place of an error of communication if a rank is found dead."""
         self._stack.__exit__(kind, error, trace)
 
+    # -- signs of life and time ----------------------------------------------------------------
+
+    def require_time_to_save(self) -> None:
+        """Raise ConfigError if nothing could be saved before the time limit."""
+        self._time_limit.require_useful()
+
     def mark(self, step: int, phase: Phase) -> None:
-        """This rank moves on; called often."""
-        self.watchdog.mark(step, phase)
+        """This rank enters a phase of a step; cheap enough to be called often."""
+        self._watchdog.mark(step, phase)
         if phase == "data":
             self._work_started = time.perf_counter()
 
-    def worked(self, step: int) -> None:
+    def own_work_done(self, step: int) -> None:
         """This rank comes to where it exchanges gradients with the others."""
         self.mark(step, "backward")
         self._work_seconds = time.perf_counter() - self._work_started
 
-    def begin_step(self) -> None:
-        """Nothing has been agreed on yet."""
-        self.has_agreed, self.verdict = False, Verdict()
+    def step_took(self, seconds: float) -> None:
+        """Tell how long a step took with all that happened in it, so that the run stops in time."""
+        self._time_limit.took_step(seconds)
 
-    def accept(
-        self, loss: Tensor, norms: Mapping[str, Tensor], *, entered: Callable[[], None]
-    ) -> bool:
-        """Whether the step may be applied, and all else there is to agree on. Collective.
+    def rank_metrics(self) -> dict[str, Any]:
+        """The slowest rank's work since the last call, by metric path; warns of a straggler."""
+        return self._stragglers.metrics()
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def begin_step(self, step: int, loss: Tensor) -> None:
+        """The gradients of a step are there, and nothing has been agreed on yet.
 
         Args:
-            loss: this rank's share of the mean loss, 0-dim.
-            norms: of the averaged gradients, by group kind; the same on all ranks.
-            entered: called when all ranks have agreed, before the update.
+            step: steps taken before this one.
+            loss: this rank's part of the mean loss, 0-dim.
         """
-        device = loss.device
-        parts = [loss.detach().double(), *(norm.to(device).double() for norm in norms.values())]
-        share, *found = torch.stack(parts).tolist()  # the one wait for the device in a step
+        self.mark(step, "agree")
+        self._step, self._loss = step, loss
+        self._has_consensus, self._verdict = False, Verdict()
+
+    def accept_step(self, norms: Mapping[str, Tensor]) -> bool:
+        """Whether the step may be applied. Collective; the same answer on all ranks.
+
+        A backend asks when it knows the gradient norms and before it changes anything. The answer
+        and all else that ranks agree on in a step take one all-reduce together.
+
+        Args:
+            norms: of the averaged gradients, by group kind, 0-dim; the same on all ranks.
+        """
+        device = self._loss.device
+        numbers = [self._loss.detach(), *(norm.to(device) for norm in norms.values())]
+        # The one wait for the device in a step.
+        loss, *found = torch.stack([number.double() for number in numbers]).tolist()
         norm = math.sqrt(sum(value * value for value in found))
-        faulty = not (self._ordinary_overflow or math.isfinite(norm))
-        self.agreed = self._agree(share, norm, faulty)
-        self.verdict = self.monitor.judge(
-            loss=self.agreed.loss, norm=self.agreed.norm, faulty_ranks=self.agreed.faulty_ranks
+        faulty = not (self._overflow_is_ordinary or math.isfinite(norm))
+        agreed = self._reach_consensus(loss=loss, norm=norm, faulty=faulty)
+        self._verdict = self._monitor.judge(
+            loss=agreed.loss, norm=agreed.norm, faulty_ranks=agreed.faulty_ranks
         )
-        entered()
-        return self.verdict.healthy
+        self.mark(self._step, "step")  # the update may take longer than the agreement did
+        return self._verdict.healthy
 
-    def agree(self) -> None:
-        """The same without judging the step, and without waiting for the device. Collective."""
-        self.agreed = self._agree(0.0, 0.0, faulty=False)
+    def end_step(self) -> None:
+        """Reach the step's consensus unless `accept_step` has. Collective.
 
-    def _agree(self, share: float, norm: float, faulty: bool) -> Consensus:
-        mine = Mine(
-            request=self.switches.read() if self._leads else Request(),
-            time_is_up=self._leads and self.time_limit.reached(),
-            written=self._saver.written,
-            loss=share * self._loss_weight,
+        It has not where health.skip is off, and where fp16 gradients overflowed. Nothing is judged
+        then, and nothing waits for the device.
+        """
+        if not self._has_consensus:
+            self._reach_consensus(loss=0.0, norm=0.0, faulty=False)
+        self.mark(self._step, "step")
+
+    def _reach_consensus(self, *, loss: float, norm: float, faulty: bool) -> Consensus:
+        report = RankReport(
+            request=self._control_files.read() if self._leads else Request(),
+            time_is_up=self._leads and self._time_limit.reached(),
+            written=self._checkpoint_written(),
+            loss=loss * self._loss_weight,
             norm=norm,
             faulty=faulty,
             work_seconds=self._work_seconds,
         )
-        agreed = agree(self._collective, self._stop, mine)
-        self.has_agreed = True
-        self.stragglers.add(agreed.work_seconds)
-        return agreed
+        self.consensus = reach_consensus(self._collective, self._stop, report)
+        self._has_consensus = True
+        self._stragglers.add(self.consensus.work_seconds)
+        return self.consensus
+
+    # -- health ----------------------------------------------------------------------------------
+
+    @property
+    def skip_reason(self) -> str | None:
+        """Why the latest step is left out; None if it may be applied."""
+        return self._verdict.reason
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Steps left out in a row, up to the latest one."""
+        return self._monitor.streak
+
+    @property
+    def must_roll_back(self) -> bool:
+        """Whether so many steps in a row were left out that the run must return to a checkpoint."""
+        return self._monitor.must_go_back
+
+    @property
+    def may_roll_back(self) -> bool:
+        """Whether the run may return once more, or has done so too often without progress."""
+        return self._monitor.may_go_back
+
+    @property
+    def rollbacks(self) -> int:
+        """Returns to a checkpoint since one was last added."""
+        return self._monitor.rollbacks
+
+    def rolled_back(self, saved_health: dict[str, Any] | None) -> None:
+        """The run is as the checkpoint was whose `health_state()` is given."""
+        self._monitor.went_back(saved_health)
+
+    def swapped(self) -> None:
+        """Other triplets train from now on: their gradients may be of another size."""
+        self._monitor.forget_norms()
+
+    def health_state(self) -> dict[str, Any]:
+        """JSON values for a checkpoint, from which a resumed run judges steps as this one does."""
+        return self._monitor.state()
+
+    def compare_replicas(self, step: int, replicated: Callable[[], Iterable[Replicated]]) -> None:
+        """Compare what several ranks hold, if it is time. Collective. Raises HealthError."""
+        self._replica_check.after_step(step, replicated)
+
+    # -- files that people and schedulers read ----------------------------------------------------
+
+    def record_incident(self, kind: str, step: int, **facts: Any) -> None:
+        """Append a line to incidents.jsonl."""
+        if self._leads:
+            record(self._run_dir, kind, step, **facts)
+
+    def checkpoint_added(self, step: int, seconds: float) -> None:
+        """A checkpoint of `step` is complete; it took `seconds` from memory to the commit."""
+        self._monitor.progressed()
+        self._time_limit.took_save(seconds)
+        if self._leads:
+            longest = self._time_limit.save_seconds
+            write_status(
+                self._run_dir, "running", step=step, steps=self._steps, save_seconds=longest
+            )
+
+    def save_request_met(self) -> None:
+        """Remove SAVE: the checkpoint that it asked for has been begun."""
+        if self._leads:
+            self._control_files.remove_save()
+
+    def stop_request_met(self) -> None:
+        """Remove STOP and SAVE: the run stops, and its next start shall go on."""
+        if self._leads:
+            self._control_files.remove_all()

@@ -13,11 +13,11 @@ from spectral_scale.errors import ConfigError
 END_VARIABLE = "SLURM_JOB_END_TIME"
 """When SLURM will end the job, in seconds since 1970."""
 UNMEASURED_SAVE_SECONDS = 30.0
-"""Taken for a save until one has been measured."""
+"""The time assumed for a save until one has been measured."""
 SPARE_SECONDS = 5.0
-"""Kept free beyond what was measured."""
+"""Time kept free beyond what was measured."""
 SAVE_FACTOR = 1.5
-"""A save may take this much longer than the longest so far."""
+"""A save may take this many times the longest so far."""
 RECENT_STEPS = 100
 
 
@@ -25,8 +25,8 @@ class TimeLimit:
     """Knows the deadline, and from the run's own steps and saves how early to stop for it.
 
     Args:
-        limit_minutes: of the process's life; None: no limit of its own.
-        save_seconds: of the last attempt's longest save, if known.
+        limit_minutes: how long the process may live; None sets no limit of its own.
+        save_seconds: the longest save of the last attempt, if known.
         environment: where SLURM says when the job ends.
         now: seconds since 1970; a clock that tests can turn.
     """
@@ -52,7 +52,7 @@ class TimeLimit:
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline; infinite without one."""
+        """Seconds until the deadline; infinite without one."""
         return self._left_at_start - (time.monotonic() - self._started)
 
     @property
@@ -63,11 +63,11 @@ class TimeLimit:
         return max(self._steps, default=0.0) + save + SPARE_SECONDS
 
     def took_step(self, seconds: float) -> None:
-        """A step, with all that happened in it but saving."""
+        """Note what a step took with all that happened in it."""
         self._steps.append(seconds)
 
     def took_save(self, seconds: float) -> None:
-        """A save, from the state in memory to the commit."""
+        """Note what a save took from the state in memory to the commit."""
         self._save_seconds = max(seconds, self._save_seconds or 0.0)
 
     @property

@@ -1,13 +1,39 @@
-"""Ends a run whose rank died or hangs: names it, leaves stack traces, and lets go of the GPUs.
+"""Ends a run whose rank died or hangs: names it, leaves stack traces, and frees the GPUs.
 
-A thread beside the loop. It works while the main thread waits in a collective for ever, which is
-what the others do when one rank is gone.
+A thread beside the loop does it. It works while the main thread waits in a collective for ever,
+which is what all other ranks do when one is gone.
+
+Who ends whom, and when, with health.hang_timeout_seconds at 45, a heartbeat every 2 s, and the
+machine of rank 2 of 4 lost at t = 0 s:
+
+    t        what happens
+    0        The main threads of ranks 0, 1 and 3 wait for rank 2 in a collective. Their watchdogs
+             write heartbeats on. Rank 0's watchdog reads all files, the others read rank 0's.
+    45       Rank 2's file has not changed for 45 s on rank 0's clock: "rank 2 on host7 (process
+             311) has given no sign of life". Rank 0 writes its stack traces and puts that verdict
+             into its heartbeat, where it stays for 3 heartbeats.
+    47       Ranks 1 and 3 read it. They wait 3 s in case an error of their own is on its way, and
+             then do as rank 0 does, 5 s after it.
+    51       Rank 0 notes the verdict in status.json. Then it sends SIGABRT and SIGCONT to silent
+             ranks of its own machine, so that they write their stack traces, and SIGKILL 2 s
+             later: a rank that is stopped would otherwise keep its GPU. Here there is none. No
+             rank kills one on another machine; the launcher there does.
+    51..53   Rank 0 ends its process with the exit code of a lost rank.
+    56       Ranks 1 and 3 end theirs, unless their launcher has done so.
+
+If a rank lives but does not move (its main thread hangs while its watchdog writes), its file still
+changes, and the time that ranks spend in a phase decides. Rank 0 allows 45 s or 10 times the
+longest such phase so far, whichever is more, and at least 600 s for uneven phases; it names the
+rank that is furthest behind. Other ranks wait 90 s longer, since only rank 0 sees all. If
+communication fails at once instead ("connection closed by peer"), the error arrives in
+`Watchdog.__exit__`, which looks up to 10 s for the rank that died and names it.
 """
 
 import contextlib
 import faulthandler
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,6 +43,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NoReturn, Self
 
+from spectral_scale.errors import LostRankError
 from spectral_scale.supervision.heartbeat import (
     DEAF_SECONDS,
     Beat,
@@ -30,35 +57,43 @@ from spectral_scale.supervision.heartbeat import (
 logger = logging.getLogger(__name__)
 
 End = Callable[[str, Callable[[], None]], NoReturn]
-"""Ends this process: notes the verdict, then calls the second, which ends hanging ranks, since a
-launcher that sees one of them end may kill all others at once."""
+"""Ends this process, given the verdict and a function that ends hanging ranks. The verdict is noted
+before that is called: a launcher that sees one rank end may kill all others at once."""
 
 UNEVEN: tuple[Phase, ...] = ("start", "step", "evaluation", "save")
-"""Phases that may take long now and then: decompositions and swaps, evaluation, saving."""
+"""Phases that are long now and then: decompositions and swaps, evaluation, saving."""
 LONG_SECONDS = 600.0
-"""They may, and so may any phase the first time (compilation, the first batch)."""
+"""Seconds allowed for uneven phases, and for any phase the first time (compilation)."""
 PATIENCE = 10.0
-"""Any phase may take so many times the longest so far, and at least the timeout."""
+"""A phase may take this many times the longest so far, and at least the timeout."""
 MAX_BEAT_SECONDS = 2.0
+"""Seconds between heartbeats, less where the timeout is short."""
 TELL_BEATS = 3
-"""Beats that a verdict stays up before its writer leaves, so that all others read it."""
+"""Heartbeats that a verdict stays up before its writer leaves, so that all others read it."""
 KILL_AFTER_SECONDS = 2.0
-"""Time for a hanging rank on this host to write its stack traces, then it is killed."""
+"""Time for a hanging rank on this host to write its stack traces before it is killed."""
 GRACE_SECONDS = 3.0
+"""Time for this rank's own error once another rank has told of its own."""
 BLAME_SECONDS = 10.0
-"""After a failed collective: how long to look for the rank that caused it."""
+"""How long to look for the rank that caused a collective to fail."""
+_COMMUNICATION = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out", re.IGNORECASE)
+
+
+def exit_at_once(verdict: str, end_hanging: Callable[[], None]) -> NoReturn:
+    """End this process without waiting for the main thread, which may wait for ever."""
+    end_hanging()
+    os._exit(1)
 
 
 class Watchdog:
-    """Use as a context manager around the loop; call `mark` wherever a rank moves on.
+    """Use it as a context manager around the loop; call `mark` wherever a rank moves on.
 
     Args:
         run_dir: the run folder, which all ranks see.
         rank: this process.
-        world_size: all of them.
+        world_size: the number of ranks.
         timeout_seconds: silence that counts as death; 0 writes heartbeats and watches nothing.
-        end: called in the thread with the verdict and what to call once that is noted; it ends the
-            process.
+        end: called in the watchdog's thread to end the process.
     """
 
     def __init__(
@@ -84,7 +119,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def mark(self, step: int, phase: Phase) -> None:
-        """This rank enters a phase of a step; the phase before it has come to its end."""
+        """This rank enters a phase of a step; the phase before it has ended."""
         now, before = time.monotonic(), self._heart.beat.phase
         self._longest[before] = max(self._longest.get(before, 0.0), now - self._moved_at)
         self._heart.mark(step, phase)
@@ -92,7 +127,8 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         self._stacks = open(self._stacks_path, "a", encoding="utf-8")
-        faulthandler.enable(file=self._stacks)  # of SIGABRT, too, even where the GIL is held
+        # SIGABRT, too, then writes stack traces there, even where the GIL is held.
+        faulthandler.enable(file=self._stacks)
         self._moved_at = time.monotonic()
         self._heart.write()
         self._thread.start()
@@ -104,6 +140,14 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Raises LostRankError from an error of communication if a rank is found dead."""
+        # The thread goes on meanwhile: others must see that this rank lives and is not to blame.
+        lost = None if error is None else self._lost_rank(error)
+        self._stop(lost or error)
+        if lost is not None:
+            raise lost from error
+
+    def _stop(self, error: BaseException | None) -> None:
         self._leaving.set()
         self._thread.join(5.0)
         if error is None:
@@ -120,12 +164,25 @@ class Watchdog:
                 self._stacks_path.unlink()
 
     def host_of(self, rank: int) -> str:
-        """Where a rank runs, as far as this one knows."""
+        """The machine of a rank; this rank's own where the other has not been heard of."""
         seen = self._listener.seen.get(rank)
         return self._heart.beat.host if seen is None else seen.beat.host
 
-    def blame(self) -> str | None:
-        """After a collective failed: which rank is dead or silent, if that shows within seconds."""
+    def _lost_rank(self, error: BaseException) -> LostRankError | None:
+        """The error that names the rank which made a collective fail, if one is found dead."""
+        if not isinstance(error, RuntimeError) or not _COMMUNICATION.search(str(error)):
+            return None
+        logger.error("a collective failed", exc_info=error)  # it may say more than the name does
+        culprit = self._culprit()
+        if culprit is None:
+            return None
+        return LostRankError(
+            f"{culprit}; this rank cannot go on alone. Start again to resume from the last "
+            "checkpoint"
+        )
+
+    def _culprit(self) -> str | None:
+        """Which rank has died, in words, if that shows within seconds."""
         others = [r for r in range(self._world_size) if r != self._heart.beat.rank]
         listener = Listener(self._run_dir, others)
         deadline = time.monotonic() + BLAME_SECONDS
@@ -162,8 +219,11 @@ class Watchdog:
                 self._finish(verdict)
 
     def _grace(self) -> float:
-        """Seconds for this rank's own error, if another one has told of its own: most errors are
-        raised on all ranks alike, with their own exit codes."""
+        """Seconds to wait for an error of this rank's own before its process is ended.
+
+        Most errors are raised on all ranks alike, with their own exit codes: where another rank
+        has told of one, this rank's is on its way.
+        """
         told = any(s.beat.verdict is not None for s in self._listener.seen.values())
         return GRACE_SECONDS if told else 0.0
 
@@ -193,7 +253,7 @@ class Watchdog:
         return max(self._timeout, PATIENCE * longest)
 
     def _where(self) -> str:
-        """Who is furthest behind, and so keeps the others waiting, and where that is."""
+        """Names the rank that is furthest behind, for which the others wait, and where it is."""
         beats = [self._heart.beat, *(s.beat for s in self._listener.seen.values())]
         beats = sorted((b for b in beats if b.phase != "done"), key=lambda b: b.marks)
         last, others = beats[0], beats[1:]
@@ -219,7 +279,7 @@ class Watchdog:
         self._end(verdict, self._end_hanging)
 
     def _end_hanging(self) -> None:
-        """Make silent ranks on this host write their stack traces and end: nobody else may."""
+        """Make silent ranks on this host write their stack traces, then kill them."""
         now = time.monotonic()
         silent = [
             process

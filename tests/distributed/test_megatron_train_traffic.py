@@ -36,7 +36,7 @@ def by_group(counter: TrafficCounter) -> dict[tuple[str, str], int]:
 
 def traffic(configs: list[Any]) -> list[dict[str, Any]]:
     """Of each run, bytes by group and operation of the parts of one step."""
-    from spectral_scale.engine.evaluate import token_loss_sum
+    from spectral_scale.models.loss import token_loss_sum
     from spectral_scale.parallel.rank_info import detect_rank_info
     from spectral_scale.testing.megatron import megatron_in_one_group
     from spectral_scale.testing.tiny import build_from_config
@@ -51,7 +51,7 @@ def traffic(configs: list[Any]) -> list[dict[str, Any]]:
             micro_batch = ExitStack()
             micro_batch.enter_context(run.backend.accumulate(last=True))
             with TrafficCounter() as counter:
-                loss = token_loss_sum(run.forward, batch)
+                loss = token_loss_sum(run.forward, *batch)
             parts["forward"] = by_group(counter)
             with TrafficCounter() as counter:
                 run.backend.backward(loss)

@@ -102,12 +102,12 @@ def saved(run: Any, batch: Any) -> int:
     """Bytes kept for the backward pass of a micro-batch."""
     import torch
 
-    from spectral_scale.engine.evaluate import token_loss_sum
+    from spectral_scale.models.loss import token_loss_sum
     from spectral_scale.testing.memory import saved_bytes
 
     autocast = torch.autocast("cpu", run.autocast, enabled=run.autocast is not None)
     with saved_bytes(run.model) as count, autocast:
-        loss = token_loss_sum(run.forward, batch)
+        loss = token_loss_sum(run.forward, *batch)
         found = count()
     run.backend.backward(loss)
     return found

@@ -169,8 +169,8 @@ def test_stopping_and_saving_follow_no_link_out_of_the_run_folder(tmp_path: Path
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "STOP").symlink_to(outside)
-    switches = ControlFiles(run_dir)
-    switches.stopped()
+    control_files = ControlFiles(run_dir)
+    control_files.remove_all()
     assert outside.read_text() == "now" and not (run_dir / "STOP").is_symlink()
 
 

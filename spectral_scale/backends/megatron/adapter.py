@@ -32,7 +32,7 @@ from spectral_scale.backends.megatron.spec import spectral_gpt_block_spec
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
 from spectral_scale.methods.convert import spectral_layers
-from spectral_scale.ops.losses import IGNORED
+from spectral_scale.ops.labels import IGNORED_LABEL
 from spectral_scale.parallel.table import ParameterTable
 from spectral_scale.parallel.tensor_parallel import local_rectangle, sharded_dimension
 
@@ -51,12 +51,12 @@ class GPTForward(nn.Module):
         return SimpleNamespace(logits=whole)
 
     def token_loss_sum(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the negative log-likelihoods of `labels` (-100: none), float32, on all ranks.
+        """Sum of the negative log-likelihoods of `labels`, float32, on all ranks.
 
         The logits stay in parts: each rank has those of its part of the vocabulary.
         """
         losses: Tensor = self._call(input_ids, labels.clamp_min(0))
-        return (losses * (labels != IGNORED)).sum()
+        return (losses * (labels != IGNORED_LABEL)).sum()
 
     def _call(self, input_ids: Tensor, labels: Tensor | None) -> Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)

@@ -24,7 +24,6 @@ from spectral_scale.methods.lora.layer import (
     lora_scaling,
     product_of_factors,
 )
-from spectral_scale.methods.lr_ramp import ramp_learning_rates
 from spectral_scale.methods.owners import assign_owners
 from spectral_scale.methods.schedule import SpectralSchedule
 from spectral_scale.parallel.collective import Collective, SingleProcess
@@ -109,7 +108,6 @@ class LowRankController:
         self.store = store or TorchStore(model, optimizer, self.collective)
         self._optimizer = optimizer
         self._bases: dict[str, Tensor] = {}
-        ramp_learning_rates(optimizer, self.lr_factor)
         if initialise:
             self._initialise(weights or weights_set_aside(self.layers))
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from spectral_scale.data.loader import ValidationLoader
-from spectral_scale.data.packing import IGNORED_LABEL
 from spectral_scale.data.tokens import TokenFolder
 from spectral_scale.errors import ConfigError, DataError
+from spectral_scale.ops.labels import IGNORED_LABEL
 
 Make = Callable[[int], TokenFolder]
 S = 8

@@ -38,7 +38,7 @@ def test_spikes_stand_out_of_the_healthy_steps_before() -> None:
     verdict = monitor.judge(loss=5.0, norm=50.0, faulty_ranks=())
     assert verdict.reason is not None and "gradient norm 50 above" in verdict.reason
     assert judge(monitor, 5.1) and monitor.streak == 0, "what was left out moved no limit"
-    monitor.boundary()
+    monitor.forget_norms()
     assert judge(monitor, 5.1, norm=50.0), "other triplets may have other gradients"
     again = HealthMonitor(HealthConfig(spike_sigmas=6, spike_window=16), monitor.state())
     assert not judge(again, 9.0), "a resumed run knows what it knew"

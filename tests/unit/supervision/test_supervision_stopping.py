@@ -13,8 +13,8 @@ from spectral_scale.cli.main import main
 from spectral_scale.engine import loop
 from spectral_scale.errors import ConfigError, NoProgressError
 from spectral_scale.supervision import time_limit
-from spectral_scale.supervision.attempts import RestartLimit
 from spectral_scale.supervision.control_files import ControlFiles, ask
+from spectral_scale.supervision.restart_limit import RestartLimit
 from spectral_scale.supervision.status import read_status, write_status
 from spectral_scale.supervision.time_limit import TimeLimit
 from spectral_scale.testing.tiny import tiny_words
@@ -109,15 +109,15 @@ def test_what_lies_there_before_the_start_is_not_meant_for_it(
 
 
 def test_files_say_how_to_stop(tmp_path: Path) -> None:
-    switches = ControlFiles(tmp_path)
-    assert switches.read().stop is None and not switches.read().save
+    control_files = ControlFiles(tmp_path)
+    assert control_files.read().stop is None and not control_files.read().save
     for manner in ("hold", "now"):
         ask(tmp_path, "stop", manner)
-        assert switches.read().stop == manner
+        assert control_files.read().stop == manner
     (tmp_path / "STOP").write_text("please\n" * 1000)
-    assert switches.read().stop == "requeue"
-    switches.stopped()
-    assert switches.read().stop is None
+    assert control_files.read().stop == "requeue"
+    control_files.remove_all()
+    assert control_files.read().stop is None
 
 
 def test_the_time_limit_leaves_time_to_save(
@@ -164,9 +164,9 @@ def test_the_margin_is_measured_and_the_nearest_end_counts() -> None:
 
 
 def start(run_dir: Path, limit: int = 3) -> RestartLimit:
-    attempts = RestartLimit(run_dir, steps=10, limit=limit)
-    attempts.open()
-    return attempts
+    restart_limit = RestartLimit(run_dir, steps=10, limit=limit)
+    restart_limit.open()
+    return restart_limit
 
 
 def test_starts_that_lead_nowhere_end_the_third_time(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.convert import convert
 from spectral_scale.methods.lora.controller import LowRankController
 from spectral_scale.methods.lora.layer import convert_lora, lora_layers
+from spectral_scale.methods.lr_ramp import ramp_learning_rates
 from spectral_scale.optim.build import build_adamw, create_state
 from spectral_scale.optim.groups import param_groups
 
@@ -163,6 +164,7 @@ def test_state_goes_into_a_fresh_controller(stack, take_step) -> None:
 
 def test_the_learning_rate_ramps_up_after_each_merge(stack, take_step) -> None:
     optimizer, controller = prepare(stack)
+    ramp_learning_rates(optimizer, controller.lr_factor)
     seen = []
 
     def spy(opt, *_):

@@ -1,4 +1,4 @@
-"""Starts that lead nowhere: after some in a row, a run says so instead of trying for ever."""
+"""The limit on starts in a row that save nothing new, so that a run is not retried for ever."""
 
 import contextlib
 import logging
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 class RestartLimit:
     """Counts a run's starts since a checkpoint was last added. Rank 0 only, under the run's lock.
 
-    A start counts from the moment it is opened, so that one that is killed counts, too. A run
-    that ended in order (complete, or asked to stop) is no failure and starts the count again.
+    A start counts from the moment it is opened, so that a start that is killed counts as well. A
+    run that ended in order (complete, or asked to stop) has not failed and resets the count.
     """
 
     def __init__(self, run_dir: Path, *, steps: int, limit: int) -> None:
@@ -51,14 +51,14 @@ class RestartLimit:
         self._write("running", "")
 
     def failed(self, reason: str) -> NoProgressError | None:
-        """Note how this start failed; an error to end with if it was the last one allowed."""
+        """Note how this start failed. Returns the error to end with if no more are allowed."""
         if self._limit and self.progressed_to() is None and self._fruitless + 1 >= self._limit:
             self._fruitless += 1
             return self._give_up(reason)
         return None
 
     def withdraw(self) -> None:
-        """Nothing began, after all: the configuration was refused. The status is as it was."""
+        """Put the former status back: the configuration was refused before anything began."""
         path = self._run_dir / STATUS_NAME
         with contextlib.suppress(OSError):
             if self._before:
@@ -67,7 +67,7 @@ class RestartLimit:
                 path.unlink(missing_ok=True)
 
     def progressed_to(self) -> int | None:
-        """The step of a checkpoint that this start added, if there is one."""
+        """The step of the newest checkpoint if this start added it, else None."""
         now = saved_step(self._run_dir)
         return now if now > self._start_step else None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_settings import OFFLOADED
 
 from spectral_scale.optim.schedules import lr_factor
 from spectral_scale.testing.deepspeed import allow_fp16
@@ -15,7 +16,6 @@ from spectral_scale.testing.equivalence import assemble
 from spectral_scale.testing.tiny import tiny_config, train_in_turn, train_tiny
 
 FP16 = {"train__precision": "fp16"}
-OFFLOADED = {"parallel__offload": "cpu"}
 STEPS, SWAP = 16, 4
 STOPS = (2, 5)  # of two attempts: after a step that overflowed, and inside an iteration
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_settings import BF16, CLIPPED, FACTORED, OFFLOADED, UNCLIPPED
 
 from spectral_scale.testing.distributed import WorkerError, run_distributed
 from spectral_scale.testing.equivalence import Distance, assemble, distance
@@ -13,33 +14,17 @@ from spectral_scale.testing.tiny import tiny_config, train_in_turn, train_tiny
 
 STEPS = 10  # swaps after 4 and 8, the second with a re-SVD
 BATCH = 48
-BINDING = 0.1  # below every kind's gradient norm but that of sigma
-CLIPPED = {"optimizer__clip_grad_norm": BINDING}
-UNCLIPPED = {"optimizer__clip_grad_norm": 0}
-FACTORED = {"spectral__storage": "factored"}
-OFFLOADED = {"parallel__offload": "cpu"}
-BF16 = {"train__precision": "bf16"}
 EPS = {"optimizer__eps": 1e-5}  # above rounding, which Adam would blow up to full updates
 
 Alone = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
-    """One process' result on plain torch, trained once for each set of changes that matter."""
-    known: dict[tuple[Any, ...], dict[str, Any]] = {}
-
-    def train(changes: dict[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in changes.items() if not k.startswith("parallel__")}
-        key = tuple(sorted(kept.items()))
-        if key not in known:
-            folder = tmp_path_factory.mktemp("alone")
-            settings = {"train__steps": STEPS, "train__global_batch_size": BATCH} | EPS | kept
-            settings |= {"train__micro_batch_size": BATCH // 2}
-            known[key] = run_distributed(train_tiny, 1, tiny_config(corpus, folder, **settings))[0]
-        return known[key]
-
-    return train
+def alone(train_alone: Alone) -> Alone:
+    """One process's result for a set of changes."""
+    settings = {"train__steps": STEPS, "train__global_batch_size": BATCH} | EPS
+    settings |= {"train__micro_batch_size": BATCH // 2}
+    return lambda changes: train_alone(settings | changes)
 
 
 def zero_config(

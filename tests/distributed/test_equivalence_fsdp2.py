@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_settings import CLIPPED, FACTORED, RECOMPUTED, UNCLIPPED
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import distance
@@ -12,7 +13,6 @@ from spectral_scale.testing.tiny import tiny_config, train_tiny
 
 STEPS = 10  # swaps after 4 and 8, the second with a re-SVD
 BATCH = 48
-BINDING = 0.1  # below every kind's gradient norm but that of sigma
 SETTINGS: dict[str, Any] = {
     "train__steps": STEPS,
     "train__global_batch_size": BATCH,
@@ -21,9 +21,6 @@ SETTINGS: dict[str, Any] = {
     # So low that sigma stays above zero: two zeros leave the basis of a re-SVD to rounding.
     "optimizer__spectral_lr": 1e-4,
 }
-FACTORED = {"spectral__storage": "factored"}
-CLIPPED = {"optimizer__clip_grad_norm": BINDING}
-UNCLIPPED = {"optimizer__clip_grad_norm": 0}
 REPLICATED = {"parallel__residual": "replicated"}
 HSDP = {"parallel__shard_group": 2}
 
@@ -31,20 +28,10 @@ Alone = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
-    """One process' result for the changes that matter to it, trained once."""
-    known: dict[tuple[Any, ...], dict[str, Any]] = {}
-
-    def train(changes: dict[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in changes.items() if not k.startswith("parallel__")}
-        key = tuple(sorted(kept.items()))
-        if key not in known:
-            folder = tmp_path_factory.mktemp("alone")
-            settings = SETTINGS | {"train__micro_batch_size": BATCH // 2} | kept
-            known[key] = run_distributed(train_tiny, 1, tiny_config(corpus, folder, **settings))[0]
-        return known[key]
-
-    return train
+def alone(train_alone: Alone) -> Alone:
+    """One process's result for a set of changes."""
+    settings = SETTINGS | {"train__micro_batch_size": BATCH // 2}
+    return lambda changes: train_alone(settings | changes)
 
 
 def fsdp2_config(corpus: Path, run_dir: Path, world: int, accumulation: int, **changes: Any) -> Any:
@@ -103,7 +90,6 @@ def test_losses_equal_in_single_precision(
     assert found.indices_equal
 
 
-RECOMPUTED = {"model__activation_checkpointing": True}
 WIDTH = {"spectral__direction_lr_scaling": "width", "optimizer__weight_decay": 0.1}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_settings import DEEPSPEED
 
 from spectral_scale.errors import CheckpointError
 from spectral_scale.testing.distributed import run_distributed
@@ -40,7 +41,6 @@ SETTINGS: dict[str, Any] = {
 }
 HALF = {"train__precision": "bf16"}  # gradients are fp32 there, too, when they are filtered
 PLAIN = {"filter__graph": "path", "filter__joint_loss_mu": 0.0}
-DEEPSPEED = {"parallel__backend": "deepspeed"}
 HOSTS: dict[str, dict[str, Any]] = {
     "torch": {},
     "fsdp2": {"parallel__backend": "fsdp2"},

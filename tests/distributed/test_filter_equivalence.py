@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_settings import DEEPSPEED, DOUBLE
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import distance
@@ -32,8 +33,6 @@ CASES: dict[str, dict[str, Any]] = {
     "heads": FULL | {"filter__nodes": "heads", "filter__norm_matched": True},
     "block_gains": {"spectral__method": "lora", "filter__nodes": "block_gains"},
 }
-DOUBLE = {"train__precision": "fp64"}
-DEEPSPEED = {"parallel__backend": "deepspeed"}
 HOSTS: dict[str, dict[str, Any]] = {
     "torch": DOUBLE,
     "fsdp2": DOUBLE | {"parallel__backend": "fsdp2"},

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_settings import BF16, DOUBLE, OFFLOADED
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import Distance, distance
@@ -26,28 +27,15 @@ SETTINGS: dict[str, Any] = {
 }
 TRAINS_ALL = {"spectral__train_dense": True, "spectral__targets": "[]"}
 CLIPPED = {"optimizer__clip_grad_norm": 0.01}
-DOUBLE = {"train__precision": "fp64"}
-BF16 = {"train__precision": "bf16"}
-OFFLOADED = {"parallel__offload": "cpu"}
 
 Alone = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
-    """One process' result for the changes that matter to it, trained once."""
-    known: dict[tuple[Any, ...], dict[str, Any]] = {}
-
-    def train(changes: dict[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in changes.items() if not k.startswith("parallel__")}
-        key = tuple(sorted(kept.items()))
-        if key not in known:
-            settings = SETTINGS | {"train__micro_batch_size": BATCH} | kept
-            config = tiny_config(corpus, tmp_path_factory.mktemp("alone"), **settings)
-            known[key] = run_distributed(train_tiny, 1, config)[0]
-        return known[key]
-
-    return train
+def alone(train_alone: Alone) -> Alone:
+    """One process's result for a set of changes."""
+    settings = SETTINGS | {"train__micro_batch_size": BATCH}
+    return lambda changes: train_alone(settings | changes)
 
 
 def several(corpus: Path, run_dir: Path, world: int, accumulation: int, changes: Any) -> Any:

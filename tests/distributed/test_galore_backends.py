@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_settings import DEEPSPEED, DOUBLE, OFFLOADED
 
 from spectral_scale.config.capability import projection_group
 from spectral_scale.config.resolve import resolve
@@ -36,9 +37,6 @@ SETTINGS: dict[str, Any] = {
     "optimizer__weight_decay": 0.1,
     "optimizer__clip_grad_norm": 0.1,  # below the norms of both kinds
 }
-DOUBLE = {"train__precision": "fp64"}
-DEEPSPEED = {"parallel__backend": "deepspeed"}
-OFFLOADED = {"parallel__offload": "cpu"}
 FSDP2 = {"parallel__backend": "fsdp2"}
 HOSTS: dict[str, dict[str, Any]] = {
     "torch": {},

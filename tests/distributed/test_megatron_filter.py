@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_settings import PLAIN_ADAM
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import assemble, distance
@@ -32,7 +33,6 @@ CASES: dict[str, dict[str, Any]] = {
     "layers": KNN | JOINT | {"filter__anchor_steps": 0},
     "block_gains": {"filter__nodes": "block_gains"},
 }
-PLAIN_ADAM = {"parallel__distributed_optimizer": False}
 LAYOUTS: list[tuple[int, int, dict[str, Any]]] = [
     (1, 2, {}),
     (2, 1, {"parallel__sequence_parallel": True}),

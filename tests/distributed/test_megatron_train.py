@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_settings import CLIPPED, FACTORED, PLAIN_ADAM, RECOMPUTED
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import assemble, distance
@@ -23,15 +24,11 @@ SETTINGS: dict[str, Any] = {
     # So low that sigma stays above zero: two zeros leave the basis of a re-SVD to rounding.
     "optimizer__spectral_lr": 1e-4,
 }
-FACTORED = {"spectral__storage": "factored"}
-CLIPPED = {"optimizer__clip_grad_norm": 0.1}  # below every kind's norm but that of sigma
 LLAMA = {"model__name": "llama-60m", "model__num_heads": 4, "model__ffn_size": 96}
 GROUPED = {"grouped": True}  # a LLaMA with 8 heads in 4 groups, from a folder
 SEQUENCE = {"parallel__sequence_parallel": True}
-RECOMPUTED = {"model__activation_checkpointing": True}
 EXTRA = {"spectral__extra_sigma": 5}
 PER_STEP = {"parallel__factor_gradients": "per_step"}
-PLAIN_ADAM = {"parallel__distributed_optimizer": False}
 
 
 @dataclass(frozen=True)

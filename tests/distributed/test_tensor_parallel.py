@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from run_settings import RECOMPUTED
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.equivalence import distance
@@ -33,7 +34,6 @@ SETTINGS: dict[str, Any] = {
 TWO_BY_TWO = {"parallel__backend": "fsdp2", "parallel__tensor_parallel": 2}
 FOUR = {"parallel__backend": "fsdp2", "parallel__tensor_parallel": 4}
 KEPT = {"spectral__extra_sigma": 5, "spectral__boundary_moments": "keep_redrawn"}
-RECOMPUTED = {"model__activation_checkpointing": True}
 FROD: dict[str, Any] = {
     "spectral__method": "frod",
     "spectral__sparsity": 0.05,

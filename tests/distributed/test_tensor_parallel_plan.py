@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_settings import BF16, RECOMPUTED
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import one_process_group, tiny_config
@@ -25,8 +26,6 @@ SETTINGS: dict[str, Any] = {
     "parallel__tensor_parallel": 2,
 }
 SEQUENCES = {"parallel__sequence_parallel": True}
-RECOMPUTED = {"model__activation_checkpointing": True}
-BF16 = {"train__precision": "bf16"}
 LLAMA = {"model__name": "llama-60m"}
 FROD = {
     "spectral__method": "frod",

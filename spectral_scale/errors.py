@@ -22,6 +22,16 @@ class DataError(SpectralScaleError):
     exit_code = 78
 
 
+class WorkerError(SpectralScaleError):
+    """A loader process that cannot be started, died or failed; names it."""
+
+
+class WaitingForDataError(SpectralScaleError):
+    """A stop was asked for while a rank waited for data in vain; the last checkpoint is intact."""
+
+    exit_code = 75
+
+
 class CheckpointError(SpectralScaleError):
     """A checkpoint that cannot be written or read; older checkpoints are untouched."""
 

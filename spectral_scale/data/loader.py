@@ -4,19 +4,20 @@ The only part of `data` that needs torch. No random number is drawn here, neithe
 process nor in a worker, so batches never disturb (or depend on) the state of a generator.
 """
 
-import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from spectral_scale.data.order import ORDER_VERSION, sample_ids, sample_index
 from spectral_scale.data.packing import count_samples, read_padded, read_samples
+from spectral_scale.data.read_ahead import ReadAhead, WhileWaiting
 from spectral_scale.data.tokens import TokenFolder
-from spectral_scale.errors import ConfigError, DataError
+from spectral_scale.errors import ConfigError
 
 BEFORE_ALL = -1
 """The epoch in whose order the examples come first: one that no training reaches."""
@@ -134,36 +135,40 @@ class TrainLoader:
         """How many epochs have been read when a step begins."""
         return step * self.global_batch_size / self.num_samples
 
-    def steps(self, start_step: int, stop_step: int) -> Iterator[StepBatch]:
-        """The batches of steps start_step..stop_step (exclusive), without reading earlier ones."""
+    def steps(
+        self, start_step: int, stop_step: int, *, while_waiting: WhileWaiting | None = None
+    ) -> Iterator[StepBatch]:
+        """The batches of steps start_step..stop_step (exclusive), without reading earlier ones.
+
+        Args:
+            start_step: the first step.
+            stop_step: the step after the last.
+            while_waiting: called about once a second, with the seconds waited so far, while
+                workers owe a batch; when it returns True no further step is given.
+
+        Raises:
+            DataError: the token folder is damaged.
+            WorkerError: a worker cannot be started, died or failed.
+        """
         accumulation = self.gradient_accumulation_steps
-        first, last = start_step * accumulation, stop_step * accumulation
-        batches = self._micro_batches(range(first, last))
-        for step in range(start_step, stop_step):
-            micro_batches = [_raise_or_batch(next(batches)) for _ in range(accumulation)]
-            yield StepBatch(step=step, micro_batches=micro_batches)
+        numbers = range(start_step * accumulation, stop_step * accumulation)
+        with ExitStack() as stack:
+            tokens: Iterator[np.ndarray] = map(self._read_micro_batch, numbers)
+            if self.num_workers and numbers:
+                workers = ReadAhead(self._read_micro_batch, numbers, self.num_workers)
+                tokens = stack.enter_context(workers).items(while_waiting)
+            for step in range(start_step, stop_step):
+                micro_batches = [_batch(found) for found in islice(tokens, accumulation)]
+                if len(micro_batches) < accumulation:
+                    return
+                yield StepBatch(step=step, micro_batches=micro_batches)
 
-    def _micro_batches(self, numbers: range) -> Iterator["_Outcome"]:
-        dataset = _MicroBatches(self)
-        if not self.num_workers or not numbers:
-            return (dataset[number] for number in numbers)
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=self.num_workers,
-            worker_init_fn=_ignore_signals,
-            # DataLoader draws a base seed for its workers; not from the global generator.
-            generator=torch.Generator(),
-        )
-        return iter(loader)
-
-    def _read_micro_batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read_micro_batch(self, number: int) -> np.ndarray:
+        """Token ids, int64, shape (micro_batch_size, sequence_length + 1)."""
         step, place = divmod(number, self.gradient_accumulation_steps)
         start = step * self.global_batch_size + self._rank_offset + place * self.micro_batch_size
         ids = self._samples_at(start, self.micro_batch_size)
-        tokens = torch.from_numpy(read_samples(self.folder, ids, self.sequence_length))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return read_samples(self.folder, ids, self.sequence_length)
 
     def _samples_at(self, start: int, count: int) -> np.ndarray:
         positions = np.arange(start, start + count, dtype=np.int64)
@@ -241,35 +246,10 @@ class ValidationLoader:
             yield Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
 
 
-_Outcome = tuple[torch.Tensor, torch.Tensor] | str
-
-
-class _MicroBatches(Dataset[_Outcome]):
-    """Micro-batch number -> tensors, or the text of a DataError.
-
-    DataLoader would bury an exception's message under the traceback of the worker.
-    """
-
-    def __init__(self, loader: TrainLoader) -> None:
-        self._loader = loader
-
-    def __getitem__(self, number: int) -> _Outcome:
-        try:
-            return self._loader._read_micro_batch(number)
-        except DataError as error:
-            return str(error)
-
-
-def _raise_or_batch(outcome: _Outcome) -> Batch:
-    if isinstance(outcome, str):
-        raise DataError(outcome)
-    return Batch(*outcome)
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and schedulers signal the whole group; stopping is the main process's to decide."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _batch(ids: np.ndarray) -> Batch:
+    """Inputs and labels from sequences that are one token longer."""
+    tokens = torch.from_numpy(ids)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
 def _check_positive(**sizes: int) -> None:

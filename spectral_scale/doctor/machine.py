@@ -5,8 +5,10 @@ import platform
 import resource
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,13 @@ PACKAGES = ("spectral-scale", "torch", "transformers", "safetensors", "numpy")
 OPTIONAL = {"deepspeed": "deepspeed", "megatron": "megatron-core"}
 """parallel.backend -> the distribution it needs."""
 OPEN_FILES = 4096
+SOCKET_NAME_BYTES = 107
+"""The longest name of a UNIX socket."""
+SOCKET_TAIL_BYTES = 35
+"""What Python's multiprocessing appends to the temporary folder to name a socket."""
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_BYTES_PER_GPU = 64 << 20
+"""What NCCL may take between the GPUs of a host."""
 
 
 def versions() -> dict[str, str]:
@@ -43,6 +52,8 @@ def examine_machine(rank_info: RankInfo, backend: str | None) -> Iterator[Findin
     yield from _devices(rank_info)
     yield from _compilers(backend)
     yield _open_files()
+    yield _temporary_folder()
+    yield _shared_memory()
     yield from _interfaces(rank_info)
     yield _ports()
 
@@ -116,6 +127,48 @@ def _open_files() -> Finding:
             "open files", f"limit {soft}", f"ulimit -n {min(hard, 65536)} before the start"
         )
     return ok("open files", f"limit {soft}")
+
+
+def _temporary_folder() -> Finding:
+    """Loader workers need none; other programs (compilers, profilers, launchers) do."""
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            folder = os.path.dirname(file.name)
+    except OSError as error:
+        return fault(
+            "temporary folder",
+            f"no temporary file can be made: {error.strerror or error}",
+            "set TMPDIR to a folder that is there and can be written, with some space",
+        )
+    given = os.environ.get("TMPDIR")
+    if given and not (os.path.isdir(given) and os.path.samefile(given, folder)):
+        return warning(
+            "temporary folder",
+            f"TMPDIR={given} cannot be used, {folder} is taken instead",
+            "set TMPDIR to a folder that is there and can be written",
+        )
+    length = len(os.fsencode(folder))
+    if length + SOCKET_TAIL_BYTES > SOCKET_NAME_BYTES:
+        return warning(
+            "temporary folder",
+            f"{folder} has {length} bytes; no UNIX socket can be made in it",
+            f"set TMPDIR to a folder of at most {SOCKET_NAME_BYTES - SOCKET_TAIL_BYTES} bytes",
+        )
+    return ok("temporary folder", folder)
+
+
+def _shared_memory() -> Finding:
+    """Locks of `prepare --workers` live there, and NCCL's buffers between GPUs of a host."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    remedy = "start the container with --shm-size=1g (or --ipc=host)"
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        return warning("shared memory", f"{SHARED_MEMORY} cannot be written", remedy)
+    found = os.statvfs(SHARED_MEMORY)
+    free = found.f_bavail * found.f_frsize
+    text = f"{free / 2**20:.0f} MiB free in {SHARED_MEMORY}"
+    if gpus > 1 and found.f_blocks and free < gpus * SHARED_BYTES_PER_GPU:
+        return warning("shared memory", f"{text}, which is little for {gpus} GPUs", remedy)
+    return ok("shared memory", text)
 
 
 def _interfaces(rank_info: RankInfo) -> Iterator[Finding]:

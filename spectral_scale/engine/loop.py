@@ -142,7 +142,10 @@ class TrainingLoop:
         """Steps until the last, a stop (its reason) or a return to an earlier step (None)."""
         total, offset = self.run.config.train.steps, self.data_offset
         self.supervisor.mark(self.step, "data")
-        for batch in self.run.loader.steps(self.step + offset, total + offset):
+        steps = self.run.loader.steps(
+            self.step + offset, total + offset, while_waiting=self.supervisor.stops_waiting
+        )
+        for batch in steps:
             started = time.perf_counter()
             self._one_step(batch)
             self.supervisor.step_took(time.perf_counter() - started)
@@ -153,7 +156,8 @@ class TrainingLoop:
                 self._roll_back(batch)
                 return None
             self.supervisor.mark(self.step, "data")
-        return None
+        # Steps left mean that the wait for data was given up: a stop came meanwhile.
+        return self.supervisor.consensus.stop if self.step < total else None
 
     def _one_step(self, batch: StepBatch) -> None:
         run, config = self.run, self.run.config

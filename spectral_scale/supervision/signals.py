@@ -60,6 +60,12 @@ class StopRequest:
         """The name of a signal: SIGTERM for 15."""
         return signal.Signals(number).name
 
+    def reason(self) -> str | None:
+        """Why this rank alone would stop: its signal or the end of its launcher."""
+        if self._received:
+            return self.name_of(self._received)
+        return "the end of its launcher" if self.launcher_gone() else None
+
     def launcher_gone(self) -> bool:
         """Whether the launcher that started this process has ended."""
         return self._launcher is not None and self._launcher.gone()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spectral_scale.backends.base import Replicated
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.errors import WaitingForDataError
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.supervision.consensus import Consensus, RankReport, reach_consensus
 from spectral_scale.supervision.control_files import ControlFiles, Request
@@ -26,6 +27,10 @@ from spectral_scale.supervision.status import read_status, write_status
 from spectral_scale.supervision.stragglers import Stragglers
 from spectral_scale.supervision.time_limit import TimeLimit
 from spectral_scale.supervision.watchdog import End, Watchdog
+
+WAIT_AFTER_STOP_SECONDS = 10.0
+"""Time that data has to arrive after a stop, where a rank of several waits for it; then the run
+ends without a save."""
 
 
 class Supervisor:
@@ -79,6 +84,7 @@ class Supervisor:
         self._stragglers = Stragglers(self._watchdog.host_of)
         self._work_started = time.perf_counter()
         self._work_seconds = 0.0
+        self._stop_noticed_at: float | None = None
         self._step, self._loss = 0, torch.zeros(())
         self._verdict = Verdict()
         self._has_consensus = False
@@ -129,6 +135,34 @@ class Supervisor:
         return self._stragglers.metrics()
 
     # -- one step --------------------------------------------------------------------------------
+
+    def stops_waiting(self, seconds: float) -> bool:
+        """Whether to give up a wait for data, since a stop was asked for.
+
+        A single process stops in order, as after a step. One of several ranks cannot agree with
+        the others, who may already be in the step's collectives: it ends the run instead.
+
+        Args:
+            seconds: how long this rank has waited.
+
+        Raises:
+            WaitingForDataError: a rank of several was asked to stop, and its data did not come.
+        """
+        if self._collective.world_size == 1:
+            agreed = self._reach_consensus(loss=0.0, norm=0.0, faulty=False)
+            return agreed.stop is not None
+        reason = self._stop.reason()
+        if reason is None and self._leads and self._control_files.read().stop is not None:
+            reason = "the file STOP"
+        if reason is None:
+            return False
+        self._stop_noticed_at = self._stop_noticed_at or time.monotonic()
+        if time.monotonic() - self._stop_noticed_at > WAIT_AFTER_STOP_SECONDS:
+            raise WaitingForDataError(
+                f"stopped by {reason} while rank {self._collective.rank} had waited {seconds:.0f} s"
+                " for data; the last checkpoint is intact, start again to continue"
+            )
+        return False
 
     def begin_step(self, step: int, loss: Tensor) -> None:
         """The gradients of a step are there, and nothing has been agreed on yet.

@@ -195,9 +195,9 @@ class _SignallingLoader:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def steps(self, start: int, stop: int) -> Iterator[Any]:
+    def steps(self, start: int, stop: int, **options: Any) -> Iterator[Any]:
         """The loader's batches; SIGTERM comes before the one that was named, counted from 1."""
-        for number, batch in enumerate(self._loader.steps(start, stop), start=1):
+        for number, batch in enumerate(self._loader.steps(start, stop, **options), start=1):
             if number == self._at:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch

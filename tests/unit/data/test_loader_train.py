@@ -1,17 +1,27 @@
 """Training batches: one global sequence, however it is divided, read ahead or resumed."""
 
+import errno
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from spectral_scale.data.loader import Batch, TrainLoader
+from spectral_scale.data import read_ahead
+from spectral_scale.data.loader import TrainLoader
 from spectral_scale.data.order import sample_ids
+from spectral_scale.data.read_ahead import STOP_SIGNALS, ReadAhead
 from spectral_scale.data.tokens import TokenFolder, open_tokens
-from spectral_scale.errors import ConfigError, DataError
+from spectral_scale.errors import ConfigError, DataError, WorkerError
 
 Make = Callable[[int], TokenFolder]
 S = 8
@@ -120,27 +130,118 @@ def test_workers_give_the_same_bytes_and_draw_no_random_number(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_workers_ignore_the_signals_that_stop_a_run(counting_folder: Make) -> None:
-    from torch.utils.data import DataLoader
+def started_workers(monkeypatch: pytest.MonkeyPatch) -> list[ReadAhead]:
+    """Every set of workers that is started from now on."""
+    made: list[ReadAhead] = []
+    enter = ReadAhead.__enter__
+    monkeypatch.setattr(ReadAhead, "__enter__", lambda self: (made.append(self), enter(self))[1])
+    return made
 
-    train = loader(counting_folder(401), num_workers=1)
-    made: list[object] = []
-    original = DataLoader.__iter__
 
-    def remember(self: DataLoader) -> Iterator[Batch]:
-        made.append(original(self))
-        return made[-1]  # type: ignore[return-value]
+def test_workers_ignore_the_signals_that_stop_a_run(
+    counting_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = started_workers(monkeypatch)
+    steps = loader(counting_folder(401), num_workers=1).steps(0, 40)
+    next(steps)
+    time.sleep(0.2)  # the worker has set its handlers long since: it has delivered
+    for name in STOP_SIGNALS:
+        os.kill(made[0]._workers[0][0].pid, getattr(signal, name))
+    assert len(list(steps)) == 39
 
-    DataLoader.__iter__ = remember  # type: ignore[method-assign]
-    try:
-        steps = train.steps(0, 40)
-        next(steps)
-        worker = made[0]._workers[0]  # type: ignore[attr-defined]
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            os.kill(worker.pid, number)
-        assert len(list(steps)) == 39
-    finally:
-        DataLoader.__iter__ = original  # type: ignore[method-assign]
+
+def test_workers_need_no_temporary_folder_and_no_shared_memory(
+    counting_folder: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    long = tmp_path / ("x" * 120)  # no UNIX socket's name fits into it
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    folder = counting_folder(401)
+    expected = rows(loader(folder), 0, 6)
+    found = rows(loader(folder, num_workers=2), 0, 6)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert list(long.iterdir()) == []
+
+
+def test_a_worker_that_is_killed_is_named(
+    counting_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = started_workers(monkeypatch)
+    steps = loader(counting_folder(401), num_workers=2).steps(0, 10_000)
+    next(steps)
+    pid = made[0]._workers[1][0].pid
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match=f"loader process {pid} was killed by SIGKILL, .*memory"):
+        list(steps)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_s_own_exception_is_shown(
+    counting_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TokenFolder, "read", lambda self, a, b: 1 / 0)
+    with pytest.raises(WorkerError, match="ZeroDivisionError"):
+        list(loader(counting_folder(401), num_workers=1).steps(0, 3))
+
+
+def test_a_worker_that_cannot_be_started_is_named(
+    counting_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(*args: object) -> int:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", no_more)
+    with pytest.raises(WorkerError, match="loader process 1 of 2 cannot be started"):
+        list(loader(counting_folder(401), num_workers=2).steps(0, 3))
+
+
+def test_the_wait_for_a_stopped_worker_can_be_given_up(
+    counting_folder: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = started_workers(monkeypatch)
+    monkeypatch.setattr(read_ahead, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(read_ahead, "WARN_SECONDS", 0.1)
+    waits: list[float] = []
+
+    def give_up(seconds: float) -> bool:
+        waits.append(seconds)
+        return seconds > 0.3
+
+    steps = loader(counting_folder(401), num_workers=1).steps(0, 100_000, while_waiting=give_up)
+    next(steps)
+    process = made[0]._workers[0][0]
+    os.kill(process.pid, signal.SIGSTOP)
+    assert len(list(steps)) < 100_000 - 1  # what lay in the pipe came, and then no more
+    assert waits == sorted(waits) and waits[-1] > 0.3
+    assert f"loader process {process.pid} is stopped" in caplog.text
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_end_with_a_parent_that_is_killed(counting_folder: Make, tmp_path: Path) -> None:
+    folder = counting_folder(401)
+    program = (
+        "import multiprocessing, os, signal\n"
+        "from spectral_scale.data.loader import TrainLoader\n"
+        "from spectral_scale.data.tokens import open_tokens\n"
+        f"loader = TrainLoader(open_tokens({str(folder.path)!r}), sequence_length=8,\n"
+        "    global_batch_size=512, micro_batch_size=512, seed=3, num_workers=2)\n"
+        "steps = loader.steps(0, 10**6)\n"
+        "next(steps)\n"
+        "print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, timeout=60)
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(runs, pids))
+
+
+def runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

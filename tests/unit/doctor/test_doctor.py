@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,29 @@ def test_machines_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert found["ports"].verdict == "fault" and "allow TCP" in str(found["ports"].remedy)
     assert found["open files"].remedy == "ulimit -n 2048 before the start"
+
+
+def test_temporary_folders_and_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank_info = RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+    def found() -> dict[str, Finding]:
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        return by_name(machine.examine_machine(rank_info, None))
+
+    assert found()["temporary folder"].verdict == found()["shared memory"].verdict == "ok"
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    assert "no UNIX socket can be made" in found()["temporary folder"].text
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    assert f"TMPDIR={tmp_path / 'absent'} cannot be used" in found()["temporary folder"].text
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "absent")
+    assert "--shm-size" in found()["shared memory"].remedy
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(machine, "SHARED_BYTES_PER_GPU", 1 << 60)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine, "_devices", lambda rank_info: iter(()))
+    assert "little for 2 GPUs" in found()["shared memory"].text

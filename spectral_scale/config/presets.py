@@ -8,8 +8,9 @@ import difflib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from spectral_scale.config.families import FAMILIES, family_of
 from spectral_scale.config.schema import ModelConfig
 from spectral_scale.errors import ConfigError
 
@@ -18,8 +19,8 @@ from spectral_scale.errors import ConfigError
 class Architecture:
     """The numbers that determine every weight's shape."""
 
-    family: Literal["opt", "llama"]
-    """Which transformers class builds it."""
+    family: str
+    """A name of `families.FAMILIES`."""
     hidden_size: int
     """Width of the residual stream."""
     num_layers: int
@@ -45,6 +46,11 @@ class Architecture:
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all keys, and of all values."""
+        return self.num_kv_heads * self.head_size
 
 
 def _opt(hidden: int, layers: int, heads: int, **changes: Any) -> Architecture:
@@ -161,13 +167,32 @@ def architecture_of(raw: dict[str, Any]) -> Architecture:
 
     Raises KeyError for a missing size and ValueError for one that cannot be used.
     """
-    reader = {"opt": _read_opt, "llama": _read_llama}.get(str(raw.get("model_type")))
-    if reader is None:
+    name = str(raw.get("model_type"))
+    if name not in FAMILIES:
         raise ValueError(
             f"model_type={raw.get('model_type')!r}; "
-            "supported: opt, llama; convert the weights to one of them"
+            f"supported: {', '.join(FAMILIES)}; convert the weights to one of them"
         )
-    return reader(raw)
+    family = FAMILIES[name]
+    hidden, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
+    if raw.get("head_dim") not in (None, hidden // heads):
+        raise ValueError(
+            f"head_dim is {raw['head_dim']}; only hidden_size / num_attention_heads = "
+            f"{hidden // heads} is supported"
+        )
+    return Architecture(
+        family=name,
+        hidden_size=hidden,
+        num_layers=_size(raw, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=_size(raw, *family.config_keys["num_kv_heads"]),
+        ffn_size=_size(raw, *family.config_keys["ffn_size"]),
+        vocab_size=_size(raw, "vocab_size"),
+        max_positions=_size(raw, "max_position_embeddings"),
+        embedding_size=_size(raw, *family.config_keys["embedding_size"]),
+        pre_norm=True if family.pre_norm_key is None else raw.get(family.pre_norm_key, True),
+        tied_embeddings=raw.get("tie_word_embeddings", family.tied_by_default),
+    )
 
 
 def _size(raw: dict[str, Any], *keys: str) -> int:
@@ -179,44 +204,8 @@ def _size(raw: dict[str, Any], *keys: str) -> int:
     return size
 
 
-def _read_opt(raw: dict[str, Any]) -> Architecture:
-    return Architecture(
-        family="opt",
-        hidden_size=_size(raw, "hidden_size"),
-        num_layers=_size(raw, "num_hidden_layers"),
-        num_heads=_size(raw, "num_attention_heads"),
-        num_kv_heads=_size(raw, "num_attention_heads"),
-        ffn_size=_size(raw, "ffn_dim"),
-        vocab_size=_size(raw, "vocab_size"),
-        max_positions=_size(raw, "max_position_embeddings"),
-        embedding_size=_size(raw, "word_embed_proj_dim", "hidden_size"),
-        pre_norm=raw.get("do_layer_norm_before", True),
-        tied_embeddings=raw.get("tie_word_embeddings", True),
-    )
-
-
-def _read_llama(raw: dict[str, Any]) -> Architecture:
-    hidden, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
-    if raw.get("head_dim") not in (None, hidden // heads):
-        raise ValueError(
-            f"head_dim is {raw['head_dim']}; only hidden_size / num_attention_heads = "
-            f"{hidden // heads} is supported"
-        )
-    return Architecture(
-        family="llama",
-        hidden_size=hidden,
-        num_layers=_size(raw, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=_size(raw, "num_key_value_heads", "num_attention_heads"),
-        ffn_size=_size(raw, "intermediate_size"),
-        vocab_size=_size(raw, "vocab_size"),
-        max_positions=_size(raw, "max_position_embeddings"),
-        embedding_size=hidden,
-        tied_embeddings=raw.get("tie_word_embeddings", False),
-    )
-
-
 def _check(found: Architecture, model: ModelConfig) -> Architecture:
+    family = family_of(found.family)
     if found.hidden_size % found.num_heads:
         raise ConfigError(
             f"hidden size {found.hidden_size} is not divisible by {found.num_heads} heads; "
@@ -227,7 +216,7 @@ def _check(found: Architecture, model: ModelConfig) -> Architecture:
             f"{found.num_heads} attention heads are not divisible by {found.num_kv_heads} key and "
             "value heads; correct num_key_value_heads in config.json"
         )
-    if found.family == "llama" and found.head_size % 2:
+    if family.positions == "rotary" and found.head_size % 2:
         raise ConfigError(
             f"rotary positions need an even head size, not {found.hidden_size} / "
             f"{found.num_heads} = {found.head_size}; change model.hidden_size or model.num_heads"
@@ -237,17 +226,16 @@ def _check(found: Architecture, model: ModelConfig) -> Architecture:
             f"model.sequence_length={model.sequence_length} exceeds the model's "
             f"{found.max_positions} positions; lower it to at most {found.max_positions}"
         )
-    if model.dropout and found.family == "llama":
-        raise ConfigError(f"model.dropout={model.dropout}: LLaMA has no residual dropout; set 0")
+    if model.dropout and not family.dropout:
+        raise ConfigError(
+            f"model.dropout={model.dropout}: {family.title} has no residual dropout; set 0"
+        )
     return found
 
 
 def linear_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every linear of one block, by its last name."""
-    d, f = architecture.hidden_size, architecture.ffn_size
-    kv = architecture.num_kv_heads * architecture.head_size
-    attention = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d)}
-    if architecture.family == "opt":
-        return attention | {"out_proj": (d, d), "fc1": (f, d), "fc2": (d, f)}
-    mlp = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
-    return attention | {"o_proj": (d, d)} | mlp
+    return {
+        linear.name: (getattr(architecture, linear.outputs), getattr(architecture, linear.inputs))
+        for linear in family_of(architecture.family).linears
+    }

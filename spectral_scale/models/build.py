@@ -1,6 +1,7 @@
 """A transformers causal language model on the meta device, and its move to a real one."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from spectral_scale.config.families import family_entry
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import ModelConfig
 
@@ -30,13 +32,12 @@ def build_model(
     Published special-token ids are not carried over: a padding id would silently freeze the
     embedding row of an ordinary token of another tokenizer.
     """
-    opt = architecture.family == "opt"
-    model_class: Callable[..., PreTrainedModel] = OPTForCausalLM if opt else LlamaForCausalLM
+    family = model_family(architecture)
     hf_config = transformers_config(architecture, config, eos_token_id=eos_token_id)
     hf_config.use_cache = False
     hf_config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model: PreTrainedModel = model_class(hf_config)
+        model = family.model(hf_config)
     model.train()
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -62,10 +63,11 @@ def choose_attention(
 def transformers_config(
     architecture: Architecture, config: ModelConfig, *, eos_token_id: int | None
 ) -> PreTrainedConfig:
-    """The transformers configuration of a preset or a folder, with the run's dropout."""
-    opt = architecture.family == "opt"
-    make_config: Callable[..., PreTrainedConfig] = _opt_config if opt else _llama_config
-    return make_config(architecture, config, eos_token_id)
+    """The transformers configuration of a preset or a folder, with the run's dropout.
+
+    Raises ConfigError for an unknown family.
+    """
+    return model_family(architecture).config(architecture, config, eos_token_id)
 
 
 def materialise(model: PreTrainedModel, *, device: torch.device, dtype: Dtype) -> None:
@@ -140,3 +142,25 @@ def _llama_config(
         bos_token_id=eos_token_id,
         eos_token_id=eos_token_id,
     )
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """How transformers builds the models of a family."""
+
+    model: Callable[..., PreTrainedModel]
+    """Its class of causal language models."""
+    config: Callable[[Architecture, ModelConfig, int | None], PreTrainedConfig]
+    """Makes the configuration from the shapes, the run's settings and the end-of-text token."""
+
+
+MODELS: dict[str, ModelFamily] = {
+    "opt": ModelFamily(OPTForCausalLM, _opt_config),
+    "llama": ModelFamily(LlamaForCausalLM, _llama_config),
+}
+"""By family; see `config.families`."""
+
+
+def model_family(architecture: Architecture) -> ModelFamily:
+    """How the family of a model is built. Raises ConfigError for an unknown one."""
+    return family_entry(MODELS, architecture.family, what="transformers model")

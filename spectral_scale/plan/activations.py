@@ -7,6 +7,7 @@ under bf16 autocast products are kept in bf16, the residual stream and the norms
 from dataclasses import dataclass
 
 from spectral_scale.config.check import trains_all_sigma
+from spectral_scale.config.families import family_of
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 
@@ -78,15 +79,16 @@ def _block_bytes_per_token(
     """Heads and features inside a block are divided by tensor parallelism, norms are only where
     ranks divide sequences; there the inputs of linears are gathered."""
     h, f = architecture.hidden_size, architecture.ffn_size
-    kv = architecture.num_kv_heads * architecture.head_size
+    kv = architecture.kv_size
     cast = product if product != stream else 0  # a norm's output, once more in the products' dtype
-    llama = architecture.family == "llama"
+    family = family_of(architecture.family)
     parts, by_sequence = _cuts(config)
-    norms = 2 * h * (stream + stream * (1 if llama else 0)) / (parts if by_sequence else 1)
+    norms = 2 * h * stream * (2 if family.norm == "RMSNorm" else 1) / (parts if by_sequence else 1)
     norms += 2 * h * (product if by_sequence else stream + cast)
     attention = (h + 2 * kv) * product + h * product  # q, k, v and the output
-    if llama:
+    if family.positions == "rotary":
         attention += (h + kv) * product  # q and k before the rotation
+    if family.gated_mlp:
         mlp = 4 * f * product  # gate, up, silu(gate), their product
     else:
         mlp = f * product  # after ReLU, which needs no more for its own gradient
@@ -99,7 +101,7 @@ def _block_bytes_per_token(
 def _factors(config: RunConfig, architecture: Architecture, product: int) -> int:
     """x v of each SST matrix, of all directions whose sigma trains, or x a of a low-rank one."""
     spectral = config.spectral
-    matrices = 7 if architecture.family == "llama" else 6
+    matrices = len(family_of(architecture.family).linears)
     if spectral.method not in ("sst", "lora", "relora"):
         return 0
     kept = spectral.spectral_rank

@@ -7,7 +7,8 @@ sequences: Korthikanti et al., arXiv 2205.05198, section 4.2). T tokens, h featu
 from dataclasses import dataclass, replace
 
 from spectral_scale.config.check import trains_all_sigma
-from spectral_scale.config.presets import Architecture, linear_shapes
+from spectral_scale.config.families import family_of
+from spectral_scale.config.presets import Architecture
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.parallel.tensor_parallel import kind_of, sharded_dimension
@@ -17,10 +18,6 @@ from spectral_scale.plan.payload import Payload
 
 _LOSS_VALUES = 3
 """Of a token, in fp32, where no rank sees all logits: the largest, the label's, a sum."""
-_PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention") | dict.fromkeys(
-    ("gate_proj", "up_proj", "fc1"), "mlp"
-)
-"""Column-parallel linear of a block -> what shares an input."""
 
 
 def rank_shard(config: RunConfig, inventory: Inventory) -> Inventory:
@@ -88,11 +85,11 @@ class _Passes:
     def of(config: RunConfig, architecture: Architecture, inventory: Inventory) -> "_Passes":
         tokens = config.train.micro_batch_size * config.model.sequence_length
         product, stream = itemsizes(config)
-        kinds = {name: kind_of(name) for name in linear_shapes(architecture)}
-        column = {name for name, kind in kinds.items() if kind == "column"}
-        converted = column & {name.rpartition(".")[2] for name in inventory.matrices}
-        shared = {_PARENTS[name] for name in converted}
-        sizes = product * len(shared) + stream * len(column - converted)
+        family = family_of(architecture.family)
+        column = {linear.name: linear for linear in family.linears if linear.kind == "column"}
+        converted = column.keys() & {name.rpartition(".")[2] for name in inventory.matrices}
+        inputs = {column[name].reads for name in converted}
+        sizes = product * len(inputs) + stream * len(column.keys() - converted)
         elements, blocks = tokens * architecture.hidden_size, architecture.num_layers
         return _Passes(
             activation=product * elements,
@@ -100,9 +97,9 @@ class _Passes:
             tokens=tokens,
             product=product,
             inputs=blocks * sizes * elements,
-            row=blocks * (len(kinds) - len(column)),
+            row=blocks * (len(family.linears) - len(column)),
             blocks=blocks,
-            learned_positions=architecture.family == "opt",
+            learned_positions=family.positions == "learned",
             recomputed=config.model.activation_checkpointing,
         )
 

@@ -4,7 +4,7 @@ Facts of megatron-core are those of 0.16; where its defaults differ from transfo
 setting is written out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,31 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+from spectral_scale.config.families import family_entry, family_of
 from spectral_scale.config.presets import Architecture, architecture_of
 from spectral_scale.config.tensor_parallel import megatron_problems, tensor_parallel_problems
 from spectral_scale.errors import ConfigError
-
-POSITION_OFFSET = {"opt": 2, "llama": 0}
-"""Rows of the position embedding before that of position 0."""
-
-_REQUIRED: dict[str, dict[str, Any]] = {
-    "opt": {
-        "activation_function": "relu",
-        "enable_bias": True,
-        "layer_norm_elementwise_affine": True,
-        "_remove_final_layer_norm": False,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-        "layerdrop": 0.0,
-    },
-    "llama": {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-    },
-}
-"""Options of transformers that have one place only in the GPTModel built here."""
 
 _UNFUSED = dict.fromkeys(
     (
@@ -93,7 +72,7 @@ def megatron_settings(
     if pad_vocabulary and tensor_parallel > 0:
         padded += -padded % tensor_parallel
     _require_fit(config, architecture, tensor_parallel, padded)
-    family = _FAMILY[architecture.family]
+    family = megatron_family(architecture.family)
     transformer: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
@@ -126,16 +105,13 @@ def megatron_settings(
 
 def megatron_architecture(config: PreTrainedConfig) -> Architecture:
     """Shapes of a transformers configuration. Raises ConfigError for another kind of model."""
-    if config.model_type not in _FAMILY:
-        raise ConfigError(
-            f"no Megatron model for model_type={config.model_type!r}; supported: opt, llama"
-        )
+    megatron_family(config.model_type)
     return architecture_of(config.to_dict())
 
 
 def position_rows(architecture: Architecture) -> int:
     """Rows of the position embedding, those that OPT never uses included."""
-    return architecture.max_positions + POSITION_OFFSET[architecture.family]
+    return architecture.max_positions + family_of(architecture.family).position_offset
 
 
 def _require_fit(
@@ -150,7 +126,7 @@ def _require_fit(
 
 
 def _option_problems(config: PreTrainedConfig) -> Iterator[str]:
-    for key, required in _REQUIRED[config.model_type].items():
+    for key, required in megatron_family(config.model_type).required.items():
         value = getattr(config, key)
         if value != required:
             yield f"{key}={value!r}: the GPTModel built here has {required!r} only; set it"
@@ -196,13 +172,46 @@ def _llama_gpt(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Family:
+@dataclass(frozen=True, kw_only=True)
+class MegatronFamily:
+    """How megatron-core is told about the models of a family."""
+
+    required: Mapping[str, Any]
+    """Options of the transformers configuration that the GPTModel has in this value only."""
     transformer: Callable[[PreTrainedConfig], dict[str, Any]]
+    """Keyword arguments of TransformerConfig that the family decides."""
     gpt: Callable[[PreTrainedConfig], dict[str, Any]]
+    """Keyword arguments of GPTModel that the family decides."""
 
 
-_FAMILY = {
-    "opt": _Family(_opt_transformer, _opt_gpt),
-    "llama": _Family(_llama_transformer, _llama_gpt),
+MODELS: dict[str, MegatronFamily] = {
+    "opt": MegatronFamily(
+        required={
+            "activation_function": "relu",
+            "enable_bias": True,
+            "layer_norm_elementwise_affine": True,
+            "_remove_final_layer_norm": False,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "layerdrop": 0.0,
+        },
+        transformer=_opt_transformer,
+        gpt=_opt_gpt,
+    ),
+    "llama": MegatronFamily(
+        required={
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+        },
+        transformer=_llama_transformer,
+        gpt=_llama_gpt,
+    ),
 }
+"""By family; see `config.families`."""
+
+
+def megatron_family(name: str) -> MegatronFamily:
+    """How megatron-core is told about a family. Raises ConfigError for an unknown one."""
+    return family_entry(MODELS, name, what="Megatron model")

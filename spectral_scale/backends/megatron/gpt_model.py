@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.backends.megatron.gpt_config import POSITION_OFFSET, MegatronSettings
+from spectral_scale.backends.megatron.gpt_config import MegatronSettings
+from spectral_scale.config.families import family_of
 
 
 class OffsetEmbedding(nn.Embedding):
@@ -41,7 +42,7 @@ def build_gpt_model(settings: MegatronSettings, layer_spec: Any | None = None) -
 
         layer_spec = get_gpt_layer_local_spec(normalization=config.normalization)
     model: nn.Module = GPTModel(config=config, transformer_layer_spec=layer_spec, **settings.gpt)
-    _offset_positions(model, POSITION_OFFSET[settings.architecture.family])
+    _offset_positions(model, family_of(settings.architecture.family).position_offset)
     if settings.padded_vocab_size > settings.architecture.vocab_size:
         _mask_padding(model, settings)
     return model

@@ -9,6 +9,7 @@ that way, weights and moments load at any number of ranks and on any backend.
 from dataclasses import dataclass
 
 from spectral_scale.backends.megatron.gpt_config import position_rows
+from spectral_scale.config.families import family_of
 from spectral_scale.config.presets import Architecture
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.shard_geometry import Rectangle, Shape
@@ -72,45 +73,37 @@ class _Mapper:
     def __init__(self, a: Architecture, parts: int, index: int, padded: int | None) -> None:
         self.a, self.parts, self.index = a, parts, index
         self.padded = a.vocab_size if padded is None else padded
-        opt = a.family == "opt"
-        self.root = "model.decoder" if opt else "model"
-        self.norm_leaves = ("weight", "bias") if opt else ("weight",)
-        self.linear_leaves = ("weight", "bias") if opt else ("weight",)
+        self.family = family_of(a.family)
 
     def weights(self) -> WeightMap:
-        a, found = self.a, {}
+        a, family, found = self.a, self.family, {}
         found["embedding.word_embeddings.weight"] = self._vocabulary(
-            f"{self.root}.embed_tokens.weight"
+            f"{family.base}.embed_tokens.weight"
         )
-        if a.family == "opt":
+        if family.positions == "learned":
             found["embedding.position_embeddings.weight"] = self._plain(
-                f"{self.root}.embed_positions.weight", (position_rows(a), a.hidden_size)
+                f"{family.base}.embed_positions.weight", (position_rows(a), a.hidden_size)
             )
         for layer in range(a.num_layers):
-            found |= self._block(f"decoder.layers.{layer}", f"{self.root}.layers.{layer}")
-        last = "final_layer_norm" if a.family == "opt" else "norm"
-        found |= self._norm("decoder.final_layernorm", f"{self.root}.{last}")
+            found |= self._block(f"decoder.layers.{layer}", f"{family.base}.layers.{layer}")
+        found |= self._norm("decoder.final_layernorm", f"{family.base}.{family.final_norm}")
         if not a.tied_embeddings:
             found["output_layer.weight"] = self._vocabulary("lm_head.weight")
         return found
 
     def _block(self, to: str, of: str) -> WeightMap:
-        a, opt = self.a, self.a.family == "opt"
-        norms = (
-            ("self_attn_layer_norm", "final_layer_norm")
-            if opt
-            else ("input_layernorm", "post_attention_layernorm")
-        )
-        out, down = ("self_attn.out_proj", "fc2") if opt else ("self_attn.o_proj", "mlp.down_proj")
-        found = self._norm(f"{to}.input_layernorm", f"{of}.{norms[0]}")
-        found |= self._norm(f"{to}.pre_mlp_layernorm", f"{of}.{norms[1]}")
-        for leaf in self.linear_leaves:
+        a, family = self.a, self.family
+        out, down = family.linear("heads").path, family.linear("features").path
+        found = self._norm(f"{to}.input_layernorm", f"{of}.{family.attention_norm}")
+        found |= self._norm(f"{to}.pre_mlp_layernorm", f"{of}.{family.mlp_norm}")
+        for leaf in family.linear_leaves:
             found[f"{to}.self_attention.linear_qkv.{leaf}"] = self._qkv(of, leaf)
-            found[f"{to}.mlp.linear_fc1.{leaf}"] = (
-                self._plain(f"{of}.fc1.{leaf}", self._shape(leaf, a.ffn_size, a.hidden_size))
-                if opt
-                else self._gate_and_up(of, leaf)
-            )
+            if family.gated_mlp:
+                found[f"{to}.mlp.linear_fc1.{leaf}"] = self._gate_and_up(of, leaf)
+            else:
+                up = f"{of}.{family.linear('mlp').path}.{leaf}"
+                shape = self._shape(leaf, a.ffn_size, a.hidden_size)
+                found[f"{to}.mlp.linear_fc1.{leaf}"] = self._plain(up, shape)
             attended = a.num_heads * a.head_size
             found[f"{to}.self_attention.linear_proj.{leaf}"] = self._plain(
                 f"{of}.{out}.{leaf}", self._shape(leaf, a.hidden_size, attended)
@@ -122,7 +115,9 @@ class _Mapper:
 
     def _norm(self, to: str, of: str) -> WeightMap:
         size = (self.a.hidden_size,)
-        return {f"{to}.{leaf}": self._plain(f"{of}.{leaf}", size) for leaf in self.norm_leaves}
+        return {
+            f"{to}.{leaf}": self._plain(f"{of}.{leaf}", size) for leaf in self.family.norm_leaves
+        }
 
     def _shape(self, leaf: str, out_features: int, in_features: int) -> Shape:
         return (out_features, in_features) if leaf == "weight" else (out_features,)

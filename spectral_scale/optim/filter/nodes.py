@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from spectral_scale.config.families import linears_reading
 from spectral_scale.config.schema import FilterConfig
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.shard_geometry import Shape
@@ -18,8 +19,10 @@ OWN_BASES = (
     "directions (U, V) and low-rank factors of two matrices lie in bases of their own, so that "
     "entry ij of one has nothing to do with entry ij of the other"
 )
-ROW_HEADS = ("q_proj", "k_proj", "v_proj")
-COLUMN_HEADS = ("out_proj", "o_proj")
+ROW_HEADS = linears_reading("attention")
+"""Linears whose rows are those of attention heads."""
+COLUMN_HEADS = linears_reading("heads")
+"""Linears whose columns are those of attention heads."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def open_filter(
         return None
     pieces: ParameterShards
     if isinstance(store, ShardsMaker):
-        pieces = store.pieces()
+        pieces = store.shards()
     else:
         pieces = shards_of(store, model, what="the spectral filter", remedy="set filter.kind=none")
     return SpectralFilter(

@@ -1,6 +1,18 @@
-"""Pieces of DTensors: this rank's own, and whole tensors cut, scattered and gathered.
+"""Whole tensors gathered from the shards of DTensors, and scattered to them.
 
-On the wire every piece has the full length (see `parallel.layouts`).
+gloo and NCCL gather and scatter messages of one size, so that every shard travels padded with
+zeros to the longest one. A vector of 5 entries a b c d e over 3 ranks:
+
+    shards:        [a b]  [c d]  [e]
+    on the wire:   [a b]  [c d]  [e 0]
+    the owner cuts the padding off and puts each shard at its place (`DTensorLayout.rectangle`).
+
+The replica of the owner alone gathers. When values are scattered, the owner's replica takes part
+in the scatter, and each of its ranks broadcasts what it got to the ranks that hold the same shard
+in the other replicas: every byte crosses between replicas once.
+
+Invariant: every rank of a group calls the same collectives in the same order, because what it
+calls depends on layouts and the owner alone, which all ranks know.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,25 +22,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from spectral_scale.parallel.dtensor_layout import Layout
+from spectral_scale.parallel.dtensor_layout import DTensorLayout
 from spectral_scale.parallel.shard_geometry import Rectangle, Shape
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's piece, sharing memory; a tensor that is not distributed is its own."""
+    """This rank's shard, sharing memory; a tensor that is not distributed is returned whole."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a rank may hold only a piece of it."""
+    """Whether a rank may hold only a shard of the tensor."""
     return isinstance(tensor, DTensor)
 
 
-def sum_over_shards(values: Sequence[Tensor], layouts: Iterable[Layout | None]) -> list[Tensor]:
-    """Each value summed over the pieces of its layout; one all-reduce a group. Collective.
+def sum_over_shards(
+    values: Sequence[Tensor], layouts: Iterable[DTensorLayout | None]
+) -> list[Tensor]:
+    """Each value summed over the shards of its layout; one all-reduce a group. Collective.
 
-    A value of a layout that is not cut, or that is None, is complete already and is not touched.
+    A value whose layout has one shard, or is None, is complete already and is not touched.
     """
     results = list(values)
     by_group: dict[dist.ProcessGroup, list[int]] = {}
@@ -38,16 +52,16 @@ def sum_over_shards(values: Sequence[Tensor], layouts: Iterable[Layout | None]) 
     for group, members in by_group.items():
         flat = torch.cat([results[i].flatten() for i in members])
         dist.all_reduce(flat, group=group)
-        parts = flat.split([results[i].numel() for i in members])
-        for i, part in zip(members, parts, strict=True):
-            results[i] = part.view(results[i].shape)
+        sums = flat.split([results[i].numel() for i in members])
+        for i, total in zip(members, sums, strict=True):
+            results[i] = total.view(results[i].shape)
     return results
 
 
-def gather(tensor: DTensor, layout: Layout, *, owner: int) -> Tensor | None:
-    """The whole tensor on rank `owner`, None elsewhere. Only the owner's copy takes part.
+def gather(tensor: DTensor, layout: DTensorLayout, *, owner: int) -> Tensor | None:
+    """The whole tensor on rank `owner`, None elsewhere. Only the owner's replica takes part.
 
-    Collective over that copy; other ranks return at once.
+    Collective over that replica; other ranks return at once.
     """
     if layout.replica_of[owner] != layout.replica_of[layout.rank]:
         return None
@@ -55,23 +69,23 @@ def gather(tensor: DTensor, layout: Layout, *, owner: int) -> Tensor | None:
         return local(tensor).clone() if layout.rank == owner else None
     shape = tuple(tensor.shape)
     mine = _pad(local(tensor), layout.padded_shape(shape))
-    pieces = [torch.empty_like(mine) for _ in layout.shard_ranks] if layout.rank == owner else None
-    dist.gather(mine, pieces, dst=owner, group=layout.shard_group)
-    if pieces is None:
+    shards = [torch.empty_like(mine) for _ in layout.shard_ranks] if layout.rank == owner else None
+    dist.gather(mine, shards, dst=owner, group=layout.shard_group)
+    if shards is None:
         return None
     whole = mine.new_empty(shape)
-    for i, part in enumerate(pieces):
+    for i, shard in enumerate(shards):
         box = layout.rectangle(shape, i)
-        whole[box.slices_in(Rectangle((0,) * len(shape), shape))] = part[_corner(box.shape)]
+        whole[box.slices_in(Rectangle((0,) * len(shape), shape))] = shard[_corner(box.shape)]
     return whole
 
 
 def scatter(
-    values: Sequence[Tensor | None], into: Sequence[DTensor], layout: Layout, *, owner: int
+    values: Sequence[Tensor | None], into: Sequence[DTensor], layout: DTensorLayout, *, owner: int
 ) -> None:
-    """Overwrite tensors spread alike, of one dtype, with rank `owner`'s whole ones, in place.
+    """Overwrite tensors sharded alike, of one dtype, with rank `owner`'s whole ones, in place.
 
-    One scatter inside the owner's copy, then one broadcast from its ranks to the other copies.
+    One scatter inside the owner's replica, then one broadcast from its ranks to other replicas.
     Collective over the mesh. On the owner `values` holds the tensors, elsewhere None.
     """
     shapes = [tuple(t.shape) for t in into]
@@ -91,35 +105,35 @@ def scatter(
             r for r in layout.replica_ranks if layout.replica_of[r] == layout.replica_of[owner]
         )
         dist.broadcast(mine, source, group=layout.replica_group)
-    for tensor, part, shape in zip(into, mine.split(sizes), padded, strict=True):
+    for tensor, shard, shape in zip(into, mine.split(sizes), padded, strict=True):
         target = local(tensor)
-        target.copy_(part.view(shape)[_corner(tuple(target.shape))])
+        target.copy_(shard.view(shape)[_corner(tuple(target.shape))])
 
 
 def _pack(
-    values: Sequence[Tensor | None], shapes: Sequence[Shape], layout: Layout, like: Tensor
+    values: Sequence[Tensor | None], shapes: Sequence[Shape], layout: DTensorLayout, like: Tensor
 ) -> list[Tensor]:
-    """For each piece, that piece of every value, padded and flattened, in `like`'s dtype."""
+    """For each shard index, that shard of every value, padded and flattened, in `like`'s dtype."""
     packed = []
-    for index in range(layout.parts):
-        parts = []
+    for index in range(layout.num_shards):
+        shards = []
         for value, shape in zip(values, shapes, strict=True):
             if value is None or tuple(value.shape) != shape:
                 given = None if value is None else tuple(value.shape)
                 raise ValueError(f"the owner gave {given} for a parameter of shape {shape}")
             box = layout.rectangle(shape, index)
-            part = value.detach()[box.slices_in(Rectangle((0,) * len(shape), shape))]
-            parts.append(_pad(part.to(like.device, like.dtype), layout.padded_shape(shape)))
-        packed.append(torch.cat([p.flatten() for p in parts]))
+            shard = value.detach()[box.slices_in(Rectangle((0,) * len(shape), shape))]
+            shards.append(_pad(shard.to(like.device, like.dtype), layout.padded_shape(shape)))
+        packed.append(torch.cat([shard.flatten() for shard in shards]))
     return packed
 
 
-def _pad(part: Tensor, shape: Shape) -> Tensor:
-    """`part` in the corner of a contiguous tensor of `shape`, zeros around it."""
-    if tuple(part.shape) == shape:
-        return part.contiguous()
-    result = part.new_zeros(shape)
-    result[_corner(tuple(part.shape))] = part
+def _pad(shard: Tensor, shape: Shape) -> Tensor:
+    """`shard` in the corner of a contiguous tensor of `shape`, zeros around it."""
+    if tuple(shard.shape) == shape:
+        return shard.contiguous()
+    result = shard.new_zeros(shape)
+    result[_corner(tuple(shard.shape))] = shard
     return result
 
 

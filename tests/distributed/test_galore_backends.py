@@ -352,7 +352,7 @@ def costs(configs: list[Any]) -> list[dict[str, Any]]:
             pieces, owners = optimizer._pieces, optimizer._owners
             found |= {
                 "foreign": sum(
-                    pieces.held(fqn)[pieces.group.index][1]
+                    pieces.ranges(fqn)[pieces.group.index][1]
                     for fqn, owner in owners.items()
                     if owner != pieces.group.index
                 ),

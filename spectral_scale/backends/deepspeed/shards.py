@@ -27,7 +27,7 @@ class ZeroShards:
         elif store.layout.replicated:
             self.group = ShardGroup(
                 writes=rank == 0,
-                copy=rank,
+                replica=rank,
                 replica_ranks=tuple(range(world)),
                 replica_handle=dist.group.WORLD,
             )
@@ -47,7 +47,7 @@ class ZeroShards:
         """Row-major."""
         return FlatOrder(self.shapes[fqn])
 
-    def held(self, fqn: str) -> list[Range]:
+    def ranges(self, fqn: str) -> list[Range]:
         """The ranges of the masters; whole where every rank keeps all of them."""
         return self._store.ranges[fqn][: self.group.size]
 
@@ -67,7 +67,7 @@ class ZeroShards:
         """The parameters of a flat tensor."""
         return self._members[id(parameter)]
 
-    def part(self, fqn: str, tensor: Tensor) -> Tensor:
+    def local_view(self, fqn: str, tensor: Tensor) -> Tensor:
         """The fragment's place in a flat tensor; empty where this rank keeps none."""
         fragment = self._store.fragments[fqn]
         return tensor.detach().view(-1)[:0] if fragment is None else fragment.of(tensor)

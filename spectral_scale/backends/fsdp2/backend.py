@@ -29,7 +29,7 @@ from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
 from spectral_scale.parallel.collective import ProcessGroup
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.dtensor_collectives import local, sum_over_shards
-from spectral_scale.parallel.dtensor_layout import Layout, Layouts
+from spectral_scale.parallel.dtensor_layout import DTensorLayout, DTensorLayouts
 from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
 
@@ -67,7 +67,7 @@ class FSDP2Backend(Backend):
             # Gradients of losses on other data are all this group sums; TP ranks repeat each other.
             self.data_collective = ProcessGroup(torch.device("cpu"), self._mesh.get_group("shard"))
         self._shard_frozen = shard_frozen
-        self._layouts = Layouts(self._mesh)
+        self._layouts = DTensorLayouts(self._mesh)
         self._model: nn.Module
         self._root: FSDPModule
         self._optimizer: torch.optim.Optimizer
@@ -162,7 +162,7 @@ class FSDP2Backend(Backend):
             if not isinstance(tensor, DTensor):
                 yield name, tensor, 0
             elif len((layout := self._layouts.of(tensor)).replica_ranks) > 1:
-                yield name, local(tensor), layout.index
+                yield name, local(tensor), layout.shard_index
 
     def load_state(self, read: ReadTensor) -> None:
         """Overwrite this rank's pieces in place; only their elements are read."""
@@ -178,8 +178,8 @@ class FSDP2Backend(Backend):
         """Leave the process group; collective unless this rank has failed."""
         leave_group(failed=failed)
 
-    def _by_layout(self, tensors: Sequence[Tensor]) -> dict[Layout | None, list[Tensor]]:
-        found: dict[Layout | None, list[Tensor]] = {}
+    def _by_layout(self, tensors: Sequence[Tensor]) -> dict[DTensorLayout | None, list[Tensor]]:
+        found: dict[DTensorLayout | None, list[Tensor]] = {}
         for tensor in tensors:
             layout = self._layouts.of(tensor) if isinstance(tensor, DTensor) else None
             found.setdefault(layout, []).append(tensor)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.dtensor_collectives import gather, local, scatter, sum_over_shards
-from spectral_scale.parallel.dtensor_layout import Layout, Layouts
+from spectral_scale.parallel.dtensor_layout import DTensorLayout, DTensorLayouts
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into
 from spectral_scale.parallel.shard_geometry import Rectangle
@@ -50,7 +50,7 @@ class FSDP2Store(ParameterStore):
         self._optimizer = optimizer
         self.collective = collective or present_group()
         self.mesh = mesh
-        self._layouts = Layouts(mesh)
+        self._layouts = DTensorLayouts(mesh)
 
     def gather(self, fqn: str, *, owner: int) -> Tensor | None:
         """The shards, put together on the owner."""
@@ -132,7 +132,7 @@ class FSDP2Store(ParameterStore):
         box = layout.rectangle(shape)
         mine.copy_(whole[box.slices_in(Rectangle((0,) * len(shape), shape))])
 
-    def _row_layout(self, parameter: Tensor) -> Layout | None:
+    def _row_layout(self, parameter: Tensor) -> DTensorLayout | None:
         """The layout if rows (dimension 0) are what is cut; else columns are whole here."""
         layout = self._layouts.of(parameter) if isinstance(parameter, DTensor) else None
         return layout if layout is not None and layout.dim == 0 else None

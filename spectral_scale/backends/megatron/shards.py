@@ -45,15 +45,15 @@ class MegatronShards:
         }
         self.group = _group(tensor, data, sharded=masters.sharded)
         mine = [self._range(fqn) for fqn in self._parameters]
-        self._held = dict(zip(self._parameters, self._of_all_ranks(mine), strict=True))
+        self._ranges = dict(zip(self._parameters, self._of_all_ranks(mine), strict=True))
 
     def order(self, fqn: str) -> FlatOrder:
         """By blocks of columns where tensor parallelism cuts columns."""
         return self._places[fqn][0]
 
-    def held(self, fqn: str) -> list[Range]:
+    def ranges(self, fqn: str) -> list[Range]:
         """What each rank's optimizer steps."""
-        return self._held[fqn]
+        return self._ranges[fqn]
 
     def gradient(self, fqn: str) -> Tensor | None:
         """The reduced gradient of this rank's range; empty where others step all of it."""
@@ -94,7 +94,7 @@ def _group(tensor: dist.ProcessGroup, data: dist.ProcessGroup, *, sharded: bool)
         size=tensor.size(),
         handle=tensor,
         writes=data.rank() == 0,
-        copy=data.rank(),
+        replica=data.rank(),
         replica_ranks=tuple(dist.get_process_group_ranks(data)),
         replica_handle=data,
     )

@@ -123,7 +123,7 @@ class MegatronStore(ParameterStore):
         for fqn in fqns:
             self._parameters[fqn].clamp_min_(0)
 
-    def pieces(self) -> ParameterShards:
+    def shards(self) -> ParameterShards:
         """Flat pieces of what the optimizer steps. Collective. Raises ConfigError without one."""
         if self._masters is None or self._table is None:
             raise ConfigError("a MegatronStore has pieces only if it was given optimizer and table")

@@ -33,7 +33,7 @@ def plan_rounds(
     """
     size, copies = pieces.group.size, len(pieces.group.replica_ranks)
     by_owner: list[list[str]] = [[] for _ in range(size)]
-    moved = {fqn for fqn in fqns if pieces.held(fqn)[owners[fqn]] != _whole(fqn, pieces)}
+    moved = {fqn for fqn in fqns if pieces.ranges(fqn)[owners[fqn]] != _whole(fqn, pieces)}
     for fqn in sorted(fqns, key=lambda f: (f not in moved, -prod(pieces.shapes[f]), f)):
         by_owner[owners[fqn]].append(fqn)
     at_a_time = copies if size == 1 else 1
@@ -54,7 +54,7 @@ def _exchange(fqns: Sequence[str], owners: Mapping[str, int], pieces: ParameterS
     wanted = [
         [_whole(fqn, pieces) if rank == owners[fqn] else (0, 0) for rank in ranks] for fqn in fqns
     ]
-    return Exchange([pieces.held(fqn) for fqn in fqns], wanted, pieces.group)
+    return Exchange([pieces.ranges(fqn) for fqn in fqns], wanted, pieces.group)
 
 
 def _whole(fqn: str, pieces: ParameterShards) -> Range:

@@ -72,7 +72,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         }
         shapes = {fqn: (pieces.shapes[fqn][0], pieces.shapes[fqn][1]) for fqn in ranks}
         _require_rows(pieces, ranks)
-        holders = {fqn: _holders(pieces.held(fqn)) for fqn in ranks}
+        holders = {fqn: _holders(pieces.ranges(fqn)) for fqn in ranks}
         at_one = {fqn: found[0] for fqn, found in holders.items() if len(found) == 1}
         self._owners = assign_owners(shapes, pieces.group.size, settled=at_one)
         self._states = {
@@ -156,7 +156,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         """Gradients of the matrices that this rank owns."""
         pieces = self._pieces
         parts = [
-            pieces.part(fqn, gradient_of(holders[fqn]).contiguous()).to(pieces.device)
+            pieces.local_view(fqn, gradient_of(holders[fqn]).contiguous()).to(pieces.device)
             for fqn in round_.fqns
         ]
         if round_.exchange is not None:
@@ -183,7 +183,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
             back = exchange.backward(parts, dtype=dtype)
             updates = zip(round_.fqns, back, strict=True)
         for fqn, update in updates:
-            value = pieces.part(fqn, holders[fqn])
+            value = pieces.local_view(fqn, holders[fqn])
             value.mul_(keep).add_(update.to(value.device))
 
     def _update(self, fqn: str, gradient: Tensor, group: dict[str, Any], taken: int) -> Tensor:
@@ -211,7 +211,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         copies, fresh, problem = self._pieces.group, {}, None
         try:
             for fqn, copy in round_.mine.items():
-                if copy == copies.copy:
+                if copy == copies.replica:
                     fresh[fqn] = leading_subspace(gradients[fqn], rank)
         except (ValueError, torch.linalg.LinAlgError) as error:
             problem = f"gradient of {fqn}: {error}"
@@ -223,7 +223,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
             resting = self._states[fqn]["projector"]
             old = resting.to(self._pieces.device)
             new = fresh[fqn] if fqn in fresh else torch.empty_like(old)
-            copies.take_from(new, copy)
+            copies.broadcast_from_replica(new, copy)
             overlaps[fqn] = subspace_overlap(old, new)
             resting.copy_(new)
         return overlaps

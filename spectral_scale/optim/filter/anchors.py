@@ -48,4 +48,4 @@ class Anchors:
         return sum(kept.nbytes for kept in self._kept.values())
 
     def _start(self, fqn: str) -> int:
-        return self._pieces.held(fqn)[self._pieces.group.index][0]
+        return self._pieces.ranges(fqn)[self._pieces.group.index][0]

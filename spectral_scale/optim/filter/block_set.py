@@ -42,7 +42,7 @@ class BlockSet:
         self._moved = [p for p in self._placements if p.wanted is not None]
         self._exchange: Exchange | None = None
         if self._moved:
-            held = [pieces.held(fqn) for p in self._moved for fqn in p.group.fqns]
+            held = [pieces.ranges(fqn) for p in self._moved for fqn in p.group.fqns]
             wanted = [p.wanted or [] for p in self._moved for _ in p.group.fqns]
             self._exchange = Exchange(held, wanted, pieces.group)
         self.counts_here = [p.counts_here for p in self._placements]

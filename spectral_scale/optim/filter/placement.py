@@ -61,7 +61,7 @@ def owners_by_size(numels: Sequence[int], ranks: int) -> list[int]:
 def _is_whole(group: NodeGroup, pieces: ParameterShards) -> bool:
     """Whether every rank holds all of it."""
     numel = pieces.order(group.fqns[0]).numel
-    return all(range_ == (0, numel) for fqn in group.fqns for range_ in pieces.held(fqn))
+    return all(range_ == (0, numel) for fqn in group.fqns for range_ in pieces.ranges(fqn))
 
 
 def _place(group: NodeGroup, pieces: ParameterShards, owner: int) -> Placement:
@@ -70,7 +70,7 @@ def _place(group: NodeGroup, pieces: ParameterShards, owner: int) -> Placement:
     numel = order.numel
     inside = group.cut is not None
     features = FlatOrder((numel // group.num_nodes,)) if inside else order
-    held = [pieces.held(fqn) for fqn in group.fqns]
+    held = [pieces.ranges(fqn) for fqn in group.fqns]
     here = is_first_holder(pieces, first)
     if _is_whole(group, pieces):
         span = (0, features.numel)

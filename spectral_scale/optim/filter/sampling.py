@@ -80,7 +80,7 @@ class Drift:
         self._index: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
         for fqn in fqns:
-            span = pieces.held(fqn)[pieces.group.index]
+            span = pieces.ranges(fqn)[pieces.group.index]
             sample = Sample(pieces.order(fqn), span, DRIFT_ENTRIES, seed, "drift", fqn)
             self._samples[fqn] = sample
             self._index[fqn] = sample.index.to(pieces.value(fqn).device)

@@ -17,23 +17,28 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.collective import SingleProcess
-from spectral_scale.parallel.dtensor_layout import Layout, Layouts, ShardedDim, piece
+from spectral_scale.parallel.dtensor_layout import (
+    DTensorLayout,
+    DTensorLayouts,
+    ShardedDim,
+    ceil_shard,
+)
 from spectral_scale.parallel.group import join_alone
 from spectral_scale.parallel.shard_geometry import tiling_fault
 from spectral_scale.parallel.store import TorchStore
 
 
-def layout(dim: int | None, parts: int, index: int) -> Layout:
+def layout(dim: int | None, parts: int, index: int) -> DTensorLayout:
     """Piece `index` of `parts`, without groups."""
     ranks = tuple(range(parts))
-    return Layout(
-        cuts=() if dim is None else (ShardedDim(dim, parts, 1),),
+    return DTensorLayout(
+        sharded_dims=() if dim is None else (ShardedDim(dim, parts, 1),),
         shard_ranks=ranks,
         shard_group=None,
         replica_ranks=(index,),
         replica_group=None,
         replica_of=dict.fromkeys(ranks, 0),
-        piece_of={rank: rank for rank in ranks},
+        shard_of={rank: rank for rank in ranks},
         rank=index,
     )
 
@@ -41,7 +46,7 @@ def layout(dim: int | None, parts: int, index: int) -> Layout:
 @given(st.integers(0, 40), st.integers(1, 9))
 def test_pieces_are_those_of_torch(size: int, parts: int) -> None:
     for index in range(parts):
-        start, length = piece(size, parts, index)
+        start, length = ceil_shard(size, parts, index)
         shape, offset = _compute_local_shape_and_global_offset(
             (size, 3), (parts,), lambda _, i=index: i, (Shard(0),)
         )
@@ -66,7 +71,9 @@ def test_pieces_of_equal_parts_tile_the_tensor(
     dim = 1 if other else 0
     cuts = (ShardedDim(0, tensor, 1), ShardedDim(dim, data, tensor))
     placements = (Shard(1) if other else _StridedShard(0, split_factor=tensor), Shard(0))
-    whole = Layout(cuts, ranks, None, (0,), None, dict.fromkeys(ranks, 0), {r: r for r in ranks}, 0)
+    whole = DTensorLayout(
+        cuts, ranks, None, (0,), None, dict.fromkeys(ranks, 0), {r: r for r in ranks}, 0
+    )
     boxes = [whole.rectangle(shape, i) for i in ranks]
     assert tiling_fault([b for b in boxes if b.numel], shape) is None
     for rank, box in enumerate(boxes):
@@ -95,13 +102,13 @@ def group() -> Iterator[None]:
 def test_other_placements_are_refused(group: None, placements: tuple[Any, ...]) -> None:
     mesh = init_device_mesh("cpu", (1, 1))
     tensor = DTensor.from_local(torch.ones(4, 4), mesh, placements)
-    with pytest.raises(ConfigError, match="cut along one mesh dimension"):
-        Layouts().of(tensor)
+    with pytest.raises(ConfigError, match="sharded along one mesh dimension"):
+        DTensorLayouts().of(tensor)
 
 
 def test_layouts_are_found_once_for_each_placement(group: None) -> None:
     mesh = init_device_mesh("cpu", (1, 1))
-    layouts = Layouts()
+    layouts = DTensorLayouts()
     a, b, c = (
         DTensor.from_local(torch.ones(4, 4), mesh, p)
         for p in ((Replicate(), Shard(0)), (Replicate(), Shard(0)), (Replicate(), Shard(1)))

@@ -20,7 +20,7 @@ def held_ranges() -> list[object]:
     for shape, dim in CUTS:
         tensor = distribute_tensor(torch.zeros(shape), mesh, [Shard(dim)])
         try:
-            found.append(TensorShards({"fc.weight": tensor}).held("fc.weight"))
+            found.append(TensorShards({"fc.weight": tensor}).ranges("fc.weight"))
         except ConfigError as error:
             found.append(str(error))
     dist.destroy_process_group()
@@ -31,5 +31,5 @@ def test_rows_and_equal_blocks_of_columns_are_ranges_and_other_cuts_are_refused(
     for rows, columns, unequal, deep in run_distributed(held_ranges, 2):
         assert rows == columns == [(0, 12), (12, 12)]
         assert "fc.weight has 7 columns, which 2 ranks do not divide" in unequal
-        assert "fc.weight of shape (2, 2, 4) is cut along dimension 2" in deep
+        assert "fc.weight of shape (2, 2, 4) is sharded along dimension 2" in deep
         assert "leave out shard_placement_fn" in deep

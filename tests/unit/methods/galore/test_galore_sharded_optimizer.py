@@ -54,22 +54,22 @@ def test_one_rank_takes_the_steps_of_whole_parameters() -> None:
 
 
 @dataclass
-class ShardedDim:
-    """Matrices of one size, cut over ranks in flat buffers."""
+class FlatBuffers:
+    """Matrices of one size, sharded over ranks in flat buffers."""
 
-    ranges: dict[str, list[Range]]
+    by_fqn: dict[str, list[Range]]
     group: ShardGroup
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     blocks: int = 1
 
-    def held(self, fqn: str) -> list[Range]:
-        return self.ranges[fqn]
+    def ranges(self, fqn: str) -> list[Range]:
+        return self.by_fqn[fqn]
 
     def order(self, fqn: str) -> FlatOrder:
         return FlatOrder(self.shapes[fqn], self.blocks)
 
 
-def cut_flat(matrices: int, ranks: int, rank: int) -> ShardedDim:
+def cut_flat(matrices: int, ranks: int, rank: int) -> FlatBuffers:
     """As ZeRO-1 and 2 do."""
     shape = (4, 3)
     numel = prod(shape)
@@ -81,7 +81,7 @@ def cut_flat(matrices: int, ranks: int, rank: int) -> ShardedDim:
             for r in range(ranks)
             for start, stop in [(max(r * share, i * numel), min((r + 1) * share, (i + 1) * numel))]
         ]
-    return ShardedDim(ranges, ShardGroup(index=rank, size=ranks), dict.fromkeys(ranges, shape))
+    return FlatBuffers(ranges, ShardGroup(index=rank, size=ranks), dict.fromkeys(ranges, shape))
 
 
 @pytest.mark.parametrize(("matrices", "ranks"), [(1, 1), (7, 1), (5, 3), (12, 4), (2, 4)])
@@ -91,7 +91,7 @@ def test_rounds(matrices: int, ranks: int) -> None:
     pieces = [cut_flat(matrices, ranks, rank) for rank in range(ranks)]
     owners = {
         fqn: max(range(ranks), key=lambda r: ranges[r][1])
-        for fqn, ranges in pieces[0].ranges.items()
+        for fqn, ranges in pieces[0].by_fqn.items()
     }
     plans = [plan_rounds(list(owners), owners, piece) for piece in pieces]  # type: ignore[arg-type]
     for turns in zip(*plans, strict=True):
@@ -109,7 +109,7 @@ def test_rounds(matrices: int, ranks: int) -> None:
 
 def test_copies_share_the_decompositions() -> None:
     piece = cut_flat(5, 1, 0)
-    piece.group = ShardGroup(copy=1, replica_ranks=(0, 1))
+    piece.group = ShardGroup(replica=1, replica_ranks=(0, 1))
     plan = plan_rounds(list(piece.shapes), dict.fromkeys(piece.shapes, 0), piece)  # type: ignore[arg-type]
     assert [len(turn.fqns) for turn in plan] == [2, 2, 1]
     assert all(sorted(turn.mine.values()) == [0, 1] for turn in plan[:2])
@@ -118,6 +118,6 @@ def test_copies_share_the_decompositions() -> None:
 def test_matrices_in_columns_are_refused() -> None:
     parameters = {fqn: nn.Parameter(torch.zeros(shape)) for fqn, shape in SHAPES.items()}
     divided = DividedGaLoreAdamW(groups_of(parameters), collective=SingleProcess(), lr=1e-2)
-    piece = ShardedDim({}, ShardGroup(size=2), SHAPES, blocks=2)  # type: ignore[arg-type]
+    piece = FlatBuffers({}, ShardGroup(size=2), SHAPES, blocks=2)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="owner of a needs ranges of its rows"):
         divided.bind(piece)  # type: ignore[arg-type]

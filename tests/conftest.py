@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from fast_tier import is_fast
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -16,6 +17,14 @@ settings.register_profile("shared machine", deadline=None)  # tests never assert
 settings.load_profile("shared machine")
 
 TEXT_FILES = ("argparse.py", "ast.py", "calendar.py", "decimal.py", "difflib.py", "inspect.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the fast tier."""
+    for item in items:
+        if is_fast(item.path) and item.get_closest_marker("slow") is None:
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session")

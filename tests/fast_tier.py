@@ -1,11 +1,12 @@
 """Which tests make up the fast tier (`pytest -m fast`).
 
 A file under `tests/unit` is in it if it imports nothing that starts processes or trains whole
-runs: its tests then take well under a second each. What takes longer all the same is marked
-`slow`, and a few smallest runs of two processes, one a backend, are marked `fast` where they stand.
+runs. What takes seconds all the same is marked `slow`. In other files, single tests are marked
+`fast`; among them is the smallest run of two processes on each backend.
 """
 
 import ast
+import functools
 from pathlib import Path
 
 UNIT = Path(__file__).parent / "unit"
@@ -31,6 +32,7 @@ def starts_nothing(source: str) -> bool:
     return not imports(source) & {*STARTERS, *TRAINERS}
 
 
+@functools.cache
 def is_fast(file: Path) -> bool:
     """Whether the tests of a file are in the fast tier unless they say otherwise."""
     return file.is_relative_to(UNIT) and starts_nothing(file.read_text(encoding="utf-8"))

@@ -53,7 +53,7 @@ CASES = {
 start than to train."""
 
 
-@pytest.mark.parametrize("world", CASES)
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.fast), 3, 4])
 def test_equals_one_process(world: int, corpus: Path, tmp_path: Path, alone: Alone) -> None:
     runs = [
         (zero_config(corpus, tmp_path / str(i), stage, world, accumulation, **changes), None)

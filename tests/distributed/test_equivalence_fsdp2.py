@@ -50,7 +50,11 @@ DOUBLE = [
     (4, 4, CLIPPED | HSDP),
     (4, 1, UNCLIPPED | HSDP | FACTORED | REPLICATED),
 ]
-SINGLE = [(2, 4, UNCLIPPED), (3, 4, CLIPPED), (4, 4, CLIPPED | HSDP)]
+SINGLE = [
+    pytest.param(2, 4, UNCLIPPED, marks=pytest.mark.fast),
+    (3, 4, CLIPPED),
+    (4, 4, CLIPPED | HSDP),
+]
 
 
 @pytest.mark.parametrize(("world", "accumulation", "changes"), DOUBLE, ids=str)

@@ -158,7 +158,11 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(corpus, tmp_path_factory.mktemp("megatron"))
 
 
-@pytest.mark.parametrize("wanted", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "wanted",
+    [pytest.param(w, marks=pytest.mark.fast) if w == layout(2, 1) else w for w in LAYOUTS],
+    ids=str,
+)
 def test_equals_one_process(wanted: Layout, runs: Runs) -> None:
     """And ranks that hold the same held the same bits after every step (replica_interval)."""
     found, expected = runs.found(wanted), runs.alone(wanted.settings())

@@ -165,6 +165,11 @@ def test_a_matching_stamp_needs_no_other_python_disk_or_network(checkout):
     assert checkout.calls() == ["pytest -k bank"]
 
 
+def test_selftest_runs_the_fast_tier_alone(checkout):
+    checkout.run("launch/selftest", "--fast", "-k", "bank")
+    assert checkout.calls()[-1] == "pytest -m fast -k bank"
+
+
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
 def test_a_changed_requirement_is_installed_into_the_same_environment(checkout, name):
     checkout.run("launch/quickstart")

@@ -240,11 +240,13 @@ SOURCES = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("path", SOURCES)
 def test_file_keeps_the_contract(path):
     assert violations(path, SOURCES[path]) == []
 
 
+@pytest.mark.fast
 def test_arrows_lead_down_and_testing_is_imported_by_nobody():
     floor = {package: level for level, packages in enumerate(FLOORS) for package in packages}
     assert floor.keys() == MAY_IMPORT.keys()
@@ -345,6 +347,7 @@ def test_checker_allows(path, source):
     assert violations(path, source) == []
 
 
+@pytest.mark.fast
 def test_no_module_imports_itself_in_a_circle():
     graphlib.TopologicalSorter(load_graph(SOURCES)).prepare()
 

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path, PurePosixPath
 
 import pytest
+from fast_tier import is_fast, starts_nothing
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -207,3 +208,52 @@ def test_a_misplaced_unit_test_is_found():
     wrong = ["ops/test_graphsx.py", "ops/test_swap.py", "sst/test_swap.py", "old/test_old.py"]
     found = misplaced([PurePosixPath(name) for name in right + wrong], sources)
     assert found == [PurePosixPath(name) for name in wrong]
+
+
+def without_fast_tests(folders: dict[str, set[str]]) -> list[str]:
+    """Folders of tests of which the fast tier runs nothing, neither in them nor below them.
+
+    Args:
+        folders: folder -> its test files that have fast tests, which may be none.
+    """
+    return [
+        folder
+        for folder in folders
+        if not any(
+            files and f"{other}/".startswith(f"{folder}/") for other, files in folders.items()
+        )
+    ]
+
+
+def has_fast_tests(file: Path) -> bool:
+    source = file.read_text(encoding="utf-8")
+    marked = {"pytestmark = pytest.mark.slow": False, "mark.fast": True}
+    return next((fast for mark, fast in marked.items() if mark in source), is_fast(file))
+
+
+def test_the_fast_tier_covers_every_package():
+    folders: dict[str, set[str]] = {}
+    for file in (ROOT / "tests" / "unit").glob("*/**/test_*.py"):
+        files = folders.setdefault(str(file.parent.relative_to(ROOT / "tests" / "unit")), set())
+        if has_fast_tests(file):
+            files.add(file.name)
+    assert len(folders) > 20
+    assert without_fast_tests(folders) == []
+
+
+def test_a_package_that_the_fast_tier_misses_is_found():
+    folders = {"methods": set(), "methods/sst": {"test_sst_swap.py"}, "data": set()}
+    assert without_fast_tests(folders) == ["data"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import subprocess",
+        "from spectral_scale.testing import distributed",
+        "import multiprocessing",
+    ],
+)
+def test_a_file_that_starts_processes_is_not_fast(line):
+    assert starts_nothing("import torch\n")
+    assert not starts_nothing(f"def test():\n    {line}\n")

@@ -38,6 +38,7 @@ def test_a_healthy_machine(
     assert "ok      run folder" in capsys.readouterr().out
 
 
+@pytest.mark.fast
 def test_a_configuration_that_needs_more_ranks_is_a_warning_on_one_machine(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_healthy_job(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fast
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(28, os.strerror(28))
@@ -120,6 +122,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert stat.S_ISDIR(storage.existing_parent(tmp_path / "a" / "b").stat().st_mode)
 
 
+@pytest.mark.fast
 def test_machines_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
     rank_info = RankInfo(rank=0, world_size=4, local_rank=2, local_world_size=2)
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)

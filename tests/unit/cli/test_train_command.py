@@ -185,7 +185,7 @@ def test_print_config_shows_sources_and_starts_nothing(
 
 def test_help_config_describes_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help-config"]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "--spectral.steps_per_iteration" in out and "optimizer steps between swaps" in out
 
 

@@ -218,7 +218,8 @@ def test_every_key_is_described() -> None:
     for section in dataclasses.fields(RunConfig):
         for key in dataclasses.fields(section.type):
             assert f"--{section.name}.{key.name}" in text
-    assert "Tokens a sequence; at most the model's positions." in " ".join(text.split())
+    described = "Number of tokens in a sequence, at most the number of the model's positions."
+    assert described in " ".join(text.split())
 
 
 def test_defaults_are_plain_values() -> None:

@@ -1,4 +1,4 @@
-"""Whether two models are the same function: their logits on the same tokens."""
+"""Checks that two models are the same function by their logits on the same tokens."""
 
 import math
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from spectral_scale.errors import SpectralScaleError
 from spectral_scale.ops.keyed_random import keyed_generator
 
 RELATIVE_TOLERANCE = 5e-5
-"""Largest difference of two logits, as a share of the largest |logit|: about 400 roundings of
+"""Largest difference of two logits, as a fraction of the largest |logit|: about 400 roundings of
 float32. Rounding alone gave 1e-6 (12 layers of width 768, weights as initialised) to 1.5e-5 (the
-same with weights four times as large)."""
+same model with weights four times as large)."""
 MAX_SEQUENCES = 4
 MAX_POSITIONS = 1024
 
@@ -37,7 +37,7 @@ class LogitsDifference:
 
     @property
     def within(self) -> bool:
-        """Whether rounding explains it; never for logits that are not finite."""
+        """Whether rounding explains the difference; never for logits that are not finite."""
         return self.max_abs <= self.tolerance
 
 

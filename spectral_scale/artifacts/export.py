@@ -1,4 +1,4 @@
-"""A run's weights as a dense transformers folder, proven to be the same function."""
+"""Exports a run's weights as a dense transformers folder and proves it the same function."""
 
 import json
 from collections.abc import Sequence
@@ -57,15 +57,15 @@ class ExportRequest:
     output: Path | None
     """The folder to write; None: only the pruning curve."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the stored weights."""
+    """The dtype of the stored weights."""
     keep: float = 1.0
-    """Fraction of each converted matrix's singular values to keep in the folder."""
+    """The fraction of each converted matrix's singular values to keep in the folder."""
     prune: Sequence[float] = ()
     """Fractions to measure perplexity at."""
     data: Path | None = None
     """A token folder; None: the run's own."""
     with_tokenizer: bool = True
-    """False: weights only, no data needed."""
+    """Whether to copy the tokenizer; False exports weights only and needs no data."""
     sequences: int | None = DataConfig.validation_sequences
     """Sequences for the curve; None: all of the data."""
     device: str = "auto"
@@ -79,9 +79,9 @@ class ExportResult:
     output: Path | None
     """The folder, or None."""
     step: int
-    """The checkpoint's."""
+    """The step of the checkpoint."""
     merged: int
-    """Converted layers made dense."""
+    """The number of converted layers made dense."""
     compared_on: str
     """Where the tokens of the comparison came from."""
     merge: LogitsDifference
@@ -129,13 +129,13 @@ class _Job:
     model: PreTrainedModel
     """Restored; then merged, pruned and cast in place."""
     ids: Tensor
-    """What logits are compared on."""
+    """The token ids that logits are compared on."""
     trained: Tensor
     """The training model's logits there."""
 
 
 def _check(request: ExportRequest) -> None:
-    """What can be refused before anything is read."""
+    """Refuse what cannot be done, before anything is read."""
     if request.output is None and not request.prune:
         raise ConfigError("nothing to do: give --output FOLDER, or --prune for the curve alone")
     if request.prune and not _needs_tokens(request):
@@ -166,7 +166,7 @@ def _start(request: ExportRequest) -> _Job:
 
 
 def _prune(job: _Job, watch: Watch | None) -> list[PrunedPoint]:
-    """Measure the curve, and leave the model pruned as the folder is to be."""
+    """Measure the curve, and leave the model pruned as it is to be written."""
     request, config = job.request, job.run.config
     if not request.prune and request.keep == 1.0:
         return []
@@ -202,7 +202,7 @@ def _write(
         stored = compare_logits(expected, loaded)
         require_same(stored, "the folder is not the model that was written")
         against = compare_logits(job.trained, loaded)
-        write_record(folder, _facts(job, stored, against))
+        write_record(folder, _record(job, stored, against))
         if curve:
             text = json.dumps([asdict(point) for point in curve], indent=1) + "\n"
             (folder / "pruning.json").write_text(text, encoding="utf-8")
@@ -211,7 +211,10 @@ def _write(
 
 
 def _as_written(job: _Job) -> Tensor:
-    """Logits the folder must give: the training model's, unless pruning or bf16 changed it."""
+    """The logits that the folder must give.
+
+    They are the training model's unless pruning or bf16 changed the weights.
+    """
     if job.request.keep == 1.0 and job.request.dtype == "fp32":
         return job.trained
     for parameter in job.model.parameters():
@@ -219,7 +222,7 @@ def _as_written(job: _Job) -> Tensor:
     return compute_logits(job.model, job.ids)
 
 
-def _facts(job: _Job, stored: LogitsDifference, trained: LogitsDifference) -> dict[str, Any]:
+def _record(job: _Job, stored: LogitsDifference, trained: LogitsDifference) -> dict[str, Any]:
     return {
         "created_by": f"spectral_scale {__version__}",
         "run": job.run.folder.name,

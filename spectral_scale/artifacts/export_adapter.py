@@ -1,4 +1,4 @@
-"""A run's FRoD adapter as a folder of its own, proven to be the same function."""
+"""Exports a run's FRoD adapter as a folder of its own and proves it the same function."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,11 @@ class AdapterResult:
     output: Path
     """The folder."""
     step: int
-    """The checkpoint's."""
+    """The step of the checkpoint."""
     coefficients: int
-    """Trained elements in it."""
+    """The number of trained elements in the adapter."""
     difference: LogitsDifference
-    """Base model with the adapter loaded, against the training model."""
+    """The base model with the adapter loaded, compared with the training model."""
 
 
 def export_adapter(target: Path, output: Path, *, device: str = "auto") -> AdapterResult:
@@ -68,13 +68,13 @@ def _require_adapter(run: SavedRun) -> None:
         )
     if spectral.train_dense:
         raise ConfigError(
-            f"{run.folder} trained embeddings, norms and biases, too, which an adapter leaves out; "
+            f"{run.folder} also trained embeddings, norms and biases, which an adapter leaves out; "
             "export it without --adapter, or train with spectral.train_dense=false"
         )
 
 
 def _logits_with_adapter(run: SavedRun, folder: Path, device: torch.device, ids: Tensor) -> Tensor:
-    """Of the weights that the run started from, with the adapter loaded into them."""
+    """Logits of the weights that the run started from, with the adapter loaded into them."""
     model = build_model(run.architecture, run.config.model, eos_token_id=None)
     table = parameter_table(model)
     materialise(model, device=device, dtype=MASTER_DTYPES[run.config.train.precision])

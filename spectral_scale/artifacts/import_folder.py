@@ -1,4 +1,4 @@
-"""Whether a local transformers folder can be trained from, shown by its logits."""
+"""Checks that a local transformers folder can be trained from, by its logits."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.table import parameter_table
 
 COMPARED_LENGTH = 256
-"""Tokens a sequence the logits are compared on, if the model has that many positions."""
+"""Length of the sequences that logits are compared on, if the model has that many positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class ImportRequest:
     data: Path | None = None
     """A token folder to compare on, whose tokenizer must be the folder's; None: random ids."""
     spectral_rank: int | None = SpectralConfig.spectral_rank
-    """Rank to convert with; None: check the dense model only, without any SVD."""
+    """The rank to convert with; None checks the dense model only, without any SVD."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -61,23 +61,23 @@ class ImportResult:
     architecture: Architecture
     """The model's shapes."""
     weights: FolderReport
-    """What is stored."""
+    """What the folder stores."""
     sequence_length: int
-    """To train with: as it was exported with, else all its positions."""
+    """The sequence length to train with: the exported run's, else all of the model's positions."""
     compared_on: str
     """Where the tokens of the comparison came from."""
     tokenizer: TokenizerCheck
-    """Whether the data's tokenizer was held against the folder's."""
+    """Whether the data's tokenizer was compared with the folder's, and matched."""
     dense: LogitsDifference
-    """The model as this package builds it, against transformers' own."""
+    """The model as this package builds it, compared with transformers' own."""
     converted: LogitsDifference | None
-    """The same after conversion to SST and its SVDs."""
+    """The model converted to SST, after its SVDs, compared with transformers' own."""
     layers: int
-    """Matrices converted."""
+    """The number of matrices converted."""
 
 
 def check_import(request: ImportRequest) -> ImportResult:
-    """Build the model as training would and hold its logits against transformers' own.
+    """Build the model as training would and compare its logits with transformers' own.
 
     Raises ConfigError for a folder that cannot be used (weights incomplete, of another shape,
     pickled or quantised; an unsupported architecture) and SpectralScaleError if logits differ.

@@ -1,4 +1,4 @@
-"""Writing a dense model as a transformers folder: whole under its name, or not at all."""
+"""Writes a dense model as a transformers folder, completely or not at all."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.methods.layer import factored_layers
 
 RECORD_NAME = "spectral_scale.json"
-"""Where an exported folder says what it was made from."""
+"""The file in an exported folder that says what it was made from."""
 RECORD_FORMAT = "spectral_scale.export"
 _SPACE_MARGIN = 1.01
 _OTHER_FILES_BYTES = 16 << 20
@@ -27,10 +27,10 @@ _GIB = 2**30
 
 @contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
-    """A new folder beside `output` that takes its name when the block ends without an error.
+    """Make a folder beside `output` that takes its name when the block ends without an error.
 
-    On any error it is removed, and nothing has the name. Raises ConfigError if `output` exists and
-    is not an empty folder, or cannot be made.
+    On any error the new folder is removed and `output` does not exist. Raises ConfigError if
+    `output` exists and is not an empty folder, or cannot be made.
     """
     output = Path(os.path.abspath(output))
     refuse_occupied(output)
@@ -86,7 +86,7 @@ def write_model(model: PreTrainedModel, folder: Path, *, dtype: torch.dtype) -> 
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[str]:
-    """Copy the files of a tokenizer folder, byte for byte; their names."""
+    """Copy the files of a tokenizer folder byte for byte, and return their names."""
     files = sorted(path for path in source.iterdir() if path.is_file())
     taken = [path.name for path in files if (folder / path.name).exists()]
     if not files or taken:
@@ -105,7 +105,7 @@ def write_record(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What write_record wrote; empty for a folder of other origin. Raises ConfigError."""
+    """Read what write_record wrote; empty for a folder of other origin. Raises ConfigError."""
     try:
         text = (folder / RECORD_NAME).read_text(encoding="utf-8")
         record = json.loads(text)

@@ -1,4 +1,4 @@
-"""Perplexity of a saved run or of a transformers folder on any prepared data."""
+"""Measures the perplexity of a saved run or a transformers folder on any prepared data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +37,13 @@ class PerplexityRequest:
     data: Path | None = None
     """A token folder; None: the run's validation data."""
     sequences: int | None = None
-    """At most so many, spread evenly over the data; None: all of it."""
+    """At most this many sequences, spread evenly over the data; None reads all of it."""
     sequence_length: int | None = None
-    """Tokens a sequence; None: as trained, or all positions of a foreign folder."""
+    """Tokens in a sequence; None takes the run's length, or all positions of a foreign folder."""
     batch_size: int | None = None
-    """Sequences a forward pass; None: the run's, or 8."""
+    """Sequences in a forward pass; None takes the run's number, or 8."""
     precision: Precision = "auto"
-    """auto: as the run trained (then its logged validation loss comes back exactly), or fp32."""
+    """Auto takes the run's own, which reproduces its logged validation loss exactly, or fp32."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -53,29 +53,29 @@ class Perplexity:
     """What was measured, and on what."""
 
     target: str
-    """As given."""
+    """The target as it was given."""
     step: int | None
-    """The checkpoint's; None for a transformers folder that does not say."""
+    """The step of the checkpoint; None for a transformers folder that does not say."""
     data: str
     """The token folder."""
     tokenizer: TokenizerCheck
-    """Whether the target's tokenizer was held against the data's."""
+    """Whether the target's tokenizer was compared with the data's, and matched."""
     sequence_length: int
-    """Tokens a sequence."""
+    """Tokens in a sequence."""
     sequences: int
-    """Sequences read."""
+    """The number of sequences read."""
     tokens: int
-    """Tokens predicted."""
+    """The number of tokens predicted."""
     precision: str
     """fp32, bf16, fp16 or fp64."""
     loss: float
-    """Mean negative log-likelihood a token, nats."""
+    """Mean negative log-likelihood of a token, in nats."""
     perplexity: float
-    """exp of the loss."""
+    """The exponential of the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Subject:
+class _MeasuredModel:
     """A model ready to be measured."""
 
     model: PreTrainedModel
@@ -91,25 +91,25 @@ def measure_perplexity(request: PerplexityRequest, watch: Watch | None = None) -
     """Load the target and run it over the data. Raises ConfigError, DataError, CheckpointError."""
     device = pick_device(request.device, 0)
     if is_transformers_folder(request.target):
-        subject = _folder_subject(request, device)
+        measured = _open_folder(request, device)
     else:
-        subject = _run_subject(request, device)
+        measured = _open_run_model(request, device)
     loader = ValidationLoader(
-        subject.tokens,
-        sequence_length=subject.sequence_length,
+        measured.tokens,
+        sequence_length=measured.sequence_length,
         num_sequences=EVERYTHING if request.sequences is None else request.sequences,
-        micro_batch_size=subject.batch_size,
+        micro_batch_size=measured.batch_size,
     )
-    result = evaluate_model(subject.model, loader, precision=subject.precision, watch=watch)
+    result = evaluate_model(measured.model, loader, precision=measured.precision, watch=watch)
     return Perplexity(
         target=str(request.target),
-        step=subject.step,
-        data=str(subject.tokens.path),
-        tokenizer=subject.tokenizer,
-        sequence_length=subject.sequence_length,
+        step=measured.step,
+        data=str(measured.tokens.path),
+        tokenizer=measured.tokenizer,
+        sequence_length=measured.sequence_length,
         sequences=loader.num_sequences,
         tokens=result.tokens,
-        precision=subject.precision,
+        precision=measured.precision,
         loss=result.loss,
         perplexity=result.perplexity,
     )
@@ -118,7 +118,7 @@ def measure_perplexity(request: PerplexityRequest, watch: Watch | None = None) -
 def evaluate_model(
     model: PreTrainedModel, loader: ValidationLoader, *, precision: str, watch: Watch | None = None
 ) -> Evaluation:
-    """Loss in this process, where the model is."""
+    """Evaluate in this process alone, on the model's device."""
     return evaluate(
         model,
         loader,
@@ -129,7 +129,7 @@ def evaluate_model(
     )
 
 
-def _run_subject(request: PerplexityRequest, device: torch.device) -> _Subject:
+def _open_run_model(request: PerplexityRequest, device: torch.device) -> _MeasuredModel:
     run = open_run(request.target)
     tokens = tokens_of_run(run, request.data)
     trained = run.config.train.precision
@@ -139,7 +139,7 @@ def _run_subject(request: PerplexityRequest, device: torch.device) -> _Subject:
         for parameter in model.parameters():
             if parameter.dtype == torch.float64:
                 parameter.data = parameter.data.float()
-    return _Subject(
+    return _MeasuredModel(
         model=model,
         tokens=tokens,
         tokenizer="same",
@@ -152,7 +152,7 @@ def _run_subject(request: PerplexityRequest, device: torch.device) -> _Subject:
     )
 
 
-def _folder_subject(request: PerplexityRequest, device: torch.device) -> _Subject:
+def _open_folder(request: PerplexityRequest, device: torch.device) -> _MeasuredModel:
     folder = request.target
     if request.data is None:
         raise ConfigError(f"{folder} is a transformers folder; give --data FOLDER to measure it on")
@@ -162,7 +162,7 @@ def _folder_subject(request: PerplexityRequest, device: torch.device) -> _Subjec
     checked = check_folder_tokenizer(folder, tokens)
     check_vocabulary(architecture.vocab_size, tokens)
     default = int(record.get("sequence_length", architecture.max_positions))
-    return _Subject(
+    return _MeasuredModel(
         model=load_folder(folder, device=device, dtype=torch.float32),
         tokens=tokens,
         tokenizer=checked,

@@ -1,7 +1,7 @@
-"""Keeping only the largest singular values of a trained model's matrices (SST's paper, pruning).
+"""Prunes a trained model's matrices to their largest singular values (SST's paper, pruning).
 
 Each matrix becomes its best approximation of the kept rank (Eckart and Young 1936); it stays
-dense, so what shrinks is the size it would have if it were stored as factors.
+dense, so that only the size it would have if stored as factors shrinks.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ class PrunedSize:
     """What one kept fraction leaves, over all pruned matrices."""
 
     keep: float
-    """Fraction of each matrix's singular values, the largest first."""
+    """The fraction of each matrix's singular values that is kept, the largest first."""
     triplets: int
-    """Singular values kept."""
+    """The number of singular values kept."""
     elements: int
     """Elements to store: k (m + n) as factors or m n dense, whichever is less, matrix by matrix."""
     elements_dense: int
     """Elements of the dense matrices."""
     energy: float
-    """Kept share of the sum of squared singular values."""
+    """The kept fraction of the sum of squared singular values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +36,19 @@ class PrunedPoint(PrunedSize):
     """One point of the curve."""
 
     loss: float
-    """Mean negative log-likelihood a token, nats."""
+    """Mean negative log-likelihood of a token, in nats."""
     perplexity: float
-    """exp of the loss."""
+    """The exponential of the loss."""
 
 
 class PrunableModel:
     """Sets the named linears of a dense model to any kept fraction, always from their full values.
 
-    Keeps a copy of each matrix and its SVD: three times their memory, where they are.
+    It keeps each full matrix and its SVD on the matrix's device: three times its memory.
 
     Args:
-        model: dense; changed in place.
-        names: linears to prune. Each is decomposed once.
+        model: a dense model; changed in place.
+        names: the linear modules to prune. Each is decomposed once.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""A run's model from its folder and a checkpoint: no optimizer state, no training data."""
+"""Restores a run's model from its folder and a checkpoint, without optimizer state or data."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +45,7 @@ class SavedRun:
     folder: Path
     """The run folder."""
     config: RunConfig
-    """Its config.yaml."""
+    """The run's config.yaml."""
     architecture: Architecture
     """The model's shapes."""
     reader: CheckpointReader
@@ -53,18 +53,18 @@ class SavedRun:
 
     @property
     def step(self) -> int:
-        """Optimizer steps behind the weights."""
+        """The number of optimizer steps that the weights have taken."""
         return self.reader.step
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """Identity of the tokenizer the run was trained with."""
+        """The checksum of the tokenizer that the run was trained with."""
         found = self.reader.identity.get("data.tokenizer")
         return None if found is None else str(found)
 
 
 def open_run(target: Path) -> SavedRun:
-    """A run folder or its `checkpoints` (the newest good one is taken), or one checkpoint.
+    """Open a run folder or its `checkpoints` (the newest good one is taken), or one checkpoint.
 
     Raises:
         ConfigError: no run folder, or a config.yaml that cannot be used.
@@ -102,10 +102,10 @@ def restore_model(
 
     Args:
         run: from `open_run`.
-        device: where it is needed.
+        device: where the model is to be.
         exact: hold frozen weights in the precision of the trained ones, not rounded as in training
             (they differ for bf16 and fp16 runs only).
-        eos_token_id: for the model's configuration.
+        eos_token_id: the end-of-text token, for the model's configuration.
 
     Raises CheckpointError if the checkpoint lacks a weight or has one of another shape.
     """
@@ -165,8 +165,10 @@ def _load_trained(model: nn.Module, reader: CheckpointReader) -> None:
 
 
 def _initial_weights(run: SavedRun) -> InitialWeights:
-    """What the run started from, if its checkpoints need it. Raises CheckpointError if it changed
-    and ConfigError if it is gone."""
+    """The weights that the run started from, if its checkpoints need them.
+
+    Raises CheckpointError if they have changed and ConfigError if they are gone.
+    """
     if not keeps_initial_weights(run.config):
         return KeyedWeights(run.config.train.seed)
     weights = initial_weights(run.config)
@@ -199,6 +201,6 @@ def _load_frozen(
 
 
 def _take_generation_config(model: PreTrainedModel, path: str | None) -> None:
-    """Carry over how the model the run started from generates."""
+    """Take over the generation settings of the model that the run started from."""
     if path is not None and (Path(path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)

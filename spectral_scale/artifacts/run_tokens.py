@@ -1,4 +1,4 @@
-"""Token folders that fit a saved run: the same tokenizer, or a clear error."""
+"""Opens token folders for a saved run, and refuses those of another tokenizer."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from spectral_scale.errors import DataError
 
 
 def tokens_of_run(run: SavedRun, data: Path | None = None) -> TokenFolder:
-    """The given token folder, else the run's validation data, else its training data.
+    """Open the given token folder, else the run's validation data, else its training data.
 
     Raises:
         DataError: none of them can be opened; says why for each.
@@ -49,7 +49,7 @@ def require_undamaged_tokenizer(tokens: TokenFolder) -> None:
 
 
 def _folders_of(data: DataConfig) -> list[Path]:
-    """Validation first; the embedded corpus is made if it is not there."""
+    """The run's token folders, validation first; the embedded corpus is made if need be."""
     train, validation = data.train, data.validation
     if train == EMBEDDED:
         corpus, held_out = embedded_corpus()

@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a row a model and method; 0. Raises ConfigError for unknown models and ranks."""
+    """Print a row for each model and method. Raises ConfigError for unknown models and ranks."""
     variants = _variants(arguments)
     models = [_resolve(name, list(variants.values())) for name in arguments.models]
     rows = [
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _variants(arguments: argparse.Namespace) -> dict[str, SpectralConfig]:
-    """What is counted, by its name in the table. Raises ConfigError."""
+    """Find what is to be counted, by its name in the table. Raises ConfigError."""
     rank, sparsity = arguments.spectral_rank, arguments.sparsity
     if rank is None and sparsity is None:
         raise ConfigError("give --spectral-rank R (for LoRA and SST), --sparsity S (FRoD) or both")

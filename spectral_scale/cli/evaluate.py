@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print loss and perplexity; 0."""
+    """Print loss and perplexity. Returns exit code 0."""
     from spectral_scale.artifacts.perplexity import PerplexityRequest, measure_perplexity
     from spectral_scale.cli.progress import watch_batches
 

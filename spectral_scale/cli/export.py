@@ -85,7 +85,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export, print the comparison and the curve; 0."""
+    """Export, then print the comparison and the curve. Returns exit code 0."""
     from spectral_scale.artifacts.export import ExportRequest, export_run
     from spectral_scale.cli.progress import watch_batches
 

@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit codes as `train`'s. Raises ConfigError without weights to start from."""
+    """Train with the exit codes of `train`. Raises ConfigError without weights to start from."""
     if not (arguments.help_config or arguments.print_config):
         require_weights(load_run_config(arguments).config)
     return train.run(arguments)

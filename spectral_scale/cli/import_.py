@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what the folder holds, the differences, and how to train from it; 0."""
+    """Print the folder's contents, the differences and how to train from it. Returns 0."""
     from spectral_scale.artifacts.import_folder import ImportRequest, check_import
 
     require_one_process("import")

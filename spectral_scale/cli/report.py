@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page, print its path and the headline numbers; 0 on success."""
+    """Write the page, print its path and the headline numbers. Returns exit code 0."""
     report = build_report(args.runs, allow_different_data=args.allow_different_data)
     default = args.runs[0] / "report.html" if len(args.runs) == 1 else Path("report.html")
     output = save_report(report, args.output or default)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _summary(numbers: dict[str, Any]) -> str:
-    """A few lines about one run."""
+    """Format a few lines about one run."""
     first, last, best = (
         number(numbers[f"validation_perplexity_{when}"]) for when in ("first", "last", "best")
     )

@@ -28,14 +28,14 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print it. Raises ConfigError for a folder that holds no run."""
+    """Print the status. Raises ConfigError for a folder that holds no run."""
     found = collect(args.run_dir)
     print(json.dumps(found, indent=2) if args.format == "json" else _text(found))
     return 0
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
-    """Everything that the command tells, as JSON values."""
+    """Collect everything that the command tells, as JSON values."""
     from spectral_scale.checkpoint.lock import is_held, read_holder
     from spectral_scale.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints, step_of
     from spectral_scale.supervision.heartbeat import heartbeat_path, read_beats

@@ -30,7 +30,7 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Leave the file. Raises ConfigError if nothing runs there, or nothing may be written there."""
+    """Write the control file. Raises ConfigError if no run is active or the folder is read-only."""
     from spectral_scale.checkpoint.lock import is_held, read_holder
     from spectral_scale.supervision.control_files import ask
 

@@ -24,7 +24,7 @@ from spectral_scale.errors import SpectralScaleError
 
 if TYPE_CHECKING:
     from spectral_scale.engine.build import Inputs, Run
-    from spectral_scale.engine.loop import Outcome
+    from spectral_scale.engine.outcome import Outcome
     from spectral_scale.supervision.exit_status import ExitStatus
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `train` and `finetune` take."""
+    """Add the arguments that `train` and `finetune` take."""
     add_run_config(parser)
     parser.add_argument("--print-config", action="store_true", help="print the settings and exit")
     parser.add_argument("--help-config", action="store_true", help="describe every key and exit")
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0 when the run is complete, 75 when it stopped early and can be resumed."""
+    """Train. Returns 0 when the run is complete, 75 when it stopped early and can be resumed."""
     if arguments.help_config:
         print(build_parser().format_help())
         return 0
@@ -72,9 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def train(loaded: ResolvedConfig, *, output: str, flags: LauncherFlags) -> int:
-    """Check, build, loop, report. Every rank runs it; rank 0 speaks.
+    """Check, build, train and report. Every rank runs this; rank 0 speaks.
 
-    What is wrong with the configuration is found before anything is written.
+    A configuration that cannot run is refused before anything is written.
     """
     placement = adopt_launcher(flags)
     rank_info = placement.rank_info
@@ -116,7 +116,7 @@ def train(loaded: ResolvedConfig, *, output: str, flags: LauncherFlags) -> int:
 
 @contextlib.contextmanager
 def _alone(run_dir: Path, rank: int) -> Iterator[None]:
-    """Rank 0 holds the run folder's lock, so that two jobs never write the same run."""
+    """Hold the run folder's lock on rank 0, so that two jobs never write the same run."""
     from spectral_scale.checkpoint.lock import RunLock
 
     with RunLock(run_dir) if rank == 0 else contextlib.nullcontext():
@@ -259,7 +259,7 @@ def _say_done(run_dir: Path, step: int, output: str) -> None:
 
 
 def _perplexities(run_dir: Path) -> list[float]:
-    """Validation perplexities in the order of steps; none if metrics.jsonl cannot be read."""
+    """Read the validation perplexities by step; none if metrics.jsonl cannot be read."""
     from spectral_scale.metrics.history import read_metrics
 
     key = "validation/perplexity"

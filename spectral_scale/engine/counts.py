@@ -13,21 +13,21 @@ from spectral_scale.parallel.table import ParameterTable, parameter_table
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Elements of one model."""
+    """Numbers of elements of one model."""
 
     trained: int
-    """What the optimizer sees at a time."""
+    """Elements that the optimizer trains at a time."""
     dense: int
-    """The dense model it stands for."""
+    """Elements of the dense model that the converted one stands for."""
 
     @property
     def share(self) -> float:
-        """trained / dense."""
+        """The trained elements as a fraction of the dense ones."""
         return self.trained / self.dense
 
 
 def count_parameters(model: nn.Module, table: ParameterTable) -> ParameterCounts:
-    """Counts by logical shape, whatever a host did to the storage; a shared weight counts once."""
+    """Count by logical shape, however a backend stores weights; a tied weight counts once."""
     size = {fqn: math.prod(info.global_shape) for fqn, info in table.items()}
     converted = sum(m.in_features * m.out_features for m in factored_layers(model).values())
     return ParameterCounts(
@@ -39,7 +39,7 @@ def count_parameters(model: nn.Module, table: ParameterTable) -> ParameterCounts
 def counts_of(
     architecture: Architecture, model: ModelConfig, spectral: SpectralConfig
 ) -> ParameterCounts:
-    """Counts of a model converted as training converts it, on the meta device: no memory."""
+    """Count a model converted as for training; built on the meta device, it takes no memory."""
     import torch
 
     from spectral_scale.engine.methods import convert_model

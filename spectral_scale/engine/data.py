@@ -8,11 +8,11 @@ from spectral_scale.errors import ConfigError
 
 EMBEDDED = "embedded"
 VOCABULARY_MULTIPLE = 64
-"""Embedding rows are padded to a multiple of this, for the products' sake."""
+"""Embedding rows are padded to a multiple of this, which makes matrix products faster."""
 
 
 def open_data(config: RunConfig) -> tuple[TokenFolder, TokenFolder | None]:
-    """Training and validation folders; the embedded corpus is prepared on first use."""
+    """Open the training and validation folders; prepare the embedded corpus on first use."""
     train, validation = config.data.train, config.data.validation
     if train == EMBEDDED:
         train_path, held_out = embedded_corpus()

@@ -2,9 +2,8 @@
 
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from spectral_scale.engine.build import Run
 from spectral_scale.engine.evaluate import Evaluation, evaluate
 from spectral_scale.engine.learning_rate import LearningRates, no_ramp
 from spectral_scale.engine.measure import memory
+from spectral_scale.engine.outcome import Outcome, Progress
 from spectral_scale.engine.rollback import checkpoint_before, no_way_back
 from spectral_scale.engine.saver import Saver
 from spectral_scale.engine.step_log import StepLog, StepNumbers
@@ -26,31 +26,6 @@ from spectral_scale.supervision.supervisor import Supervisor
 from spectral_scale.supervision.watchdog import End, exit_at_once
 
 logger = logging.getLogger(__name__)
-
-
-class Progress(Protocol):
-    """Shows a person how the run goes; rank 0 only."""
-
-    def advance(self, step: int, values: dict[str, Any]) -> None:
-        """One step was taken; `values` is what was logged at it, often nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How the loop ended."""
-
-    step: int
-    """Steps taken in all; the last saved step if the loop stopped without saving."""
-    stopped: str | None
-    """Why the loop ended early; None if the run is complete."""
-    requeue: bool = True
-    """Whether a scheduler may start a stopped run again by itself."""
-    saved: bool = True
-    """Whether `step` was saved."""
-    first: Evaluation | None
-    """The evaluation before the run's first step, if this attempt began there."""
-    last: Evaluation | None
-    """The latest evaluation of this attempt."""
 
 
 class TrainingLoop:

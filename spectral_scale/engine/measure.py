@@ -1,4 +1,4 @@
-"""Numbers of a run that its metrics hold: FLOPs a token, memory by use."""
+"""Measures of a run that are logged: FLOPs a token, utilization, memory by use."""
 
 import math
 
@@ -40,16 +40,17 @@ def flops_per_token(run: Run) -> float:
 
 
 def _factor_flops(info: ParameterInfo) -> int:
-    """FLOPs a token of one matrix of a converted layer, whichever method's: forward, gradient of
-    its input and, if it trains, its own gradient, each a product of 2 FLOPs an element. FRoD needs
-    the gradient of its frozen weight.
+    """FLOPs a token of one matrix of a converted layer, for any method.
+
+    The forward pass, the gradient of the input and, if the matrix trains, its own gradient are one
+    product each, at 2 FLOPs an element. FRoD needs the gradient of its frozen weight as well.
     """
     products = 3 if info.trainable or info.role == "mixed" else 2
     return 2 * products * math.prod(info.global_shape)
 
 
 def utilization(run: Run, flops_a_token: float, tokens_per_second: float) -> float | None:
-    """MFU over all ranks; None where the device's peak is not known."""
+    """Model FLOPs utilization over all ranks; None where the device's peak is not known."""
     if run.backend.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(run.backend.device), run.config.train.precision)
@@ -61,7 +62,7 @@ def utilization(run: Run, flops_a_token: float, tokens_per_second: float) -> flo
 
 
 def memory(run: Run) -> dict[str, float]:
-    """Bytes this rank keeps, by use, and its peak so far."""
+    """Bytes that this rank keeps, by use, and its peak so far, by metric path."""
     trained = [p for p in run.model.parameters() if p.requires_grad]
     return {
         "memory/weights_bytes": tensor_bytes(run.model.parameters()),
@@ -74,6 +75,6 @@ def memory(run: Run) -> dict[str, float]:
 
 
 def parameter_counts(run: Run) -> dict[str, int]:
-    """Trained elements, and elements of the dense model they stand for."""
+    """The number of trained elements, and of elements of the dense model."""
     counts = count_parameters(run.model, run.table)
     return {"parameters_trained": counts.trained, "parameters_dense": counts.dense}

@@ -1,4 +1,27 @@
-"""Saving, at once or in the background. One save at a time; what fails, fails on all ranks."""
+"""Saves checkpoints, at once or in the background. One save at a time, with one outcome for all.
+
+What may be changed when, for a background save of step 100 that takes 2 s to copy and 30 s to
+write, in a run whose steps take 1 s:
+
+    t        main thread                            thread "save"
+    0        save(100): copies each chunk to host
+             memory; nothing trains meanwhile
+    2        starts the thread; step 101 begins     writes the copies
+    2..32    trains: weights, moments, banks and    reads only the copies, `state` (made for this
+             masters change in place                save) and `identity` (never changed)
+    20       save(120) would raise: it must be      still writes; a second save would double the
+             preceded by finish()                   host memory and could overtake the first
+    32                                              commits with the other ranks, and ends
+    33       accept_step: every rank reports that
+             its part is written; all call finish()
+
+So a tensor may change as soon as save() has returned, and not before. Without `background` nothing
+is copied, and save() returns after the commit. The thread's collectives have a process group of
+their own: on the training's they would mix with the gradients' in an order that differs by rank.
+`_error` and `_seconds` belong to the thread until finish() has joined it. If the run fails,
+abandon() waits up to 10 s, since the save may be about to commit; an uncommitted folder is no
+checkpoint, and the next save of that step removes it.
+"""
 
 import logging
 import threading
@@ -13,19 +36,18 @@ from spectral_scale.parallel.chunks import TensorChunk
 logger = logging.getLogger(__name__)
 
 WORTH_A_WARNING_SECONDS = 0.5
-"""A shorter wait for a save in the background goes unmentioned."""
+"""A shorter wait for a save in the background is not logged."""
 ABANDON_SECONDS = 10.0
-"""How long a run that has failed waits for a save that is under way."""
+"""How long a run that has failed waits for a save in flight."""
 
 
 class Saver:
-    """Hands checkpoints to the manager. All methods are collective.
+    """Hands checkpoints to the manager. `save` and `finish` are collective.
 
     Args:
-        checkpoints: of the run; with `background`, its collective has a group of its own, since
-            its collectives run beside the training's.
-        identity: what a resumed run must share.
-        background: copy to host memory, and write beside training.
+        checkpoints: the run's; with `background`, its collective has a process group of its own.
+        identity: what a run must have in common with the checkpoint to resume from it.
+        background: copy to host memory, and write while training goes on.
     """
 
     def __init__(
@@ -36,26 +58,27 @@ class Saver:
         self._step = 0
         self._error: Exception | None = None
         self._seconds = 0.0
-        self.longest_seconds = 0.0
-        """From the state in memory to the commit, of the longest save so far."""
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save has been begun and not been collected."""
+        """Whether a save was begun in the background and `finish` has not been called."""
         return self._thread is not None
 
     @property
     def written(self) -> bool:
-        """Whether this rank's part of the save in flight is done, well or badly."""
+        """Whether this rank's part of the save in flight has ended, successfully or not."""
         return self._thread is not None and not self._thread.is_alive()
 
     def save(self, step: int, chunks: Sequence[TensorChunk], state: Mapping[str, Any]) -> None:
-        """Save, or begin to. Raises CheckpointError on all ranks alike.
+        """Save, or begin to save in the background. Raises CheckpointError on all ranks alike.
 
-        One that is under way must have been finished before: saves never pile up.
+        Args:
+            step: steps taken.
+            chunks: what this rank saves; the tensors may change once this returns.
+            state: counters, as JSON values; must not change before `finish`.
         """
         if self.in_flight:
-            raise RuntimeError(f"the save of step {self._step} has not been finished")
+            raise RuntimeError(f"the save of step {self._step} is in flight; call finish() first")
         started = time.perf_counter()
         self._step = step
         if not self.background:
@@ -72,9 +95,10 @@ class Saver:
         self._thread.start()
 
     def finish(self) -> int | None:
-        """Wait for the save in flight; the step that is now saved, None if nothing was in flight.
+        """Wait for the save in flight.
 
-        Raises CheckpointError on all ranks alike.
+        Returns the step that is now saved, or None if nothing was in flight. Raises
+        CheckpointError on all ranks alike.
         """
         if self._thread is None:
             return None
@@ -93,13 +117,13 @@ class Saver:
         return self._step
 
     def abandon(self) -> None:
-        """The run has failed: give a save that is under way some time. Never raises."""
+        """Give a save in flight some time to end, after the run has failed. Never raises."""
         if self._thread is not None:
             self._thread.join(ABANDON_SECONDS)
 
     @property
     def last_seconds(self) -> float:
-        """What the last complete save took."""
+        """Seconds from the state in memory to the commit, of the last save that has ended."""
         return self._seconds
 
     def _write(
@@ -111,7 +135,6 @@ class Saver:
         except Exception as error:
             self._error = error
         self._seconds = time.perf_counter() - started
-        self.longest_seconds = max(self.longest_seconds, self._seconds)
 
     def _raise(self) -> None:
         error, self._error = self._error, None

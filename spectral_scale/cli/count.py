@@ -105,7 +105,7 @@ def _count(
                 "spectral_rank": spectral.spectral_rank if variant in WITH_RANK else None,
                 "trained": counts.trained,
                 "dense": counts.dense,
-                "share": counts.share,
+                "share": counts.trained_fraction,
             }
         )
     return rows

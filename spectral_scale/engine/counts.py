@@ -21,7 +21,7 @@ class ParameterCounts:
     """Elements of the dense model that the converted one stands for."""
 
     @property
-    def share(self) -> float:
+    def trained_fraction(self) -> float:
         """The trained elements as a fraction of the dense ones."""
         return self.trained / self.dense
 

@@ -49,7 +49,7 @@ def test_published_models_at_rank_64(name: str, full: float, lora: float, sst: f
 
 
 def test_llama_1b_at_rank_128_trains_18_75_percent() -> None:
-    assert round(100 * counted("llama-1b", 128, "sst", "factored").share, 2) == 18.75
+    assert round(100 * counted("llama-1b", 128, "sst", "factored").trained_fraction, 2) == 18.75
 
 
 def test_full_and_galore_train_everything() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectral_scale.engine.evaluate import Evaluation
 from spectral_scale.errors import ConfigError
-from spectral_scale.ops.decomposition import Triplets, compose, svd
+from spectral_scale.ops.decomposition import SVDFactors, compose, svd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class PrunableModel:
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.weights = {name: model.get_submodule(name).get_parameter("weight") for name in names}
         self._full = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self._factors: dict[str, Triplets] = {n: svd(w) for n, w in self._full.items()}
+        self._factors: dict[str, SVDFactors] = {n: svd(w) for n, w in self._full.items()}
 
     @torch.no_grad()
     def keep(self, fraction: float) -> PrunedSize:

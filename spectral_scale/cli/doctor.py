@@ -19,7 +19,7 @@ from spectral_scale.config.resolve import resolve
 from spectral_scale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from spectral_scale.doctor.examine import Subject
+    from spectral_scale.doctor.examine import PlannedRun
     from spectral_scale.doctor.findings import Finding
 
 DESCRIPTION = """Look at versions, devices, compilers, interfaces, the run folder's file system,
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectral_scale.doctor.examine import examine
     from spectral_scale.doctor.findings import Finding, exit_code
 
-    subject, unfit = _subject(arguments, world_size=placement.rank_info.world_size)
+    subject, unfit = _planned_run(arguments, world_size=placement.rank_info.world_size)
     findings = examine(subject, placement.rank_info)
     first = [Finding(name="ranks", verdict="ok", text=placement.note)]
     if placement.warning is not None:
@@ -64,19 +64,21 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _subject(arguments: argparse.Namespace, *, world_size: int) -> "tuple[Subject, Finding | None]":
+def _planned_run(
+    arguments: argparse.Namespace, *, world_size: int
+) -> "tuple[PlannedRun, Finding | None]":
     """The run that the arguments describe, if any, and why it cannot run on these ranks.
 
     One process may examine one machine of several, so a run that asks for more ranks is no more
     than a warning there.
     """
-    from spectral_scale.doctor.examine import Subject
+    from spectral_scale.doctor.examine import PlannedRun
     from spectral_scale.doctor.findings import Finding
 
     if not (arguments.config or arguments.overrides or arguments.deepspeed_config):
-        return Subject(run_dir=Path(os.getcwd())), None
+        return PlannedRun(run_dir=Path(os.getcwd())), None
     config = load_run_config(arguments).config
-    subject = Subject(
+    subject = PlannedRun(
         run_dir=Path(config.train.run_dir),
         backend=config.parallel.backend,
         device=config.train.device,

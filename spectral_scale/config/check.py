@@ -6,10 +6,10 @@ from typing import Any
 
 from spectral_scale.config.capability import data_parallel_size, refusals
 from spectral_scale.config.filter_rules import filter_problems
-from spectral_scale.config.megatron_keys import megatron_run_problems
 from spectral_scale.config.presets import Architecture, linear_shapes, resolve_architecture
+from spectral_scale.config.rules_megatron import megatron_run_problems
+from spectral_scale.config.rules_tensor_parallel import tensor_parallel_problems
 from spectral_scale.config.schema import RunConfig, SpectralConfig
-from spectral_scale.config.tensor_parallel import tensor_parallel_problems
 from spectral_scale.errors import ConfigError
 
 CONVERTING = ("sst", "lora", "relora", "frod")

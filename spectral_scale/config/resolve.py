@@ -16,8 +16,8 @@ from spectral_scale.config.deepspeed_json import (
     with_deepspeed_json,
 )
 from spectral_scale.config.presets import Architecture, resolve_architecture
+from spectral_scale.config.rules_tensor_parallel import tensor_parallel_problems
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.config.tensor_parallel import tensor_parallel_problems
 from spectral_scale.errors import ConfigError
 
 

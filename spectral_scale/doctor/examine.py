@@ -16,7 +16,7 @@ from spectral_scale.parallel.rank_info import RankInfo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class PlannedRun:
     """The run that is to be started; the defaults are those of no run in particular."""
 
     run_dir: Path
@@ -31,7 +31,7 @@ class Subject:
     """Checkpoints kept."""
 
 
-def examine(subject: Subject, rank_info: RankInfo) -> list[Finding]:
+def examine(subject: PlannedRun, rank_info: RankInfo) -> list[Finding]:
     """Findings of all ranks, the same list on each. Collective. Raises LaunchError."""
     mine = list(examine_machine(rank_info, subject.backend))
     device = _device(subject, rank_info)
@@ -49,7 +49,7 @@ def examine(subject: Subject, rank_info: RankInfo) -> list[Finding]:
     return list(_condensed([Finding(**f) for of_rank in found for f in of_rank]))  # type: ignore[arg-type]
 
 
-def _device(subject: Subject, rank_info: RankInfo) -> torch.device:
+def _device(subject: PlannedRun, rank_info: RankInfo) -> torch.device:
     """The rank's GPU if it has one; what is wrong with it is a finding, not an error."""
     able = torch.cuda.is_available() and rank_info.local_rank < torch.cuda.device_count()
     return torch.device("cuda", rank_info.local_rank) if able and subject.device != "cpu" else (

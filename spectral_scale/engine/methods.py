@@ -26,7 +26,7 @@ from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
 
 
-class Report(Protocol):
+class ControllerReport(Protocol):
     """What happened at a boundary."""
 
     def metrics(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class MethodController(Protocol):
 
     applied_steps: int
 
-    def after_step(self) -> Report | None:
+    def after_step(self) -> ControllerReport | None:
         """Follow one applied optimizer step; a report if a boundary took place."""
 
     def lr_factor(self) -> float:

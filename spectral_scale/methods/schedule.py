@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralSchedule:
-    """A run is rounds x T2 iterations x T3 steps (methods, section "SST")."""
+    """A run is rounds x T2 iterations x T3 steps."""
 
     steps_per_iteration: int
     """T3, optimizer steps between swaps."""

@@ -13,7 +13,7 @@ from spectral_scale.ops.null_space import fix_null_space
 
 logger = logging.getLogger(__name__)
 
-Triplets = tuple[Tensor, Tensor, Tensor]
+SVDFactors = tuple[Tensor, Tensor, Tensor]
 
 
 def compose(u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
@@ -23,14 +23,14 @@ def compose(u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
     return (u * sigma) @ v.mT
 
 
-def fix_gauge(u: Tensor, sigma: Tensor, v: Tensor) -> Triplets:
+def fix_gauge(u: Tensor, sigma: Tensor, v: Tensor) -> SVDFactors:
     """Flip each pair (u_i, v_i) so that u_i's largest-magnitude entry is positive."""
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
     return u * signs, sigma, v * signs
 
 
-def svd(weight: Tensor) -> Triplets:
+def svd(weight: Tensor) -> SVDFactors:
     """Thin SVD u (m, k), sigma (k,) descending, v (n, k) of `weight` (m, n), in its own dtype.
 
     Tries the default driver, then (CUDA) gesvd, then float64 on the CPU. A wide matrix is handed

@@ -114,7 +114,7 @@ class TorchStore(ParameterStore):
 
     @torch.no_grad()
     def retract_columns(self, fqns: Iterable[str]) -> None:
-        """Scale every column to unit length (methods, "SST": after every step)."""
+        """Scale every column to unit length, which the method does after every step."""
         for fqn in fqns:
             factor = self._parameters[fqn]
             norms = torch.linalg.vector_norm(factor, dim=0)

@@ -12,7 +12,7 @@ from spectral_scale.plan.inventory import Inventory, take_inventory
 from spectral_scale.plan.memory import memory_of, shared_basis_bytes
 from spectral_scale.plan.traffic import traffic_of
 
-Verdict = Literal["fits", "tight", "no"]
+Fit = Literal["fits", "tight", "no"]
 RESERVED_BYTES = 2e9
 """CUDA's context, NCCL's buffers and libraries."""
 FITS, TIGHT = 0.85, 0.97
@@ -46,7 +46,7 @@ class Plan:
     boundary_every_steps: int
     """Steps between two of them; 0: there is none."""
     gpu_memory_bytes: float
-    verdict: Verdict
+    verdict: Fit
     assumptions: tuple[str, ...]
 
     def summary(self) -> str:
@@ -58,7 +58,7 @@ class Plan:
         )
 
 
-VERDICTS: dict[Verdict, str] = {
+VERDICTS: dict[Fit, str] = {
     "fits": "fits",
     "tight": "tight, it may run out of memory",
     "no": "does not fit",
@@ -128,7 +128,7 @@ def _with_vocabulary(run: ResolvedRun) -> tuple[ResolvedRun, tuple[str, ...]]:
     return run, (f"vocabulary: the preset's, as data.train={config.data.train} is not here",)
 
 
-def verdict(peak_bytes: float, gpu_memory_bytes: float) -> Verdict:
+def verdict(peak_bytes: float, gpu_memory_bytes: float) -> Fit:
     """How a peak stands to a device's memory."""
     share = peak_bytes / gpu_memory_bytes
     return "fits" if share <= FITS else "tight" if share <= TIGHT else "no"

@@ -11,7 +11,7 @@ from spectral_scale.optim.filter.nodes import Member, NodeGroup, plan_groups
 from spectral_scale.optim.filter.operator import EXACT_NODES
 from spectral_scale.optim.filter.placement import owners_by_size
 from spectral_scale.optim.filter.sampling import DRIFT_ENTRIES
-from spectral_scale.parallel.tensor_parallel import sharded_dimension
+from spectral_scale.parallel.tensor_parallel_table import sharded_dimension
 from spectral_scale.plan.activations import master_itemsize
 from spectral_scale.plan.inventory import Inventory
 

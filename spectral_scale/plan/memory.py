@@ -15,7 +15,7 @@ from spectral_scale.methods.owners import assign_owners
 from spectral_scale.plan.activations import master_itemsize
 from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, dense_matrices
-from spectral_scale.plan.tensor_parallel import rank_shard
+from spectral_scale.plan.tensor_parallel_traffic import rank_shard
 
 SVD_ASSUMPTION = (
     "SVD workspace: the largest matrix an owner decomposes, its factors, and 4 k^2 + m n "

@@ -14,7 +14,7 @@ from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, Item
 from spectral_scale.plan.payload import Payload
-from spectral_scale.plan.tensor_parallel import rank_shard, tensor_parallel_payload
+from spectral_scale.plan.tensor_parallel_traffic import rank_shard, tensor_parallel_payload
 
 
 @dataclass(frozen=True, kw_only=True)

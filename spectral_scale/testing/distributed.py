@@ -17,7 +17,7 @@ PRELOADED = ["spectral_scale.engine.loop", "spectral_scale.metrics.sinks"]
 JOIN_SECONDS = 10.0
 
 
-class WorkerError(AssertionError):
+class RankError(AssertionError):
     """A worker raised, died or did not finish; carries every rank's traceback."""
 
     def __init__(self, failures: dict[int, str], values: dict[int, Any]) -> None:
@@ -39,7 +39,7 @@ def run_distributed(
     module's own, and results must be picklable plain values or CPU tensors.
 
     Raises:
-        WorkerError: with the tracebacks of the ranks that failed.
+        RankError: with the tracebacks of the ranks that failed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -65,7 +65,7 @@ def run_distributed(
             if worker.is_alive():
                 worker.kill()
     if failures:
-        raise WorkerError(failures, values)
+        raise RankError(failures, values)
     return [values[rank] for rank in range(world_size)]
 
 

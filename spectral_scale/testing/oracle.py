@@ -1,4 +1,4 @@
-"""The product of an SST layer in the plainest words: the oracle of `layers.sst_product`.
+"""The product of an SST layer in the plainest words: the oracle of `methods.sst.product`.
 
 Shape suffixes: T tokens, O out_features, I in_features, R trained triplets, F fixed triplets.
 """
@@ -14,8 +14,9 @@ class PlainSpectralProduct(torch.autograd.Function):
     """y = x W_res^T + ((x v) sigma_R) u^T + ((x v_fixed) sigma_F) u_fixed^T + bias.
 
     Gradients, with z = x v and h = (dL/dy) u: `enhanced` gives dL/du = g^T z, dL/dv = x^T h (the
-    singular value left out, methods section "SST"); otherwise the true partials, each column times
-    its sigma. dL/dsigma = sum over tokens of h z. No dense weight gradient is ever formed.
+    singular value left out, so that a small one does not slow its direction); otherwise the true
+    partials, each column times its sigma. dL/dsigma = sum over tokens of h z. No dense
+    weight gradient is ever formed.
     """
 
     @staticmethod

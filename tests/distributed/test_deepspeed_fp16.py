@@ -11,7 +11,7 @@ from run_settings import OFFLOADED
 
 from spectral_scale.optim.schedules import lr_factor
 from spectral_scale.testing.deepspeed import allow_fp16
-from spectral_scale.testing.distributed import WorkerError, run_distributed
+from spectral_scale.testing.distributed import RankError, run_distributed
 from spectral_scale.testing.equivalence import assemble
 from spectral_scale.testing.tiny import tiny_config, train_in_turn, train_tiny
 
@@ -157,5 +157,5 @@ def test_a_step_that_is_counted_would_show(corpus: Path, tmp_path: Path) -> None
     (result,) = run_distributed(train_broken, 1, config, count_what_was_skipped)
     assert any("learning rate" in fault for fault in faults(result, config))
     config = overflowing(corpus, tmp_path / "b", 2)
-    with pytest.raises(WorkerError, match="was not retracted in the last optimizer step"):
+    with pytest.raises(RankError, match="was not retracted in the last optimizer step"):
         run_distributed(train_broken, 1, config, call_it_applied)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from run_settings import BF16, CLIPPED, FACTORED, OFFLOADED, UNCLIPPED
 
-from spectral_scale.testing.distributed import WorkerError, run_distributed
+from spectral_scale.testing.distributed import RankError, run_distributed
 from spectral_scale.testing.equivalence import Distance, assemble, distance
 from spectral_scale.testing.tiny import tiny_config, train_in_turn, train_tiny
 
@@ -192,7 +192,7 @@ def is_noticed(
     """Whether a run stops with that message, or differs from the right one."""
     try:
         ranks = run_distributed(train, 2, *arguments, timeout_seconds=120)
-    except WorkerError as error:
+    except RankError as error:
         assert message in str(error)
         return True
     return not is_equal(distance(ranks, alone))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from spectral_scale.testing.distributed import WorkerError, run_distributed
+from spectral_scale.testing.distributed import RankError, run_distributed
 from spectral_scale.testing.equivalence import distance
 from spectral_scale.testing.tiny import tiny_config, train_tiny
 
@@ -128,7 +128,7 @@ def test_fault_is_seen(
     config = tiny_config(corpus, tmp_path, parallel__backend="fsdp2", **SETTINGS)
     try:
         ranks = run_distributed(train_with, 2, config, fault)
-    except WorkerError as error:  # the boundary's own proof found it
+    except RankError as error:  # the boundary's own proof found it
         assert fault is draw_on_every_rank
         assert "the store does not write where the model reads" in str(error)
         return

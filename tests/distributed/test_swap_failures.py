@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spectral_scale.methods.sst.phases import PHASES
-from spectral_scale.testing.distributed import WorkerError, run_distributed
+from spectral_scale.testing.distributed import RankError, run_distributed
 from spectral_scale.testing.tiny import tiny_config, train_tiny
 
 WORLD = 2
@@ -79,7 +79,7 @@ def test_a_rank_dies_in_each_phase(backend: str, corpus: Path, tmp_path: Path) -
     broken = tiny_config(corpus, tmp_path / "broken", **settings)
     for i, phase in enumerate(KILLED_IN[backend]):
         victim = i % WORLD
-        with pytest.raises(WorkerError) as caught:
+        with pytest.raises(RankError) as caught:
             run_distributed(die_in, WORLD, broken, victim, phase, i + 1, timeout_seconds=60)
         failures = caught.value.failures
         assert "exit code -9" in failures.pop(victim), phase

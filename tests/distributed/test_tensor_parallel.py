@@ -196,7 +196,7 @@ def with_the_sum_doubled() -> Iterator[Any]:
 
 
 def without_the_sum_of_input_gradients() -> Iterator[Any]:
-    yield patch("spectral_scale.backends.fsdp2.tensor_parallel.enter", lambda x, group: x)
+    yield patch("spectral_scale.backends.fsdp2.tensor_parallel.copy_to_region", lambda x, group: x)
 
 
 def with_norms_counted_on_every_rank() -> Iterator[Any]:

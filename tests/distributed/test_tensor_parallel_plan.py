@@ -116,7 +116,7 @@ def plan(run: Any) -> dict[str, Any]:
     from spectral_scale.plan.activations import activation_bytes
     from spectral_scale.plan.inventory import take_inventory
     from spectral_scale.plan.memory import memory_of
-    from spectral_scale.plan.tensor_parallel import rank_shard, tensor_parallel_payload
+    from spectral_scale.plan.tensor_parallel_traffic import rank_shard, tensor_parallel_payload
     from spectral_scale.plan.traffic import step_payload
 
     config, architecture = run.config, run.architecture

@@ -1,5 +1,6 @@
 """What holds for the repository as a whole: lint, types, pins, names, versions, help texts."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -257,3 +258,23 @@ def test_a_package_that_the_fast_tier_misses_is_found():
 def test_a_file_that_starts_processes_is_not_fast(line):
     assert starts_nothing("import torch\n")
     assert not starts_nothing(f"def test():\n    {line}\n")
+
+
+def twins(sources: dict[str, str]) -> dict[str, list[str]]:
+    """Public class name -> the files that define it, for names that are defined more than once."""
+    found: dict[str, list[str]] = {}
+    for path, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(path)
+    return {name: paths for name, paths in found.items() if len(paths) > 1}
+
+
+def test_no_class_name_is_defined_twice():
+    files = sorted((ROOT / "spectral_scale").rglob("*.py"))
+    assert twins({str(file): file.read_text(encoding="utf-8") for file in files}) == {}
+
+
+def test_a_class_name_that_is_defined_twice_is_found():
+    sources = {"a.py": "class Layout: ...\nclass _Own: ...", "b.py": "class Layout: ..."}
+    assert twins(sources | {"c.py": "class _Own: ..."}) == {"Layout": ["a.py", "b.py"]}

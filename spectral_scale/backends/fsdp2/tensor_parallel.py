@@ -1,4 +1,4 @@
-"""Tensor parallelism of a transformers model, by the table of `parallel.tensor_parallel`.
+"""Tensor parallelism of a transformers model, by the table of `parallel.tensor_parallel_table`.
 
 Parameters that the table cuts become DTensors on the tensor-parallel mesh, through torch's
 `parallelize_module`; what it leaves whole stays a plain tensor, equal on every rank because its
@@ -28,8 +28,12 @@ from spectral_scale.methods.sst.product import Bottleneck
 from spectral_scale.methods.tensor_parallel import share
 from spectral_scale.methods.tensor_parallel_context import SharedInput, TensorParallelContext
 from spectral_scale.ops.losses import negative_log_likelihood_sum
-from spectral_scale.parallel.tensor_parallel import kind_of, sharded_dimension
-from spectral_scale.parallel.tensor_parallel_regions import all_reduce, enter, leave
+from spectral_scale.parallel.tensor_parallel_regions import (
+    all_reduce,
+    copy_to_region,
+    reduce_from_region,
+)
+from spectral_scale.parallel.tensor_parallel_table import kind_of, sharded_dimension
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +69,9 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
     in the table and for a layer that has no tensor-parallel form, before anything is changed.
     """
     tied = _tied_names(model)
-    enter_group = partial(enter, group=mesh.get_group())
+    copy_to_group = partial(copy_to_region, group=mesh.get_group())
     parents = {name.rpartition(".")[0] for name in factored_layers(model)}
-    inputs = {parent: SharedInput(enter_group) for parent in parents}
+    inputs = {parent: SharedInput(copy_to_group) for parent in parents}
     plan = dict(_plan(model, inputs))
     _check_sizes(model, mesh.size())
     parallelize_module(model, mesh, plan, src_data_rank=None)
@@ -110,26 +114,31 @@ class _SharedLayer(ParallelStyle):
     """Cuts the parameters of an SST or FRoD layer and lets it compute its part."""
 
     def __init__(
-        self, by_outputs: bool, cuts: dict[str, int | None], shared_input: SharedInput
+        self,
+        column_parallel: bool,
+        sharded_dims: dict[str, int | None],
+        shared_input: SharedInput,
     ) -> None:
         super().__init__()
-        self.by_outputs, self.cuts, self.shared_input = by_outputs, cuts, shared_input
+        self.column_parallel, self.sharded_dims = column_parallel, sharded_dims
+        self.shared_input = shared_input
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         group = device_mesh.get_group()
         shared = Bottleneck(
-            "outputs" if self.by_outputs else "inputs", partial(all_reduce, group=group)
+            "column_parallel" if self.column_parallel else "row_parallel",
+            partial(all_reduce, group=group),
         )
         context = TensorParallelContext(
             shared,
             self.shared_input,
-            partial(leave, group=group),
+            partial(reduce_from_region, group=group),
             _local,
             device_mesh.get_local_rank(),
         )
         layer: Any = module
         share(layer, context)
-        for leaf, dim in self.cuts.items():
+        for leaf, dim in self.sharded_dims.items():
             if dim is not None:
                 whole = getattr(module, leaf)
                 placed = distribute_tensor(whole, device_mesh, [Shard(dim)], src_data_rank=None)

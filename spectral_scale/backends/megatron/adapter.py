@@ -34,7 +34,7 @@ from spectral_scale.errors import SpectralError
 from spectral_scale.methods.convert import spectral_layers
 from spectral_scale.ops.labels import IGNORED_LABEL
 from spectral_scale.parallel.table import ParameterTable
-from spectral_scale.parallel.tensor_parallel import local_rectangle, sharded_dimension
+from spectral_scale.parallel.tensor_parallel_table import local_rectangle, sharded_dimension
 
 
 class GPTForward(nn.Module):

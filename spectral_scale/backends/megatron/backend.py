@@ -45,7 +45,7 @@ from spectral_scale.parallel.group import join_alone, join_group, keep_until_exi
 from spectral_scale.parallel.rank_info import RankInfo
 from spectral_scale.parallel.shard_geometry import Rectangle
 from spectral_scale.parallel.table import ParameterTable
-from spectral_scale.parallel.tensor_parallel import local_rectangle
+from spectral_scale.parallel.tensor_parallel_table import local_rectangle
 
 
 class MegatronBackend(Backend):

@@ -13,7 +13,7 @@ from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, range_chunks
 from spectral_scale.parallel.shard_geometry import Rectangle
 from spectral_scale.parallel.store import MOMENTS
 from spectral_scale.parallel.table import ParameterTable
-from spectral_scale.parallel.tensor_parallel import local_rectangle
+from spectral_scale.parallel.tensor_parallel_table import local_rectangle
 
 
 class MegatronState:

@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig
 
 from spectral_scale.config.families import family_entry, family_of
 from spectral_scale.config.presets import Architecture, architecture_of
-from spectral_scale.config.tensor_parallel import megatron_problems, tensor_parallel_problems
+from spectral_scale.config.rules_megatron import megatron_problems
+from spectral_scale.config.rules_tensor_parallel import tensor_parallel_problems
 from spectral_scale.errors import ConfigError
 
 _UNFUSED = dict.fromkeys(

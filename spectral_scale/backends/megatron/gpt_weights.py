@@ -13,7 +13,7 @@ from spectral_scale.config.families import family_of
 from spectral_scale.config.presets import Architecture
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.shard_geometry import Rectangle, Shape
-from spectral_scale.parallel.tensor_parallel import local_rectangle, sharded_dimension
+from spectral_scale.parallel.tensor_parallel_table import local_rectangle, sharded_dimension
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 from spectral_scale.backends.megatron.fused import Fused, FusedLayout
 from spectral_scale.backends.megatron.matrix import MatrixSettings, SpectralMatrix
 from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.parallel.tensor_parallel import factor_sharded_dim
+from spectral_scale.parallel.tensor_parallel_table import factor_sharded_dim
 
 
 class SpectralColumnParallelLinear(ColumnParallelLinear):

@@ -13,7 +13,7 @@ from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.methods.sst.product import Bottleneck, SpectralProduct
-from spectral_scale.parallel.tensor_parallel import factor_sharded_dim
+from spectral_scale.parallel.tensor_parallel_table import factor_sharded_dim
 
 Completion = Literal["bottleneck", "per_step"]
 """When gradients of factors that all ranks hold whole are summed over tensor-parallel ranks."""
@@ -118,7 +118,9 @@ class SpectralMatrix(SpectralLinear):
             for leaf in ("v", "sigma") if self.kind == "column" else ("u", "sigma"):
                 setattr(getattr(self, leaf), PARTIAL, True)
             return None
-        return Bottleneck("outputs" if self.kind == "column" else "inputs", self._total)
+        return Bottleneck(
+            "column_parallel" if self.kind == "column" else "row_parallel", self._total
+        )
 
     def _total(self, tensor: Tensor) -> Tensor:
         total = tensor.clone()

@@ -24,21 +24,23 @@ class TensorParallelFRoDLinear(FRoDLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Column-parallel: (..., in) -> (..., part of out); row-parallel: the other way round."""
         basis, inverse_lengths = self.shared()
-        context, by_outputs = self.context, self.context.by_outputs
-        x = context.enter(x) if by_outputs else in_product_dtype(x)
+        context, column_parallel = self.context, self.context.column_parallel
+        x = context.copy_to_region(x) if column_parallel else in_product_dtype(x)
         width = x.shape[-1]
-        columns = None if by_outputs else slice(context.index * width, (context.index + 1) * width)
+        columns = (
+            None if column_parallel else slice(context.index * width, (context.index + 1) * width)
+        )
         with autocast(x.device.type, enabled=False):  # the weight is formed in V's precision
             y = FRoDProduct.apply(
                 x.reshape(-1, width),
                 *(context.local(p) for p in (self.base, self.mixing, self.value_delta)),
-                context.local(self.bias) if self.bias is not None and by_outputs else None,
+                context.local(self.bias) if self.bias is not None and column_parallel else None,
                 basis,
                 inverse_lengths,
                 WeightPart(columns, context.bottleneck.sum),
             )
-            if not by_outputs:
-                y = context.leave(y)
+            if not column_parallel:
+                y = context.reduce_from_region(y)
                 if self.bias is not None:
                     y = y + context.local(self.bias).to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])

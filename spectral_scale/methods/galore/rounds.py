@@ -11,7 +11,7 @@ from spectral_scale.parallel.shard_geometry import Range
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
+class ProjectionRound:
     """What is under way at one time."""
 
     fqns: tuple[str, ...]
@@ -24,7 +24,7 @@ class Round:
 
 def plan_rounds(
     fqns: Sequence[str], owners: Mapping[str, int], pieces: ParameterShards
-) -> list[Round]:
+) -> list[ProjectionRound]:
     """Each owner's next matrix, one after another, so that memory is that of a matrix.
 
     Those that travel come first, and the largest among them, so that few rounds communicate and
@@ -45,7 +45,7 @@ def plan_rounds(
         mine = {fqn: (number + i) % copies for i, fqn in enumerate(turn[pieces.group.index])}
         together = tuple(fqn for owned in turn for fqn in owned)
         exchange = _exchange(together, owners, pieces) if moved.intersection(together) else None
-        rounds.append(Round(fqns=together, mine=mine, exchange=exchange))
+        rounds.append(ProjectionRound(fqns=together, mine=mine, exchange=exchange))
     return rounds
 
 

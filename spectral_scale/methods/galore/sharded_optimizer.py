@@ -26,7 +26,7 @@ from spectral_scale.methods.galore.projection import (
     projects_right,
     subspace_overlap,
 )
-from spectral_scale.methods.galore.rounds import Round, plan_rounds
+from spectral_scale.methods.galore.rounds import ProjectionRound, plan_rounds
 from spectral_scale.methods.owners import assign_owners
 from spectral_scale.optim.build import adamw_state
 from spectral_scale.parallel.chunks import ReadTensor, overwrite
@@ -57,7 +57,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         self._pieces: SteppedShards
         self._owners: dict[str, int] = {}
         self._states: dict[str, dict[str, Tensor]] = {}
-        self._rounds: dict[tuple[str, ...], list[Round]] = {}
+        self._rounds: dict[tuple[str, ...], list[ProjectionRound]] = {}
 
     def bind(self, pieces: SteppedShards) -> None:
         """Reach parameters through the host's pieces, and create the state of owned matrices.
@@ -133,7 +133,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
 
     def _run(
         self,
-        round_: Round,
+        round_: ProjectionRound,
         holders: Mapping[str, Tensor],
         group: dict[str, Any],
         taken: int,
@@ -152,7 +152,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         keep = 1.0 - group["lr"] * group["weight_decay"]
         self._deliver(round_, holders, changes, keep=keep)
 
-    def _gather(self, round_: Round, holders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _gather(self, round_: ProjectionRound, holders: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of the matrices that this rank owns."""
         pieces = self._pieces
         parts = [
@@ -166,7 +166,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
 
     def _deliver(
         self,
-        round_: Round,
+        round_: ProjectionRound,
         holders: Mapping[str, Tensor],
         changes: Iterable[tuple[str, Tensor]],
         *,
@@ -204,7 +204,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         return change.mul_(group["scale"])
 
     def _renew(
-        self, round_: Round, gradients: Mapping[str, Tensor], rank: int
+        self, round_: ProjectionRound, gradients: Mapping[str, Tensor], rank: int
     ) -> dict[str, Tensor]:
         """One copy of the model decomposes a matrix and the others take the projector over, so that
         none can differ; the overlaps with those replaced. Collective."""

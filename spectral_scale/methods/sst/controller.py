@@ -1,4 +1,4 @@
-"""When triplets swap, and what a training loop sees of it (architecture, 2).
+"""When triplets swap, and what a training loop sees of it.
 
 The controller decides when; the boundary protocol does it; the bank holds the truth; the store
 reaches the parameters. Every rank calls the same methods in the same order; only owners compute.

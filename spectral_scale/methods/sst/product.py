@@ -23,14 +23,14 @@ from spectral_scale.ops.token_sums import column_sums, sum_of_products
 class Bottleneck:
     """Completes, over tensor-parallel ranks, what one rank's part of a layer leaves partial.
 
-    Ranks that share the outputs hold rows of u: h is partial, and must be complete in dL/dv and
-    dL/dsigma, but partial in dL/dx, which is summed later. Ranks that share the inputs hold rows of
+    In a column-parallel layer ranks hold rows of u: h is partial, and must be complete in dL/dv and
+    dL/dsigma, but partial in dL/dx, which is summed later. In a row-parallel one they hold rows of
     v: z is partial, and must be complete in dL/du and dL/dsigma, but partial in y. One sum of
     (T, R) then makes the gradients of the factors that every rank holds whole complete and equal.
     """
 
-    shared: Literal["outputs", "inputs"]
-    """What the ranks share."""
+    sharding: Literal["column_parallel", "row_parallel"]
+    """Whether the outputs or the inputs of the layer are sharded over ranks."""
     sum: Callable[[Tensor], Tensor]
     """The sum over ranks, as a new tensor."""
 
@@ -39,8 +39,9 @@ class SpectralProduct(torch.autograd.Function):
     """y = x W_res^T + ((x v) sigma_R) u^T + ((x v_fixed) sigma_F) u_fixed^T + bias.
 
     Gradients, with z = x v and h = (dL/dy) u: `enhanced` gives dL/du = g^T z, dL/dv = x^T h (the
-    singular value left out, methods section "SST"); otherwise the true partials, each column times
-    its sigma. dL/dsigma = sum over tokens of h z. No dense weight gradient is ever formed.
+    singular value left out, so that a small one does not slow its direction); otherwise the true
+    partials, each column times its sigma. dL/dsigma = sum over tokens of h z. No dense
+    weight gradient is ever formed.
     """
 
     @staticmethod
@@ -89,7 +90,7 @@ class SpectralProduct(torch.autograd.Function):
         r = u.shape[1]
         h = g @ u
         complete = h
-        if ctx.bottleneck is not None and ctx.bottleneck.shared == "outputs":
+        if ctx.bottleneck is not None and ctx.bottleneck.sharding == "column_parallel":
             complete = ctx.bottleneck.sum(h)
         elif ctx.bottleneck is not None:  # here, not in forward: evaluation needs no sum
             z = ctx.bottleneck.sum(z)

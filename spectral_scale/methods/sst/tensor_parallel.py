@@ -22,20 +22,20 @@ class TensorParallelSpectralLinear(SpectralLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Column-parallel: (..., in) -> (..., part of out); row-parallel: the other way round."""
         context, local = self.context, self.context.local
-        by_outputs = context.by_outputs
-        x = self._prepared(context.enter(x) if by_outputs else x)
+        column_parallel = context.column_parallel
+        x = self._prepared(context.copy_to_region(x) if column_parallel else x)
         y = SpectralProduct.apply(
             x.reshape(-1, x.shape[-1]),
             *(None if p is None else local(p) for p in (self.residual, self.u, self.v)),
             *(None if p is None else local(p) for p in (self.u_fixed, self.v_fixed)),
             local(self.sigma),
-            local(self.bias) if self.bias is not None and by_outputs else None,
+            local(self.bias) if self.bias is not None and column_parallel else None,
             self.enhanced,
             self.active_sigma_only,
             context.bottleneck,
         )
-        if not by_outputs:
-            y = context.leave(y)
+        if not column_parallel:
+            y = context.reduce_from_region(y)
             if self.bias is not None:
                 y = y + local(self.bias).to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -11,7 +11,7 @@ from spectral_scale.optim.filter.anchors import Anchors
 from spectral_scale.optim.filter.block_filter import BlockFilter
 from spectral_scale.optim.filter.measure import Sums
 from spectral_scale.optim.filter.nodes import NodeGroup
-from spectral_scale.optim.filter.placement import Placement, place
+from spectral_scale.optim.filter.placement import GraphPlacement, place
 from spectral_scale.optim.filter.signals import BlockedSignal, Signal, StackedSignal
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.exchange import Exchange
@@ -48,7 +48,7 @@ class BlockSet:
         self.counts_here = [p.counts_here for p in self._placements]
         """By group, whether no earlier rank measures the same."""
 
-    def _block_filter(self, placement: Placement) -> BlockFilter | None:
+    def _block_filter(self, placement: GraphPlacement) -> BlockFilter | None:
         """None where another rank filters the group."""
         if not placement.works_here:
             return None
@@ -116,14 +116,14 @@ class BlockSet:
         for fqn, part in zip(fqns, back, strict=True):
             gradients[fqn].copy_(part)
 
-    def _unfolded(self, placement: Placement, parts: Iterator[Tensor]) -> list[Tensor]:
+    def _unfolded(self, placement: GraphPlacement, parts: Iterator[Tensor]) -> list[Tensor]:
         """The next tensors of a group; whole matrices in row-major order."""
         fqns = placement.group.fqns
         if placement.is_owned and placement.works_here:
             return [self._pieces.order(fqn).to_row_major(next(parts)) for fqn in fqns]
         return [next(parts) for _ in fqns]
 
-    def _folded(self, placement: Placement, parts: list[Tensor]) -> list[Tensor]:
+    def _folded(self, placement: GraphPlacement, parts: list[Tensor]) -> list[Tensor]:
         """The inverse."""
         if not (placement.is_owned and placement.works_here):
             return parts
@@ -203,7 +203,7 @@ class BlockSet:
         """Bytes kept on this rank."""
         return sum(block.nbytes for block, _ in self._here())
 
-    def _here(self) -> list[tuple[BlockFilter, Placement]]:
+    def _here(self) -> list[tuple[BlockFilter, GraphPlacement]]:
         pairs = zip(self._blocks, self._placements, strict=True)
         return [(block, placement) for block, placement in pairs if block is not None]
 

@@ -11,7 +11,7 @@ from spectral_scale.parallel.shard_geometry import FlatOrder, Range
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
+class GraphPlacement:
     """Who filters what of a group."""
 
     group: NodeGroup
@@ -35,7 +35,7 @@ class Placement:
         return not self.is_owned or self.span[1] > 0
 
 
-def place(groups: Sequence[NodeGroup], pieces: ParameterShards) -> list[Placement]:
+def place(groups: Sequence[NodeGroup], pieces: ParameterShards) -> list[GraphPlacement]:
     """The cheapest place of each group, the same on every rank.
 
     A filter mixes nodes, not features. Nodes that are layers need no communication where every rank
@@ -64,7 +64,7 @@ def _is_whole(group: NodeGroup, pieces: ParameterShards) -> bool:
     return all(range_ == (0, numel) for fqn in group.fqns for range_ in pieces.ranges(fqn))
 
 
-def _place(group: NodeGroup, pieces: ParameterShards, owner: int) -> Placement:
+def _place(group: NodeGroup, pieces: ParameterShards, owner: int) -> GraphPlacement:
     index, first = pieces.group.index, group.fqns[0]
     order = pieces.order(first)
     numel = order.numel
@@ -74,19 +74,19 @@ def _place(group: NodeGroup, pieces: ParameterShards, owner: int) -> Placement:
     here = is_first_holder(pieces, first)
     if _is_whole(group, pieces):
         span = (0, features.numel)
-        return Placement(group=group, order=features, span=span, wanted=None, counts_here=here)
+        return GraphPlacement(group=group, order=features, span=span, wanted=None, counts_here=here)
     if not inside and all(ranges == held[0] for ranges in held):
         _require_one_order(group, pieces)
         span = held[0][index]
-        return Placement(
+        return GraphPlacement(
             group=group, order=features, span=span, wanted=None, is_cut=True, counts_here=here
         )
     if not inside:
         _require_one_order(group, pieces)
         wanted = even_slices(numel, pieces.group.size)
         span = wanted[index]
-        return Placement(group=group, order=features, span=span, wanted=wanted, is_cut=True)
-    return Placement(
+        return GraphPlacement(group=group, order=features, span=span, wanted=wanted, is_cut=True)
+    return GraphPlacement(
         group=group,
         order=features,
         span=(0, features.numel if owner == index else 0),

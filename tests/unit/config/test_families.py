@@ -18,10 +18,10 @@ from spectral_scale.config.presets import (
 from spectral_scale.config.schema import ModelConfig, RunConfig
 from spectral_scale.errors import ConfigError
 from spectral_scale.models.build import MODELS, build_model, transformers_config
-from spectral_scale.parallel.tensor_parallel import kind_of
+from spectral_scale.parallel.tensor_parallel_table import kind_of
 from spectral_scale.plan.activations import activation_bytes
 from spectral_scale.plan.inventory import Inventory
-from spectral_scale.plan.tensor_parallel import _Passes
+from spectral_scale.plan.tensor_parallel_traffic import _Passes
 
 OF_FAMILY = {"opt": PRESETS["opt-tiny"], "llama": PRESETS["llama-60m"]}
 UNKNOWN = replace(PRESETS["opt-tiny"], family="gpt2")

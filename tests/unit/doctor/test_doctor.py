@@ -53,7 +53,7 @@ def test_a_configuration_that_needs_more_ranks_is_a_warning_on_one_machine(
 
 def sick_rank(run_dir: str) -> dict[str, Any]:
     """Two ranks of different software, clocks and sums; each rank's exit code and rank 0's text."""
-    from spectral_scale.doctor.examine import Subject, examine
+    from spectral_scale.doctor.examine import PlannedRun, examine
     from spectral_scale.parallel.rank_info import detect_rank_info
 
     rank_info = detect_rank_info()
@@ -73,7 +73,7 @@ def sick_rank(run_dir: str) -> dict[str, Any]:
     storage.SEEN_WITHIN_SECONDS = 0.5
     place = Path(run_dir) / ("shared" if rank_info.rank == 0 else "local")
     place.mkdir()
-    findings = examine(Subject(run_dir=place, device="cpu"), rank_info)
+    findings = examine(PlannedRun(run_dir=place, device="cpu"), rank_info)
     return {"code": exit_code(findings), "text": as_text(findings)}
 
 
@@ -90,10 +90,10 @@ def test_a_job_that_would_fail(tmp_path: Path) -> None:
 
 
 def healthy_rank(run_dir: str) -> list[str]:
-    from spectral_scale.doctor.examine import Subject, examine
+    from spectral_scale.doctor.examine import PlannedRun, examine
     from spectral_scale.parallel.rank_info import detect_rank_info
 
-    found = examine(Subject(run_dir=Path(run_dir), device="cpu"), detect_rank_info())
+    found = examine(PlannedRun(run_dir=Path(run_dir), device="cpu"), detect_rank_info())
     return [f"{finding.name}: {finding.verdict}" for finding in found]
 
 

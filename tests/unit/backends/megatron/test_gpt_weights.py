@@ -18,12 +18,12 @@ from spectral_scale.backends.megatron.gpt_state import (
 )
 from spectral_scale.backends.megatron.gpt_weights import megatron_weights
 from spectral_scale.config.presets import PRESETS
+from spectral_scale.config.rules_tensor_parallel import allowed_sizes, tensor_parallel_problems
 from spectral_scale.config.schema import ModelConfig
-from spectral_scale.config.tensor_parallel import allowed_sizes, tensor_parallel_problems
 from spectral_scale.errors import ConfigError
 from spectral_scale.models.build import build_model
 from spectral_scale.parallel.shard_geometry import tiling_fault
-from spectral_scale.parallel.tensor_parallel import local_rectangle, sharded_dimension
+from spectral_scale.parallel.tensor_parallel_table import local_rectangle, sharded_dimension
 
 SIZES: dict[str, Any] = {
     "hidden_size": 48,

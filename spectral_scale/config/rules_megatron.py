@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.config.tensor_parallel import megatron_problems
 
 
 def megatron_run_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
@@ -27,4 +26,19 @@ def megatron_run_problems(config: RunConfig, architecture: Architecture) -> Iter
         yield (
             f"spectral.targets={config.spectral.targets} does not run on megatron: its layer spec "
             "converts all linears of a block; leave it out"
+        )
+
+
+def megatron_problems(architecture: Architecture) -> Iterator[str]:
+    """What megatron-core's GPTModel has no place for."""
+    if architecture.embedding_size != architecture.hidden_size:
+        yield (
+            f"embeddings of {architecture.embedding_size} features are projected to "
+            f"{architecture.hidden_size} (opt-350m): megatron-core has no such projection; "
+            "choose another model, or set parallel.backend=fsdp2"
+        )
+    if not architecture.pre_norm:
+        yield (
+            "norms follow their sub-layers (opt-350m): megatron-core normalises before them; "
+            "choose another model, or set parallel.backend=fsdp2"
         )

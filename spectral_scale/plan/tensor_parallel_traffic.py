@@ -11,7 +11,7 @@ from spectral_scale.config.families import family_of
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.parallel.tensor_parallel import kind_of, sharded_dimension
+from spectral_scale.parallel.tensor_parallel_table import kind_of, sharded_dimension
 from spectral_scale.plan.activations import itemsizes, master_itemsize
 from spectral_scale.plan.inventory import Inventory, Item
 from spectral_scale.plan.payload import Payload

@@ -1,4 +1,4 @@
-"""What tensor parallelism asks of a model's shapes, and what the Megatron models can hold.
+"""What tensor parallelism asks of a model's shapes.
 
 Pure arithmetic, so that a run is refused before any process group is made. No torch here.
 """
@@ -34,21 +34,6 @@ def allowed_sizes(architecture: Architecture, *, limit: int) -> list[int]:
     """Sizes up to `limit` that cut everything into equal parts."""
     sizes = [size for _, size, _ in _cut_sizes(architecture)]
     return [tp for tp in range(1, limit + 1) if not any(size % tp for size in sizes)]
-
-
-def megatron_problems(architecture: Architecture) -> Iterator[str]:
-    """What megatron-core's GPTModel has no place for."""
-    if architecture.embedding_size != architecture.hidden_size:
-        yield (
-            f"embeddings of {architecture.embedding_size} features are projected to "
-            f"{architecture.hidden_size} (opt-350m): megatron-core has no such projection; "
-            "choose another model, or set parallel.backend=fsdp2"
-        )
-    if not architecture.pre_norm:
-        yield (
-            "norms follow their sub-layers (opt-350m): megatron-core normalises before them; "
-            "choose another model, or set parallel.backend=fsdp2"
-        )
 
 
 def _cut_sizes(architecture: Architecture) -> Iterator[tuple[str, int, str]]:

@@ -11,6 +11,12 @@ from spectral_scale.config.packages import require_package
 if TYPE_CHECKING:
     from spectral_scale.backends.megatron.convert import convert_gpt as convert_gpt
     from spectral_scale.backends.megatron.convert import fresh_weights as fresh_weights
+    from spectral_scale.backends.megatron.gpt_config import megatron_settings as megatron_settings
+    from spectral_scale.backends.megatron.gpt_model import build_gpt_model as build_gpt_model
+    from spectral_scale.backends.megatron.gpt_state import load_weights as load_weights
+    from spectral_scale.backends.megatron.gpt_state import state_reader as state_reader
+    from spectral_scale.backends.megatron.gpt_state import to_transformers as to_transformers
+    from spectral_scale.backends.megatron.gpt_weights import megatron_weights as megatron_weights
     from spectral_scale.backends.megatron.merge import merge_gpt as merge_gpt
     from spectral_scale.backends.megatron.optimizer import spectral_optimizer as spectral_optimizer
     from spectral_scale.backends.megatron.spec import (
@@ -24,6 +30,12 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "convert_gpt": "spectral_scale.backends.megatron.convert",
     "fresh_weights": "spectral_scale.backends.megatron.convert",
+    "megatron_settings": "spectral_scale.backends.megatron.gpt_config",
+    "build_gpt_model": "spectral_scale.backends.megatron.gpt_model",
+    "load_weights": "spectral_scale.backends.megatron.gpt_state",
+    "state_reader": "spectral_scale.backends.megatron.gpt_state",
+    "to_transformers": "spectral_scale.backends.megatron.gpt_state",
+    "megatron_weights": "spectral_scale.backends.megatron.gpt_weights",
     "merge_gpt": "spectral_scale.backends.megatron.merge",
     "spectral_optimizer": "spectral_scale.backends.megatron.optimizer",
     "spectral_gpt_block_spec": "spectral_scale.backends.megatron.spec",

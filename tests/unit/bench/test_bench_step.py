@@ -16,6 +16,8 @@ from spectral_scale.cli.main import main
 from spectral_scale.errors import ConfigError
 from spectral_scale.metrics.measures import StepTimer
 
+pytestmark = pytest.mark.slow
+
 SMALL = StepSettings(
     model="opt-tiny", sequence_length=16, spectral_rank=32, steps=3, warmup_steps=1, device="cpu"
 )

@@ -71,6 +71,7 @@ def test_every_no_has_a_reason_and_every_feature_a_name() -> None:
     assert {feature for _, feature, _ in ENTRIES} <= set(FEATURES)
 
 
+@pytest.mark.slow
 def test_whatever_can_be_requested_has_a_name() -> None:
     methods = ("full", "sst", "lora", "relora", "galore", "frod")
     backends = ("torch", "deepspeed", "fsdp2")

@@ -195,6 +195,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load_config([tmp_path])
 
 
+@pytest.mark.slow
 def test_long_values_are_cut_in_messages(write) -> None:
     path = write("model: [" + ", ".join(["x"] * 50_000) + "]")
     with pytest.raises(ConfigError) as caught:

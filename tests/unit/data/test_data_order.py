@@ -80,6 +80,7 @@ def test_displacement_looks_uniform(num_samples: int) -> None:
     assert np.abs(found - np.arange(num_samples)).mean() == pytest.approx(num_samples / 3, rel=0.06)
 
 
+@pytest.mark.slow
 def test_all_orders_of_three_samples_are_equally_likely() -> None:
     counts: dict[tuple[int, ...], int] = {}
     for epoch in range(900):

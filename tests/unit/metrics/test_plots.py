@@ -78,10 +78,12 @@ def test_rolling_mean_does_not_lag_and_keeps_gaps():
 )
 @pytest.mark.parametrize("log_y", [True, None])
 @pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.slow
 def test_any_values_can_be_drawn(y, log_y):
     assert svg(draw(chart(y, log_y=log_y, marks=[(1.0, "#000000")]))).tag.endswith("svg")
 
 
+@pytest.mark.slow
 def test_equal_input_gives_equal_bytes():
     assert draw(chart([1.0, 2.0])) == draw(chart([1.0, 2.0]))
     assert draw(chart([1.0, 2.0])) != draw(chart([1.0, 2.5]))

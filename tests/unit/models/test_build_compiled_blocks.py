@@ -17,6 +17,8 @@ from spectral_scale.models.build import build_model, compile_blocks, materialise
 from spectral_scale.models.weights import KeyedWeights
 from spectral_scale.optim.groups import param_groups
 
+pytestmark = pytest.mark.slow
+
 TINY = Architecture(
     family="opt", hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, ffn_size=32,
     vocab_size=40, max_positions=32, embedding_size=16, tied_embeddings=True,

@@ -9,8 +9,10 @@ from html.parser import HTMLParser
 import pytest
 
 from spectral_scale.errors import ConfigError
-from spectral_scale.metrics import report as report_module
+from spectral_scale.metrics.report import page as report_module
 from spectral_scale.metrics.report.page import build_report, write_report
+
+pytestmark = pytest.mark.slow
 
 VOID = {"meta", "img", "br", "hr", "link"}
 

@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from torch.profiler import profile
 from transformers import OPTConfig, OPTForCausalLM
 
+from spectral_scale.config.methods.frod import category_of
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.methods.convert import freeze_dense
 from spectral_scale.methods.frod.controller import FRoDController
 from spectral_scale.methods.frod.joint_decomposition import joint_basis
-from spectral_scale.methods.frod.layer import category_of, convert_frod
+from spectral_scale.methods.frod.layer import convert_frod
 from spectral_scale.methods.frod.sparsity import draw_positions
 from spectral_scale.methods.lora.controller import LowRankController
 from spectral_scale.methods.lora.layer import convert_lora

@@ -2,15 +2,21 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from spectral_scale.config.check import check_spectral_rank
+from spectral_scale.config.methods.rules import rank_problems
 from spectral_scale.config.presets import PRESETS, Architecture, resolve_architecture
 from spectral_scale.config.schema import ModelConfig, RunConfig, SpectralConfig, TrainConfig
 from spectral_scale.errors import ConfigError
 
 Variant = Literal["dense", "sst residual", "sst factored"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+CHANGES: dict[Variant, dict[str, Any]] = {
+    "dense": {"method": "full"},
+    "sst residual": {"storage": "residual"},
+    "sst factored": {"storage": "factored"},
+}
+"""Variant -> settings of the spectral section that it stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,7 @@ def architecture_of(settings: StepSettings) -> Architecture:
     """The model's shapes. Raises ConfigError for settings that cannot run."""
     architecture = resolve_architecture(model_config(settings))
     spectral = SpectralConfig(spectral_rank=settings.spectral_rank)
-    for problem in check_spectral_rank(spectral, architecture):
+    for problem in rank_problems(spectral, architecture):
         raise ConfigError(problem)
     if num_blocks(settings, architecture) > architecture.num_layers:
         raise ConfigError(
@@ -80,8 +86,7 @@ def model_config(settings: StepSettings) -> ModelConfig:
 def run_config(settings: StepSettings, variant: Variant) -> RunConfig:
     """The run whose step `variant` is, with the defaults of training in everything not measured."""
     spectral = SpectralConfig(
-        method="full" if variant == "dense" else "sst",
-        storage="factored" if variant == "sst factored" else "residual",
+        **CHANGES[variant],
         spectral_rank=settings.spectral_rank,
         steps_per_iteration=settings.steps_per_iteration,
     )

@@ -7,17 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from spectral_scale.config.check import check_spectral
+from spectral_scale.config.methods import METHOD_SPECS, method_spec
 from spectral_scale.config.presets import PRESETS, Architecture, resolve_architecture
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
 from spectral_scale.errors import ConfigError
 
-FULL: dict[str, dict[str, Any]] = {"full": {"method": "full", "targets": [], "train_dense": True}}
-WITH_RANK: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora"},
-    "sst residual": {"method": "sst", "storage": "residual"},
-    "sst factored": {"method": "sst", "storage": "factored"},
-}
-WITH_SPARSITY: dict[str, dict[str, Any]] = {"frod": {"method": "frod"}}
 DESCRIPTION = (
     "Count the parameters that train at a time, embeddings and norms included unless they are "
     "frozen, for full training, LoRA (ReLoRA has as many), SST in both storages and, given "
@@ -69,12 +63,21 @@ def _variants(arguments: argparse.Namespace) -> dict[str, SpectralConfig]:
         "targets": [name for name in arguments.targets.split(",") if name],
         "train_dense": not arguments.freeze_dense,
     }
-    chosen = {name: common | changes for name, changes in FULL.items()}
-    if rank is not None:
-        chosen |= {n: common | c | {"spectral_rank": rank} for n, c in WITH_RANK.items()}
-    if sparsity is not None:
-        chosen |= {n: common | c | {"sparsity": sparsity} for n, c in WITH_SPARSITY.items()}
-    return {name: SpectralConfig(**values) for name, values in chosen.items()}
+    given: dict[str | None, dict[str, Any]] = {
+        None: {},
+        "spectral_rank": {} if rank is None else {"spectral_rank": rank},
+        "sparsity": {} if sparsity is None else {"sparsity": sparsity},
+    }
+    chosen: dict[str, SpectralConfig] = {}
+    for key, size in given.items():
+        for spec in sorted(METHOD_SPECS.values(), key=lambda spec: spec.title):
+            if spec.counted_by == key and (size or key is None):
+                values = {"method": spec.name} | size | (common if spec.converts else {})
+                chosen |= {
+                    label: SpectralConfig(**values, **changes)
+                    for label, changes in spec.counted.items()
+                }
+    return chosen
 
 
 def _resolve(name: str, variants: list[SpectralConfig]) -> tuple[ModelConfig, Architecture]:
@@ -98,11 +101,12 @@ def _count(
     rows = []
     for variant, spectral in variants.items():
         counts = counts_of(architecture, model, spectral)
+        by_rank = method_spec(spectral.method).counted_by == "spectral_rank"
         rows.append(
             {
                 "model": name,
                 "method": variant,
-                "spectral_rank": spectral.spectral_rank if variant in WITH_RANK else None,
+                "spectral_rank": spectral.spectral_rank if by_rank else None,
                 "trained": counts.trained,
                 "dense": counts.dense,
                 "share": counts.trained_fraction,

@@ -17,8 +17,8 @@ from spectral_scale.cli.arguments import (
 )
 from spectral_scale.cluster.adopt import adopt_launcher
 from spectral_scale.cluster.detect import LauncherFlags
+from spectral_scale.config.check import keys_without_effect
 from spectral_scale.config.load import ResolvedConfig, build_parser
-from spectral_scale.config.method_keys import keys_without_effect
 from spectral_scale.config.resolve import resolve
 from spectral_scale.errors import SpectralScaleError
 

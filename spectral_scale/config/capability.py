@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 
+from spectral_scale.config.methods import method_spec
 from spectral_scale.config.schema import ParallelConfig, RunConfig
 from spectral_scale.config.support import FEATURES, No, Support, Yes
 from spectral_scale.config.support_deepspeed import DEEPSPEED
@@ -59,17 +60,13 @@ def shards_residual(parallel: ParallelConfig) -> bool:
 def requested(config: RunConfig) -> Iterator[str]:
     """The features a configuration asks for."""
     spectral, model = config.spectral, config.model
+    spec = method_spec(spectral.method)
     yield f"method={spectral.method}"
     yield f"precision={config.train.precision}"
-    if spectral.method == "sst":
-        yield f"storage={spectral.storage}"
-        if spectral.extra_sigma:
-            yield "extra_sigma"
-        if spectral.boundary_moments != "reset":
-            yield "moments=kept"
+    yield from spec.features(spectral)
     if not spectral.train_dense:
         yield "dense=frozen"
-    if spectral.method in ("sst", "lora", "relora", "frod"):
+    if spec.converts:
         yield "residual=sharded" if shards_residual(config.parallel) else "residual=replicated"
     if config.filter.enabled:
         yield f"filter={config.filter.nodes}"

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from spectral_scale.config.capability import zero_stage
 from spectral_scale.config.check import gradient_accumulation_steps
 from spectral_scale.config.deepspeed_keys import PASSED_ON, PASSED_ON_SECTIONS, REFUSED
+from spectral_scale.config.methods import method_spec
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
@@ -96,10 +97,10 @@ def resolve_deepspeed(
             "flops_profiler.enabled=true is refused in stage 3: it runs on rank 0 alone, whose "
             "gathers of weights then no longer match those of other ranks; profile in stage 2"
         )
-    if given.get(CPU_ADAM) is True and config.spectral.method == "galore":
+    if given.get(CPU_ADAM) is True and method_spec(config.spectral.method).own_optimizer:
         problems.append(
-            f"{CPU_ADAM}=true is refused with spectral.method=galore, whose optimizer is its own; "
-            'set it to false or "auto"'
+            f"{CPU_ADAM}=true is refused with spectral.method={config.spectral.method}, whose "
+            'optimizer is its own; set it to false or "auto"'
         )
     if problems:
         raise ConfigError(f"{path} does not fit the run:\n  - " + "\n  - ".join(problems))

@@ -1,23 +1,11 @@
-"""Rules of the `filter` section, and which methods leave it something to filter. No torch here."""
+"""Rules of the `filter` section of a run. No torch here."""
 
 import math
 from collections.abc import Iterator
 
+from spectral_scale.config.methods import method_spec
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import FilterConfig, RunConfig
-
-_FACTORS = "factors of two layers lie in bases of their own; use block_gains"
-_NO_MATRIX = "it trains no dense matrix in the blocks; use layers or block_gains"
-_REFUSED: dict[str, dict[str, str]] = {
-    "sst": {"rows": _NO_MATRIX, "heads": _NO_MATRIX},
-    "lora": {"layers": _FACTORS, "rows": _FACTORS, "heads": _FACTORS},
-    "relora": {"layers": _FACTORS, "rows": _FACTORS, "heads": _FACTORS},
-    "frod": {"rows": _NO_MATRIX, "heads": _NO_MATRIX},
-    "galore": dict.fromkeys(
-        ("layers", "rows", "heads", "block_gains"), "no test has shown it; use spectral.method=full"
-    ),
-}
-"""Method -> nodes -> why not, if all linears of the blocks are converted."""
 
 
 def filter_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
@@ -27,10 +15,10 @@ def filter_problems(config: RunConfig, architecture: Architecture) -> Iterator[s
         return
     yield from _range_problems(settings)
     yield from _pair_problems(settings)
-    spectral = config.spectral
-    dense_left = bool(spectral.targets) and spectral.train_dense
-    why = _REFUSED.get(spectral.method, {}).get(settings.nodes)
-    if why and (spectral.method == "galore" or not dense_left):
+    spectral, spec = config.spectral, method_spec(config.spectral.method)
+    dense_left = spec.converts and bool(spectral.targets) and spectral.train_dense
+    why = spec.filter_refusals.get(settings.nodes)
+    if why and not dense_left:
         given = f"filter.nodes={settings.nodes} with spectral.method={spectral.method}"
         yield f"{given} finds nothing to filter: {why}"
     if settings.nodes == "layers" and architecture.num_layers < 2:

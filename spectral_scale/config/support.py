@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from spectral_scale.config.methods import METHOD_SPECS
+
 
 @dataclass(frozen=True)
 class Yes:
@@ -22,12 +24,7 @@ class No:
 Support = Yes | No
 
 FEATURES: dict[str, str] = {
-    "method=full": "dense training",
-    "method=sst": "SST",
-    "method=lora": "LoRA",
-    "method=relora": "ReLoRA*",
-    "method=galore": "GaLore",
-    "method=frod": "FRoD",
+    **{f"method={spec.name}": spec.title for spec in METHOD_SPECS.values()},
     "storage=residual": "SST, residual storage",
     "storage=factored": "SST, factored storage",
     "extra_sigma": "SST, extra trained singular values",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from spectral_scale.backends.base import Backend
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
-from spectral_scale.config.check import converted_shapes
+from spectral_scale.config.methods.rules import converted_shapes
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig, SpectralConfig

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spectral_scale.config.load import to_dict
+from spectral_scale.config.methods import method_spec
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.data.loader import TrainLoader
@@ -25,16 +26,6 @@ FREE_KEYS = {
     "optimizer.min_lr_ratio",
 }
 """Keys of the compared sections that may change on resume without being named."""
-METHOD_KEYS = (
-    "method",
-    "storage",
-    "spectral_rank",
-    "lora_alpha",
-    "sparsity",
-    "targets",
-    "train_dense",
-)
-"""Keys of the spectral section that decide what a checkpoint's tensors mean."""
 
 
 def model_identity(config: RunConfig, architecture: Architecture) -> dict[str, Any]:
@@ -42,7 +33,9 @@ def model_identity(config: RunConfig, architecture: Architecture) -> dict[str, A
     facts: dict[str, Any] = {
         f"model.{key}": value for key, value in dataclasses.asdict(architecture).items()
     }
-    return facts | {f"spectral.{key}": getattr(config.spectral, key) for key in METHOD_KEYS}
+    spectral = config.spectral
+    keys = ("method", *method_spec(spectral.method).layout_keys, "targets", "train_dense")
+    return facts | {f"spectral.{key}": getattr(spectral, key) for key in keys}
 
 
 def run_identity(
@@ -64,7 +57,9 @@ def run_identity(
 def keeps_initial_weights(config: RunConfig) -> bool:
     """Whether checkpoints leave out weights that the run never changes, so that it needs those it
     started from for as long as it lives."""
-    return config.spectral.method == "frod" or not config.spectral.train_dense
+    return (
+        method_spec(config.spectral.method).keeps_initial_weights or not config.spectral.train_dense
+    )
 
 
 def base_identity(

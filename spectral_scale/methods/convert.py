@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from spectral_scale.config.check import trains_all_sigma
+from spectral_scale.config.methods.sst import trains_all_sigma
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.layer import FactoredLinear, factored_layers

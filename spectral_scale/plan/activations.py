@@ -6,8 +6,8 @@ under bf16 autocast products are kept in bf16, the residual stream and the norms
 
 from dataclasses import dataclass
 
-from spectral_scale.config.check import trains_all_sigma
 from spectral_scale.config.families import family_of
+from spectral_scale.config.methods.sst import trains_all_sigma
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 

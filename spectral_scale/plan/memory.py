@@ -180,8 +180,7 @@ def _galore_round(architecture: Architecture, inventory: Inventory) -> int:
 
 def shared_basis_bytes(config: RunConfig, inventory: Inventory) -> int:
     """FRoD's V, V^-T and positions, once a category, and 1 / lambda of every layer."""
-    from spectral_scale.methods.frod.layer import category_of
-    from spectral_scale.methods.frod.sparsity import entries
+    from spectral_scale.config.methods.frod import category_of, entries
 
     itemsize = master_itemsize(config)
     widths = {category_of(name): n for name, (_, n) in inventory.matrices.items()}

@@ -6,8 +6,8 @@ sequences: Korthikanti et al., arXiv 2205.05198, section 4.2). T tokens, h featu
 
 from dataclasses import dataclass, replace
 
-from spectral_scale.config.check import trains_all_sigma
 from spectral_scale.config.families import family_of
+from spectral_scale.config.methods.sst import trains_all_sigma
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig

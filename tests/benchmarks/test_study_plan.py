@@ -9,9 +9,8 @@ from study.plan import Trial, all_trials, chosen_rate, settings_of, tuned_varian
 from study.results import StudyError, read_results, require_same_data, write_result
 from study_results import complete, result_of
 
-from spectral_scale.config.check import check_config
+from spectral_scale.config.check import check_config, keys_without_effect
 from spectral_scale.config.load import load_config
-from spectral_scale.config.method_keys import keys_without_effect
 
 
 @functools.cache

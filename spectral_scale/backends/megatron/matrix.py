@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from spectral_scale.config.check import trains_all_sigma
+from spectral_scale.config.methods.sst import trains_all_sigma
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.sst.layer import SpectralLinear

@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spectral_scale.config.methods.frod import category_of
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.methods.frod.joint_decomposition import column_lengths
-from spectral_scale.methods.frod.layer import FRoDLinear, category_of, convert_frod, frod_layers
+from spectral_scale.methods.frod.layer import FRoDLinear, convert_frod, frod_layers
 from spectral_scale.methods.frod.product import SharedBasis
 from spectral_scale.methods.frod.sparsity import Pattern
 from spectral_scale.parallel.dtensor_collectives import is_sharded

@@ -1,7 +1,8 @@
 """Which FRoD layers share a basis, and which rank reads which of their matrices."""
 
+from spectral_scale.config.methods.frod import category_of
 from spectral_scale.errors import ConfigError
-from spectral_scale.methods.frod.layer import FRoDLinear, category_of
+from spectral_scale.methods.frod.layer import FRoDLinear
 
 
 def share_out(categories: dict[str, list[str]], world_size: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from spectral_scale.config.methods.frod import entries
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
 from spectral_scale.methods.convert import replace_linears
@@ -20,7 +21,6 @@ from spectral_scale.methods.frod.product import (
     adapted_weight,
     directions,
 )
-from spectral_scale.methods.frod.sparsity import entries
 from spectral_scale.methods.layer import FactoredLinear, in_product_dtype
 from spectral_scale.parallel.table import Role
 
@@ -151,9 +151,3 @@ def convert_frod(
 def frod_layers(model: nn.Module) -> dict[str, FRoDLinear]:
     """Converted layers by fqn, in the model's order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, FRoDLinear)}
-
-
-def category_of(fqn: str) -> str:
-    """Layers of one role in different blocks share a category: the last two parts of the name, as
-    FRoD's published code has it (`self_attn.q_proj`), without numbers (`fc1`)."""
-    return ".".join(part for part in fqn.split(".")[-2:] if not part.isdigit()) or "linear"

@@ -4,20 +4,15 @@ Entries are off the diagonal and stand in the order of columns, then rows. On th
 are sparse; elsewhere dense ones are faster (tensor cores) and, unlike sparse ones, reproducible.
 """
 
-import math
 import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_scale.config.methods.frod import entries
 from spectral_scale.errors import ConfigError
 from spectral_scale.ops.keyed_random import keyed_uniform
-
-
-def entries(width: int, sparsity: float) -> int:
-    """floor(sparsity n^2) entries of S, never more than there are off the diagonal."""
-    return min(math.floor(sparsity * width * width), width * (width - 1))
 
 
 def draw_positions(width: int, sparsity: float, *key: object) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.config.check import iterations_per_round
+from spectral_scale.config.methods.sst import iterations_per_round
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.convert import spectral_layers

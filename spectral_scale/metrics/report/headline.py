@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from spectral_scale.config.methods import METHOD_SPECS
+from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.metrics.history import Line
 from spectral_scale.metrics.report.run import RunRecord, Series
 
 LOSS = "train/loss"
+UNKNOWN = MethodSpec(name="unknown", title="unknown")
+"""Stands for the method of a run whose configuration names none of this version's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +119,8 @@ def compare_losses(first: Sequence[Line], second: Sequence[Line]) -> LossCompari
 
 
 def _identity(run: RunRecord) -> dict[str, Any]:
-    spectral = {
-        key: run.setting("spectral", key)
-        for key in ("storage", "spectral_rank")
-        if run.setting("spectral", "method") != "full"
-    }
+    spec = METHOD_SPECS.get(str(run.setting("spectral", "method")), UNKNOWN)
+    spectral = {key: run.setting("spectral", key) for key in spec.headline_settings}
     return {
         "model": run.setting("model", "path") or run.setting("model", "name"),
         "method": run.setting("spectral", "method"),

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from spectral_scale.config.check import check_config
+from spectral_scale.config.check import check_config, keys_without_effect
 from spectral_scale.config.load import known_keys, load_config
-from spectral_scale.config.method_keys import METHOD_KEYS, keys_without_effect
+from spectral_scale.config.methods import METHOD_SPECS
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.engine.methods import METHODS
 from spectral_scale.errors import ConfigError
@@ -17,10 +17,10 @@ def config(**changes: object) -> RunConfig:
 
 
 def test_every_method_is_known_everywhere() -> None:
-    assert METHODS.keys() == METHOD_KEYS.keys()
+    assert METHODS.keys() == METHOD_SPECS.keys()
     for method in METHODS:
         assert check_config(config(spectral__method=method), world_size=1)
-    assert set().union(*METHOD_KEYS.values()) <= set(known_keys())
+    assert set().union(*(spec.keys for spec in METHOD_SPECS.values())) <= set(known_keys())
 
 
 @pytest.mark.parametrize("method", METHODS)

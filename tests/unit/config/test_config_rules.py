@@ -7,10 +7,9 @@ import pytest
 from spectral_scale.config.check import (
     check_config,
     gradient_accumulation_steps,
-    iterations_per_round,
-    trains_all_sigma,
 )
 from spectral_scale.config.load import load_config
+from spectral_scale.config.methods.sst import iterations_per_round, trains_all_sigma
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 from spectral_scale.errors import ConfigError
 

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from spectral_scale.config.check import check_config
+from spectral_scale.config.check import check_config, keys_without_effect
 from spectral_scale.config.load import load_config
-from spectral_scale.config.method_keys import keys_without_effect
 from spectral_scale.config.schema import FilterConfig, RunConfig
 from spectral_scale.engine.identity import run_identity
 from spectral_scale.errors import ConfigError

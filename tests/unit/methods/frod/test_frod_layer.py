@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spectral_scale.config.methods.frod import category_of, entries
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.convert import merge
 from spectral_scale.methods.frod.controller import FRoDController
-from spectral_scale.methods.frod.layer import FRoDLinear, category_of, convert_frod, frod_layers
-from spectral_scale.methods.frod.sparsity import Pattern, draw_positions, entries
+from spectral_scale.methods.frod.layer import FRoDLinear, convert_frod, frod_layers
+from spectral_scale.methods.frod.sparsity import Pattern, draw_positions
 from spectral_scale.optim.groups import param_groups
 
 WIDTH, SPARSITY = 16, 0.1

@@ -1,0 +1,10 @@
+"""Dense training: every weight trains as it is."""
+
+from spectral_scale.config.methods.spec import MethodSpec
+
+FULL = MethodSpec(
+    name="full",
+    title="dense training",
+    counted={"full": {}},
+    headline_settings=(),
+)

@@ -1,4 +1,18 @@
-"""A rectangle of a logical tensor, as one rank holds it: what backends hand to checkpoints."""
+"""Chunks: rectangles of logical tensors, which backends hand to checkpoints.
+
+A checkpoint knows logical tensors only, never ranks, so that it can be read on any number of them.
+Of a 3 x 4 matrix `model/w` that ZeRO flattened over two ranks, rank 1 holds the elements 6 to 11,
+which `range_chunks` writes as two chunks:
+
+    model/w@1,2   offset (1, 2), shape (1, 2)    the rest of row 1
+    model/w@2,0   offset (2, 0), shape (1, 4)    row 2
+
+`read_range` is the inverse, for any range: another number of ranks asks for other rectangles, and
+the reader cuts them out of the chunks that overlap.
+
+Invariant: the chunks that all ranks write of one tensor tile it, each element once
+(`shard_geometry.tiling_fault`).
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +42,7 @@ class TensorChunk:
 
     @property
     def rectangle(self) -> Rectangle:
-        """The part of the logical tensor held here."""
+        """The rectangle of the logical tensor that the chunk covers."""
         return Rectangle(tuple(self.offset), tuple(self.tensor.shape))
 
     @property
@@ -52,21 +66,24 @@ def whole(name: str, tensor: Tensor) -> TensorChunk:
     return TensorChunk(name, tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
-def range_chunks(name: str, part: Tensor, start: int, order: FlatOrder) -> Iterator[TensorChunk]:
-    """A 1-D piece that begins at element `start` as rectangles of its logical tensor."""
+def range_chunks(name: str, shard: Tensor, start: int, order: FlatOrder) -> Iterator[TensorChunk]:
+    """A 1-D shard that begins at element `start`, as chunks of its logical tensor."""
     done = 0
-    for box in order.rectangles(start, part.numel()):
-        piece = part[done : done + box.numel].view(box.shape)
-        yield TensorChunk(name, piece, order.shape, box.offset)
+    for box in order.rectangles(start, shard.numel()):
+        elements = shard[done : done + box.numel].view(box.shape)
+        yield TensorChunk(name, elements, order.shape, box.offset)
         done += box.numel
 
 
 def read_range(read: ReadTensor, name: str, start: int, numel: int, order: FlatOrder) -> Tensor:
-    """The inverse: `numel` saved elements from `start` on, 1-D. Raises CheckpointError."""
-    pieces = [read(name, b.offset, b.shape) for b in order.rectangles(start, numel)]
-    if sum(piece.numel() for piece in pieces) != numel:
+    """The `numel` saved elements from `start` on, 1-D, as `range_chunks` wrote them.
+
+    Raises CheckpointError if the tensor does not hold that many.
+    """
+    found = [read(name, b.offset, b.shape) for b in order.rectangles(start, numel)]
+    if sum(chunk.numel() for chunk in found) != numel:
         raise CheckpointError(f"{name} does not hold elements {start} to {start + numel}")
-    return torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else torch.empty(0)
+    return torch.cat([chunk.reshape(-1) for chunk in found]) if found else torch.empty(0)
 
 
 def overwrite(tensors: Iterable[tuple[str, Tensor]], read: ReadTensor) -> None:

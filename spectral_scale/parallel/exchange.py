@@ -1,4 +1,23 @@
-"""Flat ranges from the ranks that hold them to the ranks that need them, and back."""
+"""Flat ranges sent from the ranks that hold them to the ranks that need them, and back.
+
+One tensor of 6 elements on 2 ranks, which rank 1 needs whole:
+
+    held [(0, 4), (4, 2)]     wanted [(0, 0), (0, 6)]
+    forward:   rank 0 sends elements 0-3 to rank 1, which copies its own 4-5
+    backward:  rank 1 sends elements 0-3 to rank 0 and keeps 4-5
+
+The same tensor, held whole by both ranks, of which each needs one half:
+
+    held [(0, 6), (0, 6)]     wanted [(0, 3), (3, 3)]
+    forward:   only the first holder sends: rank 0 copies 0-2 and sends 3-5 to rank 1
+    backward:  every holder gets everything: rank 0 sends 0-2, rank 1 sends 3-5
+
+Every rank computes from the same tables who sends what to whom, so that no sizes travel. A message
+to a rank holds the intersections of ranges, tensor after tensor, in the order of the tables.
+
+Invariant: what rank a expects from rank b is what rank b sends to a, because both are the
+intersection of the same two ranges; a wanted element arrives exactly once.
+"""
 
 from collections.abc import Sequence
 
@@ -14,16 +33,16 @@ Ranges = Sequence[Sequence[Range]]
 
 
 class Exchange:
-    """One all-to-all there, one back, for many tensors at once; what stays is copied, not sent.
+    """One all-to-all forward and one backward for many tensors; what stays is copied, not sent.
 
     Args:
         held: where the elements are; they cover `wanted`. Ranges of a tensor are the same or have
             no element in common.
-        wanted: where they are needed; no element twice.
+        wanted: where the elements are needed; no element twice.
         group: the ranks.
 
-    There, the first rank that holds an element sends it: at most what it holds. Back, every rank
-    that holds it gets it.
+    Forward, the first rank that holds an element sends it, at most all that it holds. Backward,
+    every rank that holds the element gets it.
     """
 
     def __init__(self, held: Ranges, wanted: Ranges, group: ShardGroup) -> None:
@@ -104,7 +123,7 @@ def even_slices(numel: int, parts: int) -> list[Range]:
 
 
 def _first_of_equals(ranges: Sequence[Range]) -> list[Range]:
-    """The ranges, those that an earlier rank holds, too, left empty."""
+    """The ranges, with those empty that an earlier rank holds as well."""
     return [
         range_ if ranges.index(range_) == rank else (range_[0], 0)
         for rank, range_ in enumerate(ranges)
@@ -112,7 +131,7 @@ def _first_of_equals(ranges: Sequence[Range]) -> list[Range]:
 
 
 def _common(first: Sequence[Range], second: Sequence[Range]) -> list[Range]:
-    """The elements in both, tensor by tensor."""
+    """The elements that are in both ranges, tensor by tensor."""
     found = []
     for (a, n), (b, m) in zip(first, second, strict=True):
         start, stop = max(a, b), min(a + n, b + m)
@@ -121,7 +140,7 @@ def _common(first: Sequence[Range], second: Sequence[Range]) -> list[Range]:
 
 
 def _within(part: Tensor, range_: Range, common: Range) -> Tensor:
-    """The elements `common` of the tensor that holds `range_`."""
+    """The elements `common` of `part`, which holds the elements `range_`."""
     if not common[1]:
         return part[:0]
     return part.narrow(0, common[0] - range_[0], common[1])

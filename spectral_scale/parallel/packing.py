@@ -1,4 +1,13 @@
-"""Several tensors in one message: fewer collectives, the same bytes, the same numbers."""
+"""Several tensors in one message: fewer collectives, the same bytes, the same numbers.
+
+Tensors of shapes (2, 3) and (4,) in float32 and one of shape (5,) in bfloat16 make two messages:
+10 float32 elements, the first tensor's 6 followed by the second's 4, and the bfloat16 tensor, which
+is alone in its dtype and travels from where it is. A message has one dtype and one device because
+that is what a collective takes, and packing must not round.
+
+Invariant: every rank gives the same shapes and dtypes in the same order, so that all ranks cut a
+message at the same places.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 

@@ -96,16 +96,25 @@ def _within(index: int, start: int, numel: int, shape: Shape) -> Iterator[Rectan
 
 @dataclass(frozen=True)
 class FlatOrder:
-    """Row-major; or, of a matrix whose columns are cut (row-parallel linears under tensor
-    parallelism), one block of columns after the other, each row-major.
+    """The order of a tensor's elements in its flattened form.
 
-    So whole rows of a block of columns are one range, as whole rows of a matrix are.
+    It is row-major, except for a matrix whose columns are sharded (a row-parallel linear under
+    tensor parallelism): there, one block of columns follows the other, each row-major. A 3 x 4
+    matrix, whose row-major numbers are
+
+        0  1 | 2  3
+        4  5 | 6  7          in 2 blocks of columns:  0 1 4 5 8 9 | 2 3 6 7 10 11
+        8  9 | 10 11
+
+    In row-major order the left half would be three ranges; in this order it is one, (0, 6), and
+    whole rows of a block are one range, as whole rows of a matrix are. The range (2, 7) holds the
+    elements 4 5 8 9 2 3 6: rectangles (1, 0) of shape 2 x 2, (0, 2) of 1 x 2 and (1, 2) of 1 x 1.
     """
 
     shape: Shape
-    """Of the tensor."""
+    """Shape of the tensor."""
     column_blocks: int = 1
-    """Equal blocks of columns; 1: row-major. More than 1 only for a matrix that they divide."""
+    """Equal blocks of columns; 1 is row-major. Only a matrix that they divide has more than 1."""
 
     @property
     def numel(self) -> int:
@@ -113,7 +122,7 @@ class FlatOrder:
         return prod(self.shape)
 
     def range_of(self, box: Rectangle) -> Range:
-        """The range that whole rows are, of the tensor or of one block of columns.
+        """The range that a rectangle of whole rows is, of the tensor or of one block of columns.
 
         Raises ConfigError for a box that is anything else.
         """
@@ -122,7 +131,7 @@ class FlatOrder:
         found = (box.offset[1] if len(box.offset) > 1 else 0, box.shape[1:])
         if box.numel and (found != expected or any(box.offset[2:])):
             raise ConfigError(
-                f"a piece of shape {box.shape} at {box.offset} is no range of whole rows of a "
+                f"a shard of shape {box.shape} at {box.offset} is no range of whole rows of a "
                 f"tensor of shape {self.shape}, or of one of {self.column_blocks} equal blocks of "
                 "its columns; shard it along its rows"
             )
@@ -145,7 +154,7 @@ class FlatOrder:
                 yield Rectangle((row, block * self._width + column), box.shape)
 
     def places(self, entries: Tensor) -> Tensor:
-        """Where elements, given by their row-major number (int64), lie in this order."""
+        """Positions in this order of elements given by their row-major number (int64)."""
         if self.column_blocks == 1:
             return entries
         row, column = entries // self.shape[1], entries % self.shape[1]
@@ -159,7 +168,7 @@ class FlatOrder:
         return flat.view(self.column_blocks, self.shape[0], self._width).transpose(0, 1).flatten()
 
     def from_row_major(self, flat: Tensor) -> Tensor:
-        """The inverse."""
+        """All elements, 1-D and given in row-major order, in this order."""
         if self.column_blocks == 1:
             return flat
         return flat.view(self.shape[0], self.column_blocks, self._width).transpose(0, 1).flatten()
@@ -219,7 +228,11 @@ def tiling_fault(rectangles: Sequence[Rectangle], global_shape: Shape) -> str | 
 
 
 def _first_overlap(rectangles: Sequence[Rectangle]) -> tuple[Rectangle, Rectangle] | None:
-    """Sweep along the dimension that is cut most: 1,000 shards need no million comparisons."""
+    """The first two rectangles that overlap, found by a sweep along the most sharded dimension.
+
+    Only rectangles that the sweep line still crosses are compared: 1,000 shards along one
+    dimension take about 1,000 comparisons, not a million.
+    """
     if len(rectangles) < 2:
         return None
     rank = len(rectangles[0].offset)
@@ -236,21 +249,24 @@ def _first_overlap(rectangles: Sequence[Rectangle]) -> tuple[Rectangle, Rectangl
     return None
 
 
-def column_square_sums(part: Tensor, start: int, columns: int) -> Tensor:
+def column_square_sums(shard: Tensor, start: int, columns: int) -> Tensor:
     """Sums of squares by column of the flat range that begins at `start`, shape (columns,).
 
+    The range is padded with zeros to whole rows: of the elements 2 to 8 of a 3 x 4 matrix, two
+    zeros before and three after make 3 rows of 4.
+
     Args:
-        part: the range's elements, 1-D.
-        start: where it begins in the flattened matrix.
-        columns: of the matrix.
+        shard: the range's elements, 1-D.
+        start: where the range begins in the flattened matrix.
+        columns: columns of the matrix.
     """
     before = start % columns
-    after = -(before + part.numel()) % columns
-    return F.pad(part, (before, after)).view(-1, columns).square().sum(0)
+    after = -(before + shard.numel()) % columns
+    return F.pad(shard, (before, after)).view(-1, columns).square().sum(0)
 
 
-def divide_columns(part: Tensor, start: int, divisors: Tensor) -> None:
+def divide_columns(shard: Tensor, start: int, divisors: Tensor) -> None:
     """Divide each element of a flat range by its column's divisor, in place."""
     columns = divisors.numel()
-    index = torch.arange(start, start + part.numel(), device=part.device) % columns
-    part.div_(divisors.to(part.device)[index])
+    index = torch.arange(start, start + shard.numel(), device=shard.device) % columns
+    shard.div_(divisors.to(shard.device)[index])

@@ -34,20 +34,20 @@ class FilterNeeds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ShardedDim:
-    """How a host cuts what the filter reaches."""
+class _Sharding:
+    """How a backend shards what the filter reaches."""
 
     ranks: int
-    """Over which the model is spread."""
+    """Ranks over which the model is sharded."""
     aligned: bool
     """Whether a rank holds the same entries of every layer."""
-    line: int = 1
-    """Tensor-parallel ranks among them, all of which hold what tensor parallelism does not cut."""
+    tensor_parallel: int = 1
+    """Tensor-parallel ranks among them, which all hold what tensor parallelism leaves whole."""
 
-    def parts(self, fqn: str) -> int:
-        """Ranks over which a parameter and its gradient are spread."""
-        whole = self.line > 1 and sharded_dimension(fqn) is None
-        return self.ranks // self.line if whole else self.ranks
+    def num_shards(self, fqn: str) -> int:
+        """Ranks over which a parameter and its gradient are sharded."""
+        whole = self.tensor_parallel > 1 and sharded_dimension(fqn) is None
+        return self.ranks // self.tensor_parallel if whole else self.ranks
 
 
 def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) -> FilterNeeds:
@@ -64,47 +64,55 @@ def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) ->
         fqn: itemsize * (min(n, DRIFT_ENTRIES) + (n if settings.joint_loss_mu else 0))
         for fqn, n in numels.items()
     }
-    cut = _cut(config, world_size)
-    resting = sum(_share(size, cut.parts(fqn)) for fqn, size in kept_by_name.items())
+    sharding = _sharding_of(config, world_size)
+    resting = sum(_share(size, sharding.num_shards(fqn)) for fqn, size in kept_by_name.items())
     of_pieces = sum(kept_by_name.values())
     if settings.nodes == "block_gains":
-        reduced = round(2 * 8 * len(numels) * (cut.ranks - 1) / cut.ranks)
+        reduced = round(2 * 8 * len(numels) * (sharding.ranks - 1) / sharding.ranks)
         return FilterNeeds(kept=resting, saved=of_pieces, reduced=reduced)
     means = [itemsize * _sampled(group, settings.nodes, numels) for group in groups]
     graphs = [_graph_bytes(config, group.num_nodes, itemsize) for group in groups]
     saved = of_pieces + (sum(means) if settings.graph == "knn" else 0)
-    if cut.ranks == 1 or settings.nodes == "layers":
-        shares = (_share(m, cut.parts(g.fqns[0])) for m, g in zip(means, groups, strict=True))
+    if sharding.ranks == 1 or settings.nodes == "layers":
+        shares = (
+            _share(m, sharding.num_shards(g.fqns[0])) for m, g in zip(means, groups, strict=True)
+        )
         kept = resting + sum(graphs) + sum(shares)
     else:
         both = [mean + graph for mean, graph in zip(means, graphs, strict=True)]
-        kept = resting + _fullest(groups, numels, both, cut.ranks)
-    moved = cut.ranks > 1 and not (settings.nodes == "layers" and cut.aligned)
-    workspace = itemsize * _largest_change(groups, numels, cut) if settings.joint_loss_mu else 0
+        kept = resting + _fullest(groups, numels, both, sharding.ranks)
+    moved = sharding.ranks > 1 and not (settings.nodes == "layers" and sharding.aligned)
+    workspace = (
+        itemsize * _largest_change(groups, numels, sharding) if settings.joint_loss_mu else 0
+    )
     exchanged = 0
     if moved:
-        held = sum(_share(n, cut.parts(fqn)) for fqn, n in numels.items())
+        held = sum(_share(n, sharding.num_shards(fqn)) for fqn, n in numels.items())
         wanted = 0
         if settings.nodes != "layers":
             whole = [numels[group.fqns[0]] for group in groups]
-            wanted = _fullest(groups, numels, whole, cut.ranks)
+            wanted = _fullest(groups, numels, whole, sharding.ranks)
         extra = 1 if settings.joint_loss_mu else 0
         workspace = (4 + extra) * itemsize * max(held, wanted)
-        exchanged = round((2 + extra) * itemsize * held * (cut.ranks - 1) / cut.ranks)
+        exchanged = round((2 + extra) * itemsize * held * (sharding.ranks - 1) / sharding.ranks)
     return FilterNeeds(kept=kept, workspace=workspace, saved=saved, exchanged=exchanged)
 
 
-def _cut(config: RunConfig, world_size: int) -> _ShardedDim:
-    line = config.parallel.tensor_parallel
+def _sharding_of(config: RunConfig, world_size: int) -> _Sharding:
+    tensor_parallel = config.parallel.tensor_parallel
     if config.parallel.backend == "fsdp2":
         ranks = shard_group_size(config.parallel, world_size)
-        return _ShardedDim(ranks=ranks, aligned=True, line=line)
+        return _Sharding(ranks=ranks, aligned=True, tensor_parallel=tensor_parallel)
     if config.parallel.backend == "megatron":
-        sharded = config.parallel.distributed_optimizer and world_size > line
-        return _ShardedDim(ranks=world_size if sharded else line, aligned=not sharded, line=line)
+        sharded = config.parallel.distributed_optimizer and world_size > tensor_parallel
+        return _Sharding(
+            ranks=world_size if sharded else tensor_parallel,
+            aligned=not sharded,
+            tensor_parallel=tensor_parallel,
+        )
     if config.parallel.backend == "deepspeed" and (stage := zero_stage(config.parallel)):
-        return _ShardedDim(ranks=world_size, aligned=stage == 3)
-    return _ShardedDim(ranks=1, aligned=True)
+        return _Sharding(ranks=world_size, aligned=stage == 3)
+    return _Sharding(ranks=1, aligned=True)
 
 
 def _sampled(group: NodeGroup, nodes: str, numels: dict[str, int]) -> int:
@@ -135,9 +143,11 @@ def _fullest(
     return max(found)
 
 
-def _largest_change(groups: Sequence[NodeGroup], numels: dict[str, int], cut: _ShardedDim) -> int:
+def _largest_change(
+    groups: Sequence[NodeGroup], numels: dict[str, int], sharding: _Sharding
+) -> int:
     """Elements of the largest group that a rank holds."""
-    return max(sum(_share(numels[fqn], cut.parts(fqn)) for fqn in g.fqns) for g in groups)
+    return max(sum(_share(numels[fqn], sharding.num_shards(fqn)) for fqn in g.fqns) for g in groups)
 
 
 def _share(size: int, ranks: int) -> int:

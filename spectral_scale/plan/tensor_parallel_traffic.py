@@ -1,4 +1,4 @@
-"""What tensor parallelism changes in a plan: what a rank holds, and what its line of ranks sends.
+"""What tensor parallelism changes in a plan: what a rank holds and what it sends to its group.
 
 Activations travel between ranks in every pass (Shoeybi et al., arXiv 1909.08053, section 3; by
 sequences: Korthikanti et al., arXiv 2205.05198, section 4.2). T tokens, h features below.
@@ -69,10 +69,10 @@ class _Passes:
     product: int
     """Bytes of an element of a product."""
     inputs: int
-    """Gradients of the inputs of linears whose outputs are cut, in all blocks: one for the
+    """Gradients of the inputs of linears whose outputs are sharded, in all blocks: one for the
     converted ones that share an input, one for each dense one, in the stream's precision."""
     row: int
-    """Linears whose inputs are cut, in all blocks."""
+    """Linears whose inputs are sharded, in all blocks."""
     blocks: int
     """Transformer blocks."""
     learned_positions: bool
@@ -119,7 +119,7 @@ class _Passes:
         output layer is gathered again."""
         forward, backward = self.inputs + self.activation, (self.row + 1) * self.activation
         recomputed = self.inputs if self.recomputed else 0
-        # Where positions are learned, embeddings are summed whole before sequences are cut.
+        # Where positions are learned, embeddings are summed whole before sequences are split.
         embedded = 0 if self.learned_positions else self.stream
         return Payload(
             all_gather=forward + backward + recomputed + self.stream,
@@ -145,7 +145,7 @@ def _completed(config: RunConfig, inventory: Inventory, passes: _Passes) -> int:
 
 
 def _frod(config: RunConfig, inventory: Inventory, passes: _Passes) -> int:
-    """Gradients of S and lambda of every matrix, and U of those whose inputs are cut."""
+    """Gradients of S and lambda of every matrix, and U of those whose inputs are sharded."""
     times = 3 if passes.recomputed else 2
     elements = 0
     for item in inventory.items:

@@ -71,7 +71,7 @@ def traffic(configs: list[Any]) -> list[dict[str, Any]]:
                     run.gradient_filter.apply(measure=measure)
                 counts["measured" if measure else "plain"] = dict(counter.calls)
                 counts["bytes"] = counter.payload_bytes["alltoall_base"]
-            pieces = run.gradient_filter._pieces
+            pieces = run.gradient_filter._shards
             held = [pieces.ranges(f)[pieces.group.index][1] for f in run.gradient_filter.fqns]
             found.append(counts | {"held": sum(held), "planned": planned(run.config)})
     return found

@@ -54,8 +54,8 @@ class SpectralFilterAdamW(torch.optim.AdamW):
         super().__init__(_trained(params), **adamw)
         self._named = _named(self.param_groups)
         roles = {fqn: _role(group, tensor) for fqn, (group, tensor) in self._named.items()}
-        pieces = TensorShards({fqn: tensor for fqn, (_, tensor) in self._named.items()})
-        self.filter = SpectralFilter(pieces, roles, filter_config, seed=seed, head_size=head_size)
+        shards = TensorShards({fqn: tensor for fqn, (_, tensor) in self._named.items()})
+        self.filter = SpectralFilter(shards, roles, filter_config, seed=seed, head_size=head_size)
         self._filtered = False
 
     def filter_gradients(self, *, measure: bool = False) -> None:
@@ -89,8 +89,8 @@ class SpectralFilterAdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and under `filter` this rank's graphs, mean gradients and anchors by name."""
-        pieces = {c.key: c.tensor.clone() for c in self.filter.state_chunks(own=True)}
-        return super().state_dict() | {"filter": pieces}
+        saved = {c.key: c.tensor.clone() for c in self.filter.state_chunks(own=True)}
+        return super().state_dict() | {"filter": saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take both over, on the same number of ranks. Raises CheckpointError if the filter's part
@@ -106,7 +106,7 @@ class SpectralFilterAdamW(torch.optim.AdamW):
 
 
 class _Reader:
-    """Finds the piece that was saved under a name and place."""
+    """Finds the chunk that was saved under a name and place."""
 
     def __init__(self, saved: dict[str, Tensor]) -> None:
         self._saved = saved

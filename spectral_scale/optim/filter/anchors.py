@@ -9,37 +9,37 @@ from spectral_scale.parallel.flat_shards import ParameterShards, is_first_holder
 
 
 class Anchors:
-    """A full-precision copy of this rank's pieces, as the host cuts them.
+    """A full-precision copy of this rank's shards, as the backend shards them.
 
     Args:
-        pieces: where the values are.
+        shards: where the values are.
         fqns: parameters to copy, as they are now.
     """
 
-    def __init__(self, pieces: ParameterShards, fqns: Iterable[str]) -> None:
-        self._pieces = pieces
+    def __init__(self, shards: ParameterShards, fqns: Iterable[str]) -> None:
+        self._shards = shards
         self._kept: dict[str, Tensor] = {}
         self.renew(fqns)
 
     def renew(self, fqns: Iterable[str]) -> None:
         """Count the change of these parameters from now on."""
-        self._kept |= {fqn: self._pieces.value(fqn).clone() for fqn in fqns}
+        self._kept |= {fqn: self._shards.value(fqn).clone() for fqn in fqns}
 
     def change(self, fqn: str) -> Tensor:
-        """Value minus anchor of this rank's piece, 1-D."""
-        return self._pieces.value(fqn) - self._kept[fqn]
+        """Value minus anchor of this rank's shard, 1-D."""
+        return self._shards.value(fqn) - self._kept[fqn]
 
     def state_chunks(self, *, own: bool) -> Iterator[TensorChunk]:
-        """The anchors of this rank's pieces: all, or those that no earlier rank holds, too."""
+        """The anchors of this rank's shards: all, or those that no earlier rank holds, too."""
         for fqn, kept in self._kept.items():
-            if own or is_first_holder(self._pieces, fqn):
-                order = self._pieces.order(fqn)
+            if own or is_first_holder(self._shards, fqn):
+                order = self._shards.order(fqn)
                 yield from range_chunks(f"filter/anchor/{fqn}", kept, self._start(fqn), order)
 
     def load_state(self, read: ReadTensor) -> None:
         """Overwrite them from a checkpoint."""
         for fqn, kept in self._kept.items():
-            name, order = f"filter/anchor/{fqn}", self._pieces.order(fqn)
+            name, order = f"filter/anchor/{fqn}", self._shards.order(fqn)
             kept.copy_(read_range(read, name, self._start(fqn), kept.numel(), order))
 
     @property
@@ -48,4 +48,4 @@ class Anchors:
         return sum(kept.nbytes for kept in self._kept.values())
 
     def _start(self, fqn: str) -> int:
-        return self._pieces.ranges(fqn)[self._pieces.group.index][0]
+        return self._shards.ranges(fqn)[self._shards.group.index][0]

@@ -24,7 +24,7 @@ class BlockSet:
     Args:
         groups: the same on every rank.
         config: of the filter.
-        pieces: the host's gradients.
+        shards: the backend's gradients.
         seed: fixes sampled entries and permutations.
     """
 
@@ -32,19 +32,19 @@ class BlockSet:
         self,
         groups: Sequence[NodeGroup],
         config: FilterConfig,
-        pieces: ParameterShards,
+        shards: ParameterShards,
         *,
         seed: int,
     ) -> None:
-        self._config, self._pieces, self._seed = config, pieces, seed
-        self._placements = place(groups, pieces)
+        self._config, self._shards, self._seed = config, shards, seed
+        self._placements = place(groups, shards)
         self._blocks = [self._block_filter(p) for p in self._placements]
         self._moved = [p for p in self._placements if p.wanted is not None]
         self._exchange: Exchange | None = None
         if self._moved:
-            held = [pieces.ranges(fqn) for p in self._moved for fqn in p.group.fqns]
+            held = [shards.ranges(fqn) for p in self._moved for fqn in p.group.fqns]
             wanted = [p.wanted or [] for p in self._moved for _ in p.group.fqns]
-            self._exchange = Exchange(held, wanted, pieces.group)
+            self._exchange = Exchange(held, wanted, shards.group)
         self.counts_here = [p.counts_here for p in self._placements]
         """By group, whether no earlier rank measures the same."""
 
@@ -52,7 +52,7 @@ class BlockSet:
         """None where another rank filters the group."""
         if not placement.works_here:
             return None
-        first = self._pieces.value(placement.group.fqns[0])
+        first = self._shards.value(placement.group.fqns[0])
         stays = placement.wanted is None and first.numel() > 0  # where an offloading host rests it
         return BlockFilter(
             placement.group,
@@ -60,7 +60,7 @@ class BlockSet:
             seed=self._seed,
             order=placement.order,
             span=placement.span,
-            device=first.device if stays else self._pieces.device,
+            device=first.device if stays else self._shards.device,
             dtype=torch.promote_types(first.dtype, torch.float32),
         )
 
@@ -73,7 +73,7 @@ class BlockSet:
         full: bool,
         needs_graph: bool,
     ) -> None:
-        """Filter pieces in place; no communication for groups whose nodes are here already.
+        """Filter shards in place; no communication for groups whose nodes are here already.
 
         Raises SpectralError if `needs_graph` and a group has none: the filter would be off.
         """
@@ -96,7 +96,7 @@ class BlockSet:
         needs_graph: bool,
     ) -> None:
         """The others: one all-to-all there (one more for a joint loss), one back."""
-        device = self._pieces.device
+        device = self._shards.device
         fqns = [fqn for p in self._moved for fqn in p.group.fqns]
         parts = [gradients[fqn].to(device) for fqn in fqns]
         dtype = parts[0].dtype
@@ -120,14 +120,14 @@ class BlockSet:
         """The next tensors of a group; whole matrices in row-major order."""
         fqns = placement.group.fqns
         if placement.is_owned and placement.works_here:
-            return [self._pieces.order(fqn).to_row_major(next(parts)) for fqn in fqns]
+            return [self._shards.order(fqn).to_row_major(next(parts)) for fqn in fqns]
         return [next(parts) for _ in fqns]
 
     def _folded(self, placement: GraphPlacement, parts: list[Tensor]) -> list[Tensor]:
         """The inverse."""
         if not (placement.is_owned and placement.works_here):
             return parts
-        orders = (self._pieces.order(fqn) for fqn in placement.group.fqns)
+        orders = (self._shards.order(fqn) for fqn in placement.group.fqns)
         return [order.from_row_major(part) for order, part in zip(orders, parts, strict=True)]
 
     def _run(
@@ -173,8 +173,8 @@ class BlockSet:
             if placement.is_cut:
                 shared.append(mean if placement.counts_here else mean.zero_())
         if shared:
-            flat = torch.cat([mean.flatten().to(self._pieces.device) for mean in shared])
-            self._pieces.group.sum(flat)
+            flat = torch.cat([mean.flatten().to(self._shards.device) for mean in shared])
+            self._shards.group.sum(flat)
             for mean, part in zip(shared, flat.split([m.numel() for m in shared]), strict=True):
                 mean.copy_(part.view_as(mean))
         error = None
@@ -183,8 +183,8 @@ class BlockSet:
                 block.renew(mean)
         except SpectralError as caught:
             error = caught
-        failed = torch.tensor([float(error is not None)], device=self._pieces.device)
-        if float(self._pieces.group.sum(failed)):
+        failed = torch.tensor([float(error is not None)], device=self._shards.device)
+        if float(self._shards.group.sum(failed)):
             raise error or SpectralError("another rank's graph cannot be renewed; see its error")
 
     def state_chunks(self, *, own: bool) -> Iterator[TensorChunk]:

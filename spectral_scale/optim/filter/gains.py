@@ -26,7 +26,7 @@ class GainFilter:
     """
 
     def __init__(
-        self, group: NodeGroup, config: FilterConfig, pieces: ParameterShards, *, seed: int
+        self, group: NodeGroup, config: FilterConfig, shards: ParameterShards, *, seed: int
     ) -> None:
         if config.graph == "knn" or config.joint_loss_mu:
             given = "filter.graph=knn" if config.graph == "knn" else "filter.joint_loss_mu"
@@ -37,17 +37,17 @@ class GainFilter:
         check_filter(config, group.num_nodes, group.name)
         self.group = group
         graph = build_graph(config, group.num_nodes, None, seed, "filter", group.name)
-        self.operator = GraphOperator(graph, config, pieces.device, torch.float64)
-        self._pieces = pieces
-        self._speaks = [is_first_holder(pieces, fqn) for fqn in group.fqns]
+        self.operator = GraphOperator(graph, config, shards.device, torch.float64)
+        self._shards = shards
+        self._speaks = [is_first_holder(shards, fqn) for fqn in group.fqns]
         self._sizes = torch.tensor(
-            [torch.Size(pieces.shapes[fqn]).numel() for fqn in group.fqns],
+            [torch.Size(shards.shapes[fqn]).numel() for fqn in group.fqns],
             dtype=torch.float64,
-            device=pieces.device,
+            device=shards.device,
         )
 
     def run(self, gradients: Mapping[str, Tensor], sums: Sums | None) -> None:
-        """Scale the pieces in place. Collective over the group of the pieces."""
+        """Scale the shards in place. Collective over the group of the shards."""
         parts = [gradients[fqn] for fqn in self.group.fqns]
         squares = self._square_sums(parts)
         sizes = (squares / self._sizes).sqrt()
@@ -55,16 +55,16 @@ class GainFilter:
         gains = torch.where(sizes > 0, filtered / sizes, 1.0)
         for part, gain in zip(parts, gains, strict=True):
             part.mul_(gain.to(part.device, part.dtype))
-        if sums is not None and self._pieces.group.index == 0:
+        if sums is not None and self._shards.group.index == 0:
             self._add(sums, squares, sizes, gains)
 
     def _square_sums(self, parts: Sequence[Tensor]) -> Tensor:
         """|g|^2 of each block over all ranks, float64; what several ranks hold counts once."""
         own = [
-            torch.linalg.vector_norm(part).double().square().to(self._pieces.device) * speaks
+            torch.linalg.vector_norm(part).double().square().to(self._shards.device) * speaks
             for part, speaks in zip(parts, self._speaks, strict=True)
         ]
-        return self._pieces.group.sum(torch.stack(own))
+        return self._shards.group.sum(torch.stack(own))
 
     def _add(self, sums: Sums, squares: Tensor, sizes: Tensor, gains: Tensor) -> None:
         column = sizes[:, None]

@@ -35,18 +35,18 @@ class GraphPlacement:
         return not self.is_owned or self.span[1] > 0
 
 
-def place(groups: Sequence[NodeGroup], pieces: ParameterShards) -> list[GraphPlacement]:
+def place(groups: Sequence[NodeGroup], shards: ParameterShards) -> list[GraphPlacement]:
     """The cheapest place of each group, the same on every rank.
 
     A filter mixes nodes, not features. Nodes that are layers need no communication where every rank
     holds the same range of each (whole parameters, ZeRO-3, FSDP2); elsewhere each rank gets a slice
     of all. Nodes inside a matrix that is cut go to one rank, the one with the least to do so far.
     """
-    moved = [group for group in groups if group.cut is not None and not _is_whole(group, pieces)]
-    numels = [pieces.order(group.fqns[0]).numel for group in moved]
-    owners = owners_by_size(numels, pieces.group.size)
+    moved = [group for group in groups if group.cut is not None and not _is_whole(group, shards)]
+    numels = [shards.order(group.fqns[0]).numel for group in moved]
+    owners = owners_by_size(numels, shards.group.size)
     owner_of = {group.name: owner for group, owner in zip(moved, owners, strict=True)}
-    return [_place(group, pieces, owner_of.get(group.name, 0)) for group in groups]
+    return [_place(group, shards, owner_of.get(group.name, 0)) for group in groups]
 
 
 def owners_by_size(numels: Sequence[int], ranks: int) -> list[int]:
@@ -58,46 +58,46 @@ def owners_by_size(numels: Sequence[int], ranks: int) -> list[int]:
     return owners
 
 
-def _is_whole(group: NodeGroup, pieces: ParameterShards) -> bool:
+def _is_whole(group: NodeGroup, shards: ParameterShards) -> bool:
     """Whether every rank holds all of it."""
-    numel = pieces.order(group.fqns[0]).numel
-    return all(range_ == (0, numel) for fqn in group.fqns for range_ in pieces.ranges(fqn))
+    numel = shards.order(group.fqns[0]).numel
+    return all(range_ == (0, numel) for fqn in group.fqns for range_ in shards.ranges(fqn))
 
 
-def _place(group: NodeGroup, pieces: ParameterShards, owner: int) -> GraphPlacement:
-    index, first = pieces.group.index, group.fqns[0]
-    order = pieces.order(first)
+def _place(group: NodeGroup, shards: ParameterShards, owner: int) -> GraphPlacement:
+    index, first = shards.group.index, group.fqns[0]
+    order = shards.order(first)
     numel = order.numel
     inside = group.cut is not None
     features = FlatOrder((numel // group.num_nodes,)) if inside else order
-    held = [pieces.ranges(fqn) for fqn in group.fqns]
-    here = is_first_holder(pieces, first)
-    if _is_whole(group, pieces):
+    held = [shards.ranges(fqn) for fqn in group.fqns]
+    here = is_first_holder(shards, first)
+    if _is_whole(group, shards):
         span = (0, features.numel)
         return GraphPlacement(group=group, order=features, span=span, wanted=None, counts_here=here)
     if not inside and all(ranges == held[0] for ranges in held):
-        _require_one_order(group, pieces)
+        _require_one_order(group, shards)
         span = held[0][index]
         return GraphPlacement(
             group=group, order=features, span=span, wanted=None, is_cut=True, counts_here=here
         )
     if not inside:
-        _require_one_order(group, pieces)
-        wanted = even_slices(numel, pieces.group.size)
+        _require_one_order(group, shards)
+        wanted = even_slices(numel, shards.group.size)
         span = wanted[index]
         return GraphPlacement(group=group, order=features, span=span, wanted=wanted, is_cut=True)
     return GraphPlacement(
         group=group,
         order=features,
         span=(0, features.numel if owner == index else 0),
-        wanted=[(0, numel if rank == owner else 0) for rank in range(pieces.group.size)],
+        wanted=[(0, numel if rank == owner else 0) for rank in range(shards.group.size)],
         is_owned=True,
     )
 
 
-def _require_one_order(group: NodeGroup, pieces: ParameterShards) -> None:
+def _require_one_order(group: NodeGroup, shards: ParameterShards) -> None:
     """Equal ranges must be equal entries."""
-    blocks = {pieces.order(fqn).column_blocks for fqn in group.fqns}
+    blocks = {shards.order(fqn).column_blocks for fqn in group.fqns}
     if len(blocks) > 1:
         raise ConfigError(
             f"the parameters of {group.name} are cut into {sorted(blocks)} blocks of columns, but "

@@ -69,21 +69,21 @@ class Drift:
     """How far parameters are from where they started, estimated from sampled entries.
 
     Args:
-        pieces: where the values are.
+        shards: where the values are.
         fqns: parameters to watch, as they are now.
         seed: fixes the entries.
     """
 
-    def __init__(self, pieces: ParameterShards, fqns: list[str], *, seed: int) -> None:
-        self._pieces = pieces
+    def __init__(self, shards: ParameterShards, fqns: list[str], *, seed: int) -> None:
+        self._shards = shards
         self._samples: dict[str, Sample] = {}
         self._index: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
         for fqn in fqns:
-            span = pieces.ranges(fqn)[pieces.group.index]
-            sample = Sample(pieces.order(fqn), span, DRIFT_ENTRIES, seed, "drift", fqn)
+            span = shards.ranges(fqn)[shards.group.index]
+            sample = Sample(shards.order(fqn), span, DRIFT_ENTRIES, seed, "drift", fqn)
             self._samples[fqn] = sample
-            self._index[fqn] = sample.index.to(pieces.value(fqn).device)
+            self._index[fqn] = sample.index.to(shards.value(fqn).device)
         self.restart(fqns)
 
     def restart(self, fqns: list[str]) -> None:
@@ -93,7 +93,7 @@ class Drift:
 
     def add(self, fqn: str, sums: Sums) -> None:
         """Add the squared change of this rank's entries, and their squares at the start."""
-        if not is_first_holder(self._pieces, fqn):
+        if not is_first_holder(self._shards, fqn):
             return
         start = self._start[fqn].double()
         sums.add("drift", (self._now(fqn).double() - start).square().sum())
@@ -103,7 +103,7 @@ class Drift:
         """The starting values of this rank's entries: all, or those that no earlier rank holds."""
         for fqn, value in self._start.items():
             sample = self._samples[fqn]
-            if value.numel() and (own or is_first_holder(self._pieces, fqn)):
+            if value.numel() and (own or is_first_holder(self._shards, fqn)):
                 yield TensorChunk(f"filter/drift/{fqn}", value, (sample.total,), (sample.first,))
 
     def load_state(self, read: ReadTensor, column_blocks: Mapping[str, int]) -> None:
@@ -120,4 +120,4 @@ class Drift:
 
     def _now(self, fqn: str) -> Tensor:
         """A copy of the sampled entries that this rank holds."""
-        return self._pieces.value(fqn)[self._index[fqn]]
+        return self._shards.value(fqn)[self._index[fqn]]

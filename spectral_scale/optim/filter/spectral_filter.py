@@ -1,4 +1,4 @@
-"""The filter as a step between the last backward pass and clipping, on any host's pieces.
+"""The filter as a step between the last backward pass and clipping, on any backend's shards.
 
 Graph-spectral coordination of parameters (Zhang et al., arXiv 2504.19583), with the formulas that
 the abstract leaves open filled in by us: see docs/spectral_filter.md.
@@ -33,7 +33,7 @@ class SpectralFilter:
     was applied (not if it was skipped). All ranks call every method alike.
 
     Args:
-        pieces: the host's gradients and values.
+        shards: the backend's gradients and values.
         roles: part of each trained parameter, by fqn (see `parallel.table.Role`).
         config: with `kind` or `joint_loss_mu` set.
         seed: fixes sampled entries and permutations.
@@ -44,7 +44,7 @@ class SpectralFilter:
 
     def __init__(
         self,
-        pieces: ParameterShards,
+        shards: ParameterShards,
         roles: Mapping[str, str],
         config: FilterConfig,
         *,
@@ -52,8 +52,8 @@ class SpectralFilter:
         head_size: int | None = None,
     ) -> None:
         check_keys(config)
-        self._pieces, self.config = pieces, config
-        members = {fqn: Member(shape, roles[fqn]) for fqn, shape in pieces.shapes.items()}
+        self._shards, self.config = shards, config
+        members = {fqn: Member(shape, roles[fqn]) for fqn, shape in shards.shapes.items()}
         self._groups = plan_groups(members, config, head_size=head_size)
         self.fqns = [fqn for group in self._groups for fqn in group.fqns]
         self._swapped = [fqn for fqn in self.fqns if roles[fqn] == "value"]
@@ -62,11 +62,11 @@ class SpectralFilter:
         self._gains: GainFilter | None = None
         self._blocks: BlockSet | None = None
         if config.nodes == "block_gains":
-            self._gains = GainFilter(self._groups[0], config, pieces, seed=seed)
+            self._gains = GainFilter(self._groups[0], config, shards, seed=seed)
         else:
-            self._blocks = BlockSet(self._groups, config, pieces, seed=seed)
-        self._drift = Drift(pieces, self.fqns, seed=seed)
-        self._anchors = Anchors(pieces, self.fqns) if config.joint_loss_mu else None
+            self._blocks = BlockSet(self._groups, config, shards, seed=seed)
+        self._drift = Drift(shards, self.fqns, seed=seed)
+        self._anchors = Anchors(shards, self.fqns) if config.joint_loss_mu else None
         logger.info("%s", self.describe())
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ class SpectralFilter:
             self._finish(gradients, sums, measure=measure)
 
     def _gradient(self, fqn: str) -> Tensor:
-        found = self._pieces.gradient(fqn)
+        found = self._shards.gradient(fqn)
         if found is None:
             raise SpectralError(
                 f"{fqn} has no gradient, but its filter needs that of all its nodes; call the "
@@ -124,11 +124,11 @@ class SpectralFilter:
                 part.mul_(factor.to(part.device, part.dtype))
 
     def _new_sums(self) -> list[Sums]:
-        return [Sums(num_frequencies(g.num_nodes), self._pieces.device) for g in self._groups]
+        return [Sums(num_frequencies(g.num_nodes), self._shards.device) for g in self._groups]
 
     def _sum_over_ranks(self, sums: Sequence[Sums]) -> None:
         """One all-reduce; what several ranks have counts once."""
-        group = self._pieces.group
+        group = self._shards.group
         if group.size == 1:
             return
         here = [True] * len(sums) if self._blocks is None else self._blocks.counts_here
@@ -174,12 +174,12 @@ class SpectralFilter:
     def state_chunks(self, *, own: bool = False) -> Iterator[TensorChunk]:
         """Step count, graphs, mean gradients, anchors: each piece from one rank that has it, or
         (`own`) everything that this rank needs to load itself again."""
-        group = self._pieces.group
+        group = self._shards.group
         if not (group.writes or own):
             return
         if group.index == 0 or own:
             yield TensorChunk("filter/steps", torch.tensor(self.steps), (), ())
-            blocks = [self._pieces.order(fqn).column_blocks for fqn in sorted(self.fqns)]
+            blocks = [self._shards.order(fqn).column_blocks for fqn in sorted(self.fqns)]
             yield whole("filter/column_blocks", torch.tensor(blocks))
         for part in self._stateful():
             yield from part.state_chunks(own=own)

@@ -11,7 +11,9 @@ from spectral_scale.data.tokens import TokenFolder
 _DESCRIPTION = """\
 Turn text into a token folder: memory-mapped shards of token ids, an index with checksums, and
 the tokenizer. The folder appears whole or not at all; running the same command again finds it
-done, and an interrupted run starts over.
+done, and an interrupted run starts over. A document is written as the ids of its text and one
+end-of-text token: a begin-of-text token (LLaMA's <s>) or others that a tokenizer adds by itself are
+left out, and text that spells a special token stays text.
 """
 
 _EXAMPLES = """\
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         train_bpe=args.train_bpe,
         text_field=args.text_field,
         on_bad=args.on_bad,
+        on_unknown=args.on_unknown,
         shard_tokens=args.shard_tokens,
         split_validation=args.split_validation,
         seed=args.seed,
@@ -75,8 +78,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help=".txt (a file is one document), .jsonl, .jsonl.gz or .parquet files, folders of "
-        "these, or datasets as hf:NAME[:CONFIG][:SPLIT]",
+        help=".txt (a file is one document) or .jsonl files, both also compressed (.gz, .bz2, .xz, "
+        ".zst, .lz4), .parquet files, folders of these, or datasets as hf:NAME[:CONFIG][:SPLIT]",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to make")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
@@ -101,6 +104,13 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         choices=("error", "skip"),
         default="error",
         help="an unusable document: stop and name it (error), or count and leave it out (skip)",
+    )
+    add(
+        "--on-unknown",
+        choices=("error", "skip"),
+        default="error",
+        help="a file of an unknown kind in a folder of inputs: refuse it (error), or pass over it "
+        "with a warning (skip); README and hidden files are always passed over",
     )
     add(
         "--split-validation",

@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,7 +24,12 @@ _BATCH_BYTES = 1 << 20
 _BATCH_RECORDS = 1024
 _BATCHES_AHEAD_PER_WORKER = 3
 # After one line end between two visible characters: there, no common pre-tokenizer joins the sides.
-_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+_LINE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+# Within a line, before a space or one sign between two letters: GPT-2's and LLaMA-3's
+# pre-tokenizers begin a new part there. Other tokenizers are asked.
+_INNER_CUT = re.compile(r"(?<=[^\W\d_])(?=(?: |[^\w\s])[^\W\d_])")
+_CONTEXT_CHARACTERS = 200
+_CUTS_TRIED = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,7 @@ class DocumentEncoder:
     def encode(self, records: list[Record]) -> list[EncodedDocument]:
         """One result a record, in order."""
         texts: list[str | BadDocument] = [self._text(record) for record in records]
-        good = [cut_pieces(text) for text in texts if isinstance(text, str)]
+        good = [cut_pieces(text, is_safe=self._may_cut) for text in texts if isinstance(text, str)]
         arrays = iter(self._encode_pieces(good))
         return [
             self._result(record, text if isinstance(text, BadDocument) else next(arrays))
@@ -81,6 +86,14 @@ class DocumentEncoder:
             return extract_text(record, self._settings.text_field)
         except BadDocument as error:
             return error
+
+    def _may_cut(self, before: str, after: str) -> bool:
+        """Whether two neighbouring texts have the same ids apart as together."""
+        found = self._tokenizer.encode_batch_fast(
+            [before + after, before, after], add_special_tokens=False
+        )
+        together, *apart = (encoding.ids for encoding in found)
+        return bool(together == [*apart[0], *apart[1]])
 
     def _encode_pieces(self, documents: list[list[str]]) -> Iterator[np.ndarray]:
         """Ids of each document; all pieces go through the tokenizer in a few large calls."""
@@ -111,19 +124,47 @@ class DocumentEncoder:
         return EncodedDocument(ids=found, input_bytes=size)
 
 
-def cut_pieces(text: str, size: int = _PIECE_CHARACTERS) -> list[str]:
+def cut_pieces(
+    text: str, size: int = _PIECE_CHARACTERS, *, is_safe: Callable[[str, str], bool] | None = None
+) -> list[str]:
     """A long text in pieces of about `size` characters, so that encoding needs little memory.
 
-    Cuts only where a line ends between two visible characters. There byte-level BPE (GPT-2, OPT,
-    LLaMA-3) gives the same ids as for the whole text; a tokenizer that marks the beginning of a
-    text (SentencePiece) marks that of every piece.
+    Cuts where a line ends between two visible characters, and in a line of more than `size`
+    characters between two words. There byte-level BPE (GPT-2, OPT, LLaMA-3) gives the same ids as
+    for the whole text; a tokenizer that marks the beginning of a text (SentencePiece) marks that
+    of every line that begins a piece.
+
+    Args:
+        text: what to cut.
+        size: characters of a piece, at least; up to twice as many where the text allows it.
+        is_safe: whether a text may be cut between two words, asked with what stands before and
+            after the place; None for byte-level BPE.
     """
     pieces = []
     start = 0
-    while len(text) - start > size and (cut := _CUT.search(text, start + size)):
-        pieces.append(text[start : cut.start()])
-        start = cut.start()
+    while len(text) - start > size and (cut := _next_cut(text, start + size, size, is_safe)):
+        pieces.append(text[start:cut])
+        start = cut
     return [*pieces, text[start:]]
+
+
+def _next_cut(
+    text: str, start: int, size: int, is_safe: Callable[[str, str], bool] | None
+) -> int | None:
+    """The next place to cut a text from `start` on; None if there is none."""
+    near = _LINE_CUT.search(text, start, start + size)
+    if near is not None:
+        return near.start()
+    for found in islice(_INNER_CUT.finditer(text, start), _CUTS_TRIED):
+        cut = found.start()
+        before, after = (
+            text[max(0, cut - _CONTEXT_CHARACTERS) : cut],
+            text[cut : cut + _CONTEXT_CHARACTERS],
+        )
+        if is_safe is None or is_safe(before, after):
+            return cut
+    far = _LINE_CUT.search(text, start)
+    return None if far is None else far.start()
 
 
 def encode_records(

@@ -1,5 +1,6 @@
 """Text to token folders. `prepare` is the whole job; its steps are in visible order there."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ from spectral_scale.data.output_folder import (
 )
 from spectral_scale.data.prepare_job import Job, make_tokenizer, write_shards
 from spectral_scale.data.prepare_settings import SHARD_TOKENS, OnBad, PrepareSettings
-from spectral_scale.data.sources import Source, find_sources
+from spectral_scale.data.sources import OnUnknown, Source, find_sources
 from spectral_scale.data.token_index import SourceEntry, TokenIndex
 from spectral_scale.data.tokenizer import find_tokenizer
 from spectral_scale.data.tokens import TOKENIZER_FOLDER, TokenFolder, file_sha256, open_tokens
 from spectral_scale.data.writer import sync_files, write_index
 from spectral_scale.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ def prepare(
     train_bpe: int | None = None,
     text_field: str = "text",
     on_bad: OnBad = "error",
+    on_unknown: OnUnknown = "error",
     shard_tokens: int = SHARD_TOKENS,
     split_validation: float = 0.0,
     seed: int = 0,
@@ -57,14 +61,17 @@ def prepare(
     interruption it starts over. The bytes do not depend on `workers`.
 
     Args:
-        inputs: .txt (one document), .jsonl, .jsonl.gz and .parquet files, folders of these, and
-            datasets as `hf:NAME[:CONFIG][:SPLIT]`.
+        inputs: .txt (one document), .jsonl (both also .gz, .bz2, .xz, .zst and .lz4) and .parquet
+            files, folders of these (links are followed), and datasets as
+            `hf:NAME[:CONFIG][:SPLIT]`.
         output: the folder to make.
         tokenizer: a local tokenizer folder, or a token folder whose tokenizer is used.
         train_bpe: instead, train a byte-level BPE tokenizer of this vocabulary size on the inputs.
         text_field: the JSON field or table column that holds the text.
         on_bad: `error` stops at the first unusable document, `skip` counts and leaves it out.
             Empty documents are always left out and counted.
+        on_unknown: `error` refuses a folder that holds files of an unknown kind, `skip` passes
+            over them with a warning.
         shard_tokens: a shard is closed once it holds this many tokens.
         split_validation: share of the documents, chosen by hash, that goes to OUTPUT/valid while
             the others go to OUTPUT/train.
@@ -92,7 +99,7 @@ def prepare(
     parts = settings.parts(Path(output))
     job = Job(
         settings=settings,
-        sources=find_sources(inputs),
+        sources=find_sources(inputs, on_unknown=on_unknown),
         parts=parts,
         streaming=streaming,
         workers=workers,
@@ -105,6 +112,7 @@ def prepare(
 
 def _prepare(job: Job, *, overwrite: bool) -> PrepareResult:
     entries = tuple(_describe(source) for source in job.sources)
+    _warn_of_copies(job.sources, entries)
     stats = _stats(job.sources)
     request = job.settings.request()
     found = [
@@ -170,6 +178,22 @@ def _describe(source: Source) -> SourceEntry:
         return SourceEntry(file=source.name)
     size = source.path.stat().st_size
     return SourceEntry(file=source.name, bytes=size, sha256=file_sha256(source.path))
+
+
+def _warn_of_copies(sources: Sequence[Source], entries: Sequence[SourceEntry]) -> None:
+    """Name files of equal content: a shard that was given twice would be trained on twice."""
+    first: dict[str, Source] = {}
+    for source, entry in zip(sources, entries, strict=True):
+        if entry.sha256 is None or not entry.bytes:
+            continue
+        other = first.setdefault(entry.sha256, source)
+        if other is not source:
+            logger.warning(
+                "%s and %s have the same content, so that their documents are taken twice; leave "
+                "one of them out unless this is meant",
+                other.path,
+                source.path,
+            )
 
 
 def _stats(sources: Sequence[Source]) -> list[tuple[int, int]]:

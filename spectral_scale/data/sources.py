@@ -1,23 +1,33 @@
-"""From what the user names to documents: files, folders of files, and datasets.
+"""From what the user names to inputs: files, folders of files, and datasets.
 
-Knows the formats, not what becomes of the text.
+Nothing is left out of a folder in silence: links are followed, and what cannot be read is an error
+unless it may be skipped.
 """
 
-import codecs
-import gzip
+import fnmatch
+import logging
 import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Literal
 
 from spectral_scale.data import huggingface
+from spectral_scale.data.file_formats import KNOWN, read_file, suffix_of
 from spectral_scale.data.records import Record
 from spectral_scale.errors import DataError
 
-MAX_DOCUMENT_BYTES = 1 << 30
-"""A longer text file or line is refused rather than read into memory."""
+logger = logging.getLogger(__name__)
+
+OnUnknown = Literal["error", "skip"]
+COMPANIONS = (
+    *("README*", "LICENSE*", "LICENCE*", "NOTICE*", "CITATION*", "*.md", "_SUCCESS", "_metadata"),
+    *("_common_metadata", "*.crc", "*.md5", "*.sha256", "*SUMS*", "dataset_info*.json"),
+)
+"""Names of files that lie beside data sets and hold no documents."""
+_NAMED = 5
+"""Passed-over files that a message names; the others are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +39,27 @@ class Source:
     path: Path | None
     """The file; None for a dataset."""
     suffix: str
-    """Key of the format table; `hf:` for a dataset."""
+    """Kind of the file, from `suffix_of`; `hf:` for a dataset."""
 
 
-def find_sources(inputs: Sequence[str | os.PathLike[str]]) -> list[Source]:
+def find_sources(
+    inputs: Sequence[str | os.PathLike[str]], *, on_unknown: OnUnknown = "error"
+) -> list[Source]:
     """The files and datasets that the inputs stand for, in the order given, folders sorted.
 
+    Args:
+        inputs: files, folders and datasets.
+        on_unknown: a file of an unknown kind in a folder: refuse it (`error`), or pass over it
+            with a warning (`skip`). Hidden files and companions of data sets such as README.md
+            are always passed over.
+
     Raises:
-        DataError: an input that does not exist, has no known format, or is named twice.
+        DataError: an input that does not exist, has no known format, is no regular file, or is
+            named twice.
     """
-    sources = [source for item in inputs for source in _expand(os.fspath(item))]
+    sources = [source for item in inputs for source in _expand(os.fspath(item), on_unknown)]
     if not sources:
-        raise DataError(f"no input files given; give {_KNOWN}, folders of these, or hf:NAME")
+        raise DataError(f"no input files given; give {KNOWN}, folders of these, or hf:NAME")
     seen: set[str] = set()
     for source in sources:
         key = str(source.path.resolve()) if source.path else source.name
@@ -63,121 +82,108 @@ def read_records(source: Source, *, text_field: str, streaming: bool = False) ->
     """
     if source.path is None:
         return huggingface.read_dataset(source.name, text_field=text_field, streaming=streaming)
-    return _read_file(source.path, source.suffix, text_field)
+    return read_file(source.path, source.suffix, text_field)
 
 
-def _expand(item: str) -> Iterator[Source]:
+def _expand(item: str, on_unknown: OnUnknown) -> Iterator[Source]:
     if item.startswith(huggingface.PREFIX):
         huggingface.parse_spec(item)
         yield Source(name=item, path=None, suffix=huggingface.PREFIX)
         return
     path = Path(item)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if _suffix(p) and _is_visible(p, path))
-        if not found:
-            raise DataError(f"{path}: no {_KNOWN} files in this folder")
-        base = path.resolve().parent
-        for file in found:
-            name = (path.resolve() / file.relative_to(path)).relative_to(base).as_posix()
-            yield Source(name=name, path=file, suffix=_suffix(file))
+        yield from _of_folder(path, on_unknown)
         return
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    if not _suffix(path):
-        raise DataError(f"{path}: unknown kind of file; required is {_KNOWN}")
-    yield Source(name=path.name, path=path, suffix=_suffix(path))
+    _require_regular(path)
+    if not suffix_of(path):
+        raise DataError(f"{path}: unknown kind of file; required is {KNOWN}")
+    yield Source(name=path.name, path=path, suffix=suffix_of(path))
 
 
-def _suffix(path: Path) -> str:
-    return next((suffix for suffix in _READERS if path.name.lower().endswith(suffix)), "")
+def _of_folder(folder: Path, on_unknown: OnUnknown) -> Iterator[Source]:
+    known, unknown, companions = [], [], []
+    for file in sorted(_walk(folder)):
+        if any(part.startswith(".") for part in file.relative_to(folder).parts):
+            companions.append(file)
+        elif suffix_of(file):
+            _require_regular(file)
+            known.append(file)
+        else:
+            is_companion = any(fnmatch.fnmatchcase(file.name, name) for name in COMPANIONS)
+            (companions if is_companion else unknown).append(file)
+    _tell(folder, unknown, companions, on_unknown)
+    if not known:
+        raise DataError(f"{folder}: no {KNOWN} files in this folder")
+    base = folder.resolve().parent
+    for file in known:
+        name = (folder.resolve() / file.relative_to(folder)).relative_to(base).as_posix()
+        yield Source(name=name, path=file, suffix=suffix_of(file))
 
 
-def _is_visible(file: Path, folder: Path) -> bool:
-    return file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, through links to other folders, but in no circle."""
 
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); allow it") from error
 
-def _read_file(path: Path, suffix: str, text_field: str) -> Iterator[Record]:
-    try:
-        yield from _READERS[suffix](path, text_field)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({reason}); replace the file") from error
-
-
-def _read_text(path: Path, text_field: str) -> Iterator[Record]:
-    size = path.stat().st_size
-    if size > MAX_DOCUMENT_BYTES:
-        raise DataError(
-            f"{path}: {size} bytes, but a text file is one document of at most "
-            f"{MAX_DOCUMENT_BYTES}; cut it into several files or into JSON lines"
-        )
-    data = path.read_bytes()
-    content = data.removeprefix(codecs.BOM_UTF8)
-    yield Record(str(path), len(data) - len(content), content, False)
-
-
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Record]:
-    with path.open("rb") as stream:
-        yield from _read_lines(path, stream)
-
-
-def _read_jsonl_gz(path: Path, text_field: str) -> Iterator[Record]:
-    with gzip.open(path, "rb") as stream:
-        yield from _read_lines(path, stream)  # type: ignore[arg-type]
-
-
-def _read_lines(path: Path, stream: BinaryIO) -> Iterator[Record]:
-    offset = 0
-    number = 0
-    while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
-        number += 1
-        if len(line) > MAX_DOCUMENT_BYTES:
+    above: dict[str, tuple[tuple[int, int], ...]] = {}
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        status = os.stat(place)
+        mine = (status.st_dev, status.st_ino)
+        path = above.get(place, ())
+        if mine in path:
             raise DataError(
-                f"{path}:{number}: a line of more than {MAX_DOCUMENT_BYTES} bytes (from byte "
-                f"{offset}); is this a file of JSON lines?"
+                f"{place}: a link to a folder above it, so that its files would be read for ever; "
+                "remove the link"
             )
-        content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if not content.isspace():
-            start = offset + len(line) - len(content)
-            yield Record(f"{path}:{number}", start, content, True)
-        offset += len(line)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        above.update({os.path.join(place, name): (*path, mine) for name in folders})
+        yield from (Path(place, name) for name in files)
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _require_regular(path: Path) -> None:
     try:
-        with pq.ParquetFile(path) as table:
-            _check_column(path, table.schema_arrow, text_field)
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for data in batch.column(0).cast(pa.large_binary()).to_pylist():
-                    row += 1
-                    yield Record(f"{path}: row {row}", 0, data, False)
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a sound Parquet file ({error}); replace the file") from error
-
-
-def _check_column(path: Path, schema: object, text_field: str) -> None:
-    import pyarrow as pa
-
-    names = schema.names  # type: ignore[attr-defined]
-    if text_field not in names:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if path.is_symlink() and not path.exists():
+            message = f"{path}: a link to {os.readlink(path)}, which is not there; mend the link"
+            raise DataError(message) from error
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{path}: no such file or folder") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _SPECIAL if test(mode)), "special file")
         raise DataError(
-            f"{path}: no column {text_field!r}, it has: {', '.join(names)}; name one with "
-            "--text-field"
+            f"{path}: a {kind}, but a regular file is required, since inputs are read more than "
+            "once; write it to a file first"
         )
-    kind = schema.field(text_field).type  # type: ignore[attr-defined]
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
-    if not any(test(kind) for test in (*tests, pa.types.is_large_binary)):
-        raise DataError(f"{path}: the column {text_field!r} is of type {kind}, text is required")
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl_gz,
-    ".parquet": _read_parquet,
-}
-_KNOWN = ", ".join(_READERS)
+def _tell(folder: Path, unknown: list[Path], companions: list[Path], on_unknown: OnUnknown) -> None:
+    """Name and count what is passed over; refuse what may be data unless told to go on."""
+    if companions:
+        logger.info("%s: passed over, as no data: %s", folder, _listed(folder, companions))
+    if not unknown:
+        return
+    text = f"{folder}: {len(unknown)} files of an unknown kind: {_listed(folder, unknown)}"
+    if on_unknown == "skip":
+        logger.warning("%s; passed over", text)
+        return
+    raise DataError(
+        f"{text}; required is {KNOWN}. Move them away, convert them, or pass over them with "
+        "--on-unknown skip"
+    )
+
+
+def _listed(folder: Path, files: list[Path]) -> str:
+    names = ", ".join(file.relative_to(folder).as_posix() for file in files[:_NAMED])
+    more = len(files) - _NAMED
+    return f"{names} and {more} more" if more > 0 else names
+
+
+_SPECIAL = (
+    (stat.S_ISFIFO, "named pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+)

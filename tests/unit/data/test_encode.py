@@ -44,14 +44,65 @@ def records(texts: list[str]) -> list[Record]:
     return [Record(f"a:{i}", 0, text.encode(), False) for i, text in enumerate(texts)]
 
 
-def test_pieces_join_to_the_text_and_end_with_lines() -> None:
+def test_pieces_join_to_the_text_and_end_with_lines_or_words() -> None:
     for seed in range(20):
         text = random_text(seed)
         pieces = cut_pieces(text, 50)
         assert "".join(pieces) == text
         assert len(pieces) > 5
         for left, right in zip(pieces[:-1], pieces[1:], strict=True):
-            assert left[-1] == "\n" and not left[-2].isspace() and not right[0].isspace()
+            at_line = left[-1] == "\n" and not left[-2].isspace() and not right[0].isspace()
+            assert at_line or (left[-1].isalpha() and right[1].isalpha())
+
+
+def long_line(seed: int) -> str:
+    """A document without a line end: words, signs and numbers of several scripts."""
+    return " ".join(random_text(seed, 400).split())
+
+
+def test_a_long_line_is_cut_into_short_pieces_of_the_same_ids(
+    settings: EncodeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = long_line(1)
+    expected = DocumentEncoder(settings).encode(records([text]))[0].ids
+    pieces = cut_pieces(text, 40)
+    assert "".join(pieces) == text and len(pieces) > 10 and max(map(len, pieces)) <= 80
+    monkeypatch.setattr(
+        encode, "cut_pieces", lambda text, is_safe: cut_pieces(text, 40, is_safe=is_safe)
+    )
+    found = DocumentEncoder(settings).encode(records([text]))[0].ids
+    assert expected is not None and found is not None and np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_other_tokenizers_are_asked_where_a_line_may_be_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """Metaspace marks the beginning of a text, without a split between words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["?"], show_progress=False)
+    tokenizer.train_from_iterator([long_line(seed) for seed in range(20)], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = DocumentEncoder(
+        EncodeSettings(
+            tokenizer_file=tmp_path / "tokenizer.json", vocab_size=400, text_field="text"
+        )
+    )
+    text = long_line(30)
+    expected = encoder.encode(records([text]))[0].ids
+    pieces: list[str] = []
+
+    def cut(text: str, is_safe: object) -> list[str]:
+        pieces.extend(cut_pieces(text, 40, is_safe=is_safe))  # type: ignore[arg-type]
+        return pieces
+
+    monkeypatch.setattr(encode, "cut_pieces", cut)
+    found = encoder.encode(records([text]))[0].ids
+    assert len(pieces) > 2
+    assert expected is not None and found is not None and np.array_equal(found, expected)
 
 
 def test_pieces_without_a_place_to_cut() -> None:
@@ -65,7 +116,9 @@ def test_pieces_do_not_change_the_ids(
 ) -> None:
     texts = [random_text(seed) for seed in range(30)]
     whole = DocumentEncoder(settings).encode(records(texts))
-    monkeypatch.setattr(encode, "cut_pieces", lambda text: cut_pieces(text, 40))
+    monkeypatch.setattr(
+        encode, "cut_pieces", lambda text, is_safe: cut_pieces(text, 40, is_safe=is_safe)
+    )
     pieces = DocumentEncoder(settings).encode(records(texts))
     for one, other in zip(whole, pieces, strict=True):
         assert one.ids is not None and np.array_equal(one.ids, other.ids)
@@ -78,7 +131,9 @@ def test_cutting_anywhere_would_change_the_ids(
     texts = [random_text(seed) for seed in range(30)]
     whole = DocumentEncoder(settings).encode(records(texts))
     monkeypatch.setattr(
-        encode, "cut_pieces", lambda text: [text[i : i + 40] for i in range(0, len(text), 40)]
+        encode,
+        "cut_pieces",
+        lambda text, is_safe: [text[i : i + 40] for i in range(0, len(text), 40)],
     )
     pieces = DocumentEncoder(settings).encode(records(texts))
     assert any(not np.array_equal(a.ids, b.ids) for a, b in zip(whole, pieces, strict=True))

@@ -73,6 +73,17 @@ def test_tokens_decode_to_the_documents(lines: Path, tmp_path: Path) -> None:
     assert set(contents(tmp_path / "out")) == names | tokenizer
 
 
+def test_the_same_shard_under_two_names_is_said(
+    lines: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(lines.read_bytes())
+    other = write_lines(tmp_path / "other.jsonl", ["something else"])
+    run([lines, other, copy], tmp_path / "out")
+    assert f"{lines} and {copy} have the same content" in caplog.text
+    assert caplog.text.count("have the same content") == 1
+
+
 def test_every_format_gives_the_same_tokens(lines: Path, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for number, text in enumerate(TEXTS):

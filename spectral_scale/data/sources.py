@@ -101,7 +101,9 @@ def _expand(item: str, on_unknown: OnUnknown) -> Iterator[Source]:
 
 
 def _of_folder(folder: Path, on_unknown: OnUnknown) -> Iterator[Source]:
-    known, unknown, companions = [], [], []
+    known: list[Path] = []
+    unknown: list[Path] = []
+    companions: list[Path] = []
     for file in sorted(_walk(folder)):
         if any(part.startswith(".") for part in file.relative_to(folder).parts):
             companions.append(file)

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectral_scale.backends.deepspeed.store import ZeroStore as ZeroStore
     from spectral_scale.backends.fsdp2.store import FSDP2Store as FSDP2Store
     from spectral_scale.config.schema import FilterConfig as FilterConfig
     from spectral_scale.config.schema import SpectralConfig as SpectralConfig
@@ -34,6 +35,7 @@ _EXPORTS = {
     "param_groups": "spectral_scale.optim.groups",
     "SpectralController": "spectral_scale.methods.sst.controller",
     "FSDP2Store": "spectral_scale.backends.fsdp2.store",
+    "ZeroStore": "spectral_scale.backends.deepspeed.store",
     "FilterConfig": "spectral_scale.config.schema",
     "SpectralFilter": "spectral_scale.optim.filter.spectral_filter",
     "SpectralFilterAdamW": "spectral_scale.optim.filter.adamw",

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectral_scale.backends import state
 from spectral_scale.models.weights import InitialWeights
 from spectral_scale.optim.groups import kinds
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.collective import Collective
-from spectral_scale.parallel.store import ParameterStore
+from spectral_scale.parallel.store import ParameterStore, Replicated
 from spectral_scale.parallel.table import ParameterTable
 
 Accept = Callable[[Mapping[str, Tensor]], bool]
 """Given a step's gradient norms by group kind, whether it may be applied; alike on all ranks."""
-Replicated = tuple[str, Tensor, int]
-"""Name, this rank's tensor, and the index of the shard that it is (0 if it is the whole)."""
 CLIP_EPSILON = 1e-6
 """Added to a norm before dividing by it, as torch.nn.utils.clip_grads_with_norm_ does."""
 
@@ -173,17 +172,17 @@ class Backend(ABC):
 
     # -- state, and the end -------------------------------------------------------------------
 
-    @abstractmethod
     def state_chunks(self) -> Iterator[TensorChunk]:
         """What this rank writes to a checkpoint: `model/<fqn>` and `optimizer/<fqn>/<key>`."""
+        return state.state_chunks(self.store())
 
-    @abstractmethod
     def replicated(self) -> Iterator[Replicated]:
         """What other ranks hold, too: shards of one name and index are equal, bit for bit."""
+        return state.replicated(self.store())
 
-    @abstractmethod
     def load_state(self, read: ReadTensor) -> None:
         """Overwrite trained parameters and optimizer state, in place, from a checkpoint."""
+        state.load_state(self.store(), read)
 
     @abstractmethod
     def close(self, *, failed: bool = False) -> None:

@@ -228,7 +228,7 @@ def build_run(inputs: Inputs) -> Run:
         table=table,
         optimizer=optimizer,
         controller=controller,
-        gradient_filter=open_filter(config, architecture, model, table, backend.store()),
+        gradient_filter=open_filter(config, architecture, table, backend.store()),
         loader=loader,
         validation=validation,
         checkpoints=checkpoints,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from spectral_scale.config.schema import RunConfig, SpectralConfig
-from spectral_scale.engine.pieces import shards_of
 from spectral_scale.methods.convert import convert, freeze_dense
 from spectral_scale.methods.frod.controller import FRoDController
 from spectral_scale.methods.frod.layer import convert_frod
@@ -154,8 +153,7 @@ def _galore_controller(parts: ControllerParts) -> GaLoreController:
     if not isinstance(optimizer, GaLoreAdamW | DividedGaLoreAdamW):
         raise TypeError(f"galore needs its own optimizer, not {type(optimizer).__name__}")
     if isinstance(optimizer, DividedGaLoreAdamW):
-        remedy = "set spectral.method=full"
-        optimizer.bind(shards_of(parts.store, parts.model, what="GaLore", remedy=remedy))
+        optimizer.bind(parts.store.shards())
     return GaLoreController(optimizer)
 
 

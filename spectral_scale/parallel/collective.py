@@ -36,6 +36,11 @@ class Collective(Protocol):
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """Overwrite `tensor` in place with rank `source`'s."""
 
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, sizes_in: list[int], sizes_out: list[int]
+    ) -> None:
+        """Send `sizes_out[k]` elements to rank k, and fill `received` with `sizes_in[k]` of its."""
+
 
 class SingleProcess:
     """A group of one."""
@@ -65,6 +70,12 @@ class SingleProcess:
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """Leave the tensor as it is."""
         return tensor
+
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, sizes_in: list[int], sizes_out: list[int]
+    ) -> None:
+        """Copy what is sent to the one rank."""
+        received.copy_(sent)
 
 
 class ProcessGroup:
@@ -134,3 +145,9 @@ class ProcessGroup:
         """Overwrite `tensor` in place with rank `source`'s."""
         dist.broadcast(tensor, group=self._group, group_src=source)
         return tensor
+
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, sizes_in: list[int], sizes_out: list[int]
+    ) -> None:
+        """Send `sizes_out[k]` elements to rank k, and fill `received` with `sizes_in[k]` of its."""
+        dist.all_to_all_single(received, sent, sizes_in, sizes_out, group=self._group)

@@ -22,7 +22,6 @@ intersection of the same two ranges; a wanted element arrives exactly once.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from spectral_scale.parallel.flat_shards import ShardGroup
@@ -96,7 +95,7 @@ class Exchange:
         sizes_out = [0 if r == mine else sum(n for _, n in c) for r, c in enumerate(out)]
         received = torch.empty(sum(sizes_in), dtype=dtype, device=device)
         sent = torch.cat(outgoing) if outgoing else received.new_empty(0)
-        dist.all_to_all_single(received, sent, sizes_in, sizes_out, group=self._group.handle)
+        self._group.shards.all_to_all(received, sent, sizes_in, sizes_out)
         self._place(received, result, want, into)
         return result
 

@@ -13,10 +13,10 @@ together they cover the parameter. What must happen once per element (sums over 
 writes) is done by the first rank that holds it: `is_first_holder`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -25,44 +25,61 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from spectral_scale.errors import ConfigError
+from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
 from spectral_scale.parallel.dtensor_collectives import local
 from spectral_scale.parallel.dtensor_layout import DTensorLayout, DTensorLayouts
+from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.shard_geometry import FlatOrder, Range, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardGroup:
-    """The ranks over which one replica of the model is sharded."""
+    """The ranks that hold the model: those of one replica, and those of one shard."""
 
-    index: int = 0
-    """This rank's index in the group."""
-    size: int = 1
-    """Ranks in the group; 1 if this rank holds everything."""
-    handle: dist.ProcessGroup | None = None
-    """The process group for its collectives; None if `size` is 1."""
-    writes: bool = True
-    """Whether checkpoints are written from this replica of the model."""
-    replica: int = 0
-    """Index of this replica of the model."""
-    replica_ranks: tuple[int, ...] = (0,)
-    """Global ranks that hold the same shards as this one, by replica."""
-    replica_handle: dist.ProcessGroup | None = None
-    """The process group of `replica_ranks`; None if there is one replica."""
+    shards: Collective = field(default_factory=SingleProcess)
+    """The ranks over which this replica of the model is sharded; one rank holds everything."""
+    replicas: Collective = field(default_factory=SingleProcess)
+    """The ranks that hold the same shards as this one, by replica."""
+
+    @property
+    def index(self) -> int:
+        """This rank's index among the shards."""
+        return self.shards.rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks of one replica."""
+        return self.shards.world_size
+
+    @property
+    def replica(self) -> int:
+        """The index of this replica of the model."""
+        return self.replicas.rank
+
+    @property
+    def num_replicas(self) -> int:
+        """The number of replicas of the model."""
+        return self.replicas.world_size
+
+    @property
+    def writes(self) -> bool:
+        """Whether checkpoints are written from this replica of the model: the first one."""
+        return self.replica == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the group, in place. Collective over the group."""
-        if self.size > 1:
-            dist.all_reduce(tensor, group=self.handle)
-        return tensor
+        """Sum over the ranks of this replica, in place. Collective over them."""
+        return self.shards.all_reduce_sum(tensor)
 
     def broadcast_from_replica(self, tensor: Tensor, replica: int) -> None:
-        """Overwrite `tensor` in place with that of one replica. Collective over `replica_ranks`."""
-        if len(self.replica_ranks) > 1:
-            dist.broadcast(tensor, self.replica_ranks[replica], group=self.replica_handle)
+        """Overwrite `tensor` in place with that of one replica. Collective over `replicas`."""
+        self.replicas.broadcast(tensor, replica)
 
 
-class ParameterShards(Protocol):
-    """This rank's shards of the trained parameters. No method communicates."""
+class ParameterShards(ABC):
+    """This rank's shards of the trained parameters, with gradients and optimizer state.
+
+    No method communicates.
+    """
 
     group: ShardGroup
     """The ranks that hold the shards."""
@@ -70,53 +87,77 @@ class ParameterShards(Protocol):
     """Logical shape of each trained parameter, by fqn, in the same order on every rank."""
     device: torch.device
     """The device of tensors that the group's collectives take."""
+    steps_everywhere: bool = True
+    """Whether every rank has the step counts of all parameters, whatever shards it has."""
 
+    @abstractmethod
     def order(self, fqn: str) -> FlatOrder:
         """The order in which the parameter's elements are flattened."""
 
+    @abstractmethod
     def ranges(self, fqn: str) -> list[Range]:
         """The range that each rank of the group holds, by index in the group. The ranges of two
         ranks are the same or have no element in common."""
 
+    @abstractmethod
     def gradient(self, fqn: str) -> Tensor | None:
         """The reduced gradient of this rank's range, a 1-D view; None if there is no gradient."""
 
+    @abstractmethod
     def value(self, fqn: str) -> Tensor:
         """The full-precision value of this rank's range, a 1-D view."""
 
+    @abstractmethod
+    def moments(self, fqn: str) -> Mapping[str, Tensor]:
+        """Optimizer state of this rank's range by key, as 1-D views; none without an optimizer."""
 
-class SteppedShards(ParameterShards, Protocol):
-    """Shards for an optimizer that steps the shards inside its backend's flat tensors itself."""
+    def whole_state(self, fqn: str) -> Mapping[str, Tensor]:
+        """Optimizer state of other shapes than the parameter's by key, whole on every rank."""
+        return {}
+
+    @abstractmethod
+    def step_counts(self) -> Iterator[tuple[Tensor, Sequence[str]]]:
+        """Each step count of the optimizer that this rank keeps, and the parameters it is of."""
 
     def members(self, parameter: Tensor) -> list[str]:
-        """Trained parameters inside one parameter of the backend's optimizer, on any rank."""
+        """Trained parameters inside one parameter of the backend's optimizer, on any rank.
+
+        Raises ConfigError where no optimizer of the method's own can step the shards.
+        """
+        raise ConfigError(self._unreached())
 
     def local_view(self, fqn: str, tensor: Tensor) -> Tensor:
         """This rank's range of `fqn` inside such a parameter, or inside its gradient while it is
-        stepped, as a 1-D view."""
+        stepped, as a 1-D view. Raises ConfigError as `members` does."""
+        raise ConfigError(self._unreached())
+
+    def _unreached(self) -> str:
+        return (
+            f"an optimizer of the method's own does not reach the parameters behind "
+            f"{type(self).__name__}; set parallel.backend to torch, fsdp2 or deepspeed"
+        )
 
 
-@runtime_checkable
-class ShardsMaker(Protocol):
-    """A `ParameterStore` that knows its backend's flat shards."""
-
-    def shards(self) -> ParameterShards:
-        """The shards of the trained parameters. Collective."""
-
-
-class TensorShards:
+class TensorShards(ParameterShards):
     """Shards of plain tensors, which every rank holds whole, or of DTensors.
 
     Args:
         parameters: trained parameters by fqn, all of them whole or sharded over the ranks of one
             mesh: by rows, by equal blocks of columns, or by rows of such blocks.
         mesh: all ranks as a mesh, if parameters lie on a sub-mesh only (tensor parallelism).
+        optimizer: a torch optimizer of the parameters, whose state is reached; None: no state is.
 
     Raises ConfigError for parameters that are sharded in other ways.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], mesh: DeviceMesh | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        mesh: DeviceMesh | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self._parameters = dict(parameters)
+        self._optimizer = optimizer
         self.shapes: Mapping[str, Shape] = {
             fqn: tuple(p.shape) for fqn, p in self._parameters.items()
         }
@@ -132,7 +173,7 @@ class TensorShards:
         widest = max(
             (x for x in self._layouts.values() if x), key=lambda x: x.num_shards, default=None
         )
-        self.group = _group(widest)
+        self.group = _group(widest, self.device)
         self._ranks = widest.shard_ranks if widest else (0,)
         for layout in self._layouts.values():
             if layout is not None and not layout.shard_of.keys() >= set(self._ranks):
@@ -164,6 +205,26 @@ class TensorShards:
         """A view of the parameter, or a copy of one that is not contiguous."""
         return local(self._parameters[fqn]).reshape(-1)
 
+    def moments(self, fqn: str) -> Mapping[str, Tensor]:
+        """State of the parameter's shape, as views of its local shards."""
+        return {
+            key: local(value).view(-1)
+            for key, value in self._state(fqn).items()
+            if value.shape == self.shapes[fqn]
+        }
+
+    def whole_state(self, fqn: str) -> Mapping[str, Tensor]:
+        """State of other shapes, such as a projector and moments of what it projects."""
+        state = self._state(fqn)
+        return {key: value for key, value in state.items() if value.shape != self.shapes[fqn]}
+
+    def step_counts(self) -> Iterator[tuple[Tensor, Sequence[str]]]:
+        """One of each parameter that has state."""
+        for fqn, parameter in self._parameters.items():
+            state = self._optimizer.state.get(parameter, {}) if self._optimizer else {}
+            if "step" in state:
+                yield state["step"], [fqn]
+
     def members(self, parameter: Tensor) -> list[str]:
         """The name of the parameter itself."""
         return [self._names[id(parameter)]]
@@ -171,6 +232,13 @@ class TensorShards:
     def local_view(self, fqn: str, tensor: Tensor) -> Tensor:
         """All of the tensor's local shard. Raises RuntimeError if it is not contiguous."""
         return local(tensor).view(-1)
+
+    def _state(self, fqn: str) -> dict[str, Tensor]:
+        """All but the step count."""
+        if self._optimizer is None:
+            return {}
+        state = self._optimizer.state.get(self._parameters[fqn], {})
+        return {key: state[key] for key in sorted(state) if key != "step"}
 
     def _ranges_of(self, fqn: str) -> list[Range]:
         layout, shape, order = self._layouts[fqn], self.shapes[fqn], self._orders[fqn]
@@ -197,24 +265,39 @@ def _order(fqn: str, shape: Shape, layout: DTensorLayout | None) -> FlatOrder:
     return FlatOrder(shape, blocks)
 
 
-def _group(widest: DTensorLayout | None) -> ShardGroup:
+def _group(widest: DTensorLayout | None, device: torch.device) -> ShardGroup:
     """The shard group of the parameter that is sharded over most ranks."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
     if widest is None or (widest.shard_group is None and widest.replica_group is None):
-        return ShardGroup(writes=rank == 0)
-    return ShardGroup(
-        index=widest.shard_index,
-        size=widest.num_shards,
-        handle=widest.shard_group,
-        writes=widest.is_first_replica,
-        replica=widest.replica_of[rank],
-        replica_ranks=widest.replica_ranks,
-        replica_handle=widest.replica_group,
+        return ShardGroup(replicas=present_group())
+    found = ShardGroup(
+        shards=_collective(widest.shard_group, device),
+        replicas=_collective(widest.replica_group, device),
     )
+    if (found.index, found.replica) != (widest.shard_index, widest.replica_of[widest.rank]):
+        raise ConfigError(
+            f"the device mesh does not list its ranks in ascending order (rank {widest.rank}); "
+            "make it with init_device_mesh"
+        )
+    return found
+
+
+def _collective(group: dist.ProcessGroup | None, device: torch.device) -> Collective:
+    return SingleProcess() if group is None else ProcessGroup(device, group)
+
+
+def is_replicated(shards: ParameterShards, fqn: str) -> bool:
+    """Whether another rank holds this rank's range of a parameter; alike on all ranks."""
+    ranges = [range_ for range_ in shards.ranges(fqn) if range_[1]]
+    return shards.group.num_replicas > 1 or len(set(ranges)) < len(ranges)
+
+
+def first_holder(shards: ParameterShards, fqn: str) -> int:
+    """The index of the first rank that holds this rank's range."""
+    ranges = shards.ranges(fqn)
+    return ranges.index(ranges[shards.group.index])
 
 
 def is_first_holder(shards: ParameterShards, fqn: str) -> bool:
     """Whether this rank is the first of those that hold its range; only that one contributes to
     sums over ranks and to checkpoints."""
-    ranges = shards.ranges(fqn)
-    return ranges.index(ranges[shards.group.index]) == shards.group.index
+    return first_holder(shards, fqn) == shards.group.index

@@ -5,7 +5,7 @@ parameter whole (one process, DistributedDataParallel).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,13 @@ from torch.distributed.tensor import DTensor
 
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.flat_shards import ParameterShards, TensorShards
 from spectral_scale.parallel.packing import broadcast_into
+from spectral_scale.parallel.shard_geometry import Range
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Replicated = tuple[str, Tensor, int]
+"""Name, this rank's tensor, and the index of the shard that it is (0 if it is the whole)."""
 
 
 class ParameterStore(ABC):
@@ -70,6 +74,26 @@ class ParameterStore(ABC):
     def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
         """Raise negative entries to zero, weights and masters alike."""
 
+    @abstractmethod
+    def shards(self) -> ParameterShards:
+        """This rank's shards of the trained parameters, with gradients and optimizer state; always
+        the same object. Raises ConfigError if they cannot be flattened."""
+
+    def weight_range(self, fqn: str) -> Range:
+        """The range of the module's weight that this rank has; by default that of its shard."""
+        shards = self.shards()
+        return shards.ranges(fqn)[shards.group.index]
+
+    @abstractmethod
+    def write(self, fqn: str, part: Tensor) -> None:
+        """Overwrite a trained parameter's `weight_range`, weight and master alike, with a 1-D
+        tensor in flat order, on any device."""
+
+    @abstractmethod
+    def replicated_weights(self) -> Iterator[Replicated]:
+        """Weights of the module, trained or frozen, that other ranks hold as well: the same names
+        on all ranks, in the same order."""
+
 
 class TorchStore(ParameterStore):
     """Parameters that every rank holds whole, and a torch optimizer's state of them."""
@@ -87,6 +111,7 @@ class TorchStore(ParameterStore):
                     "the controller store=FSDP2Store(model, optimizer)"
                 )
         self._optimizer = optimizer
+        self._shards: TensorShards | None = None
         self.collective = collective
 
     def gather(self, fqn: str, *, owner: int) -> Tensor | None:
@@ -125,6 +150,24 @@ class TorchStore(ParameterStore):
         """sigma = max(sigma, 0)."""
         for fqn in fqns:
             self._parameters[fqn].clamp_min_(0)
+
+    def shards(self) -> TensorShards:
+        """Whole parameters, of which this rank is one replica."""
+        if self._shards is None:
+            trained = {fqn: p for fqn, p in self._parameters.items() if p.requires_grad}
+            self._shards = TensorShards(trained, optimizer=self._optimizer)
+        return self._shards
+
+    @torch.no_grad()
+    def write(self, fqn: str, part: Tensor) -> None:
+        """Overwrite the whole parameter."""
+        parameter = self._parameters[fqn]
+        parameter.copy_(part.view(parameter.shape))
+
+    def replicated_weights(self) -> Iterator[Replicated]:
+        """Every parameter, which every rank holds whole."""
+        for fqn, parameter in self._parameters.items():
+            yield f"model/{fqn}", parameter.detach(), 0
 
 
 def zero_moments(

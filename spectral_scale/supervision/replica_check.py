@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from spectral_scale.backends.base import Replicated
 from spectral_scale.errors import HealthError
 from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.store import Replicated
 
 logger = logging.getLogger(__name__)
 

@@ -139,7 +139,7 @@ def skip_the_step_reset(store: Any) -> None:
 
 def skip_the_reduction_of_norms(store: Any) -> None:
     """Each rank divides columns by the norm of its own piece."""
-    from spectral_scale.backends.deepspeed.clipping import Directions
+    from spectral_scale.backends.deepspeed.retraction import Directions
 
     Directions._sum_over_ranks = lambda self, squares: squares  # type: ignore[method-assign]
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.backends.base import Backend, Replicated
-from spectral_scale.backends.deepspeed import checkpoint_state, cpu_adam, loss_scale
+from spectral_scale.backends.base import Backend
+from spectral_scale.backends.deepspeed import cpu_adam, loss_scale
 from spectral_scale.backends.deepspeed.clipping import gradients_by_kind, norms_by_kind
 from spectral_scale.backends.deepspeed.cpu_adam import offloaded_adam
 from spectral_scale.backends.deepspeed.optimizer_state import without_update
@@ -91,6 +91,7 @@ class DeepSpeedBackend(Backend):
         if self._measures("flops_profiler"):
             count_products_in_place(self._model)
         self._store = ZeroStore(self._engine, self.collective)
+        self._store.register_step_hooks()
         if self._config.train.precision == "fp16":
             self._scaler = self._engine.optimizer.loss_scaler
         for fqn, value in exact.items():
@@ -100,7 +101,7 @@ class DeepSpeedBackend(Backend):
         return engine
 
     def store(self) -> ZeroStore:
-        """Fragments of masters and moments."""
+        """Masters, weights and moments by the names of the model."""
         return self._store
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -173,18 +174,14 @@ class DeepSpeedBackend(Backend):
             self._engine.step()
 
     def state_chunks(self) -> Iterator[TensorChunk]:
-        """Masters and moments, each piece from the rank that keeps it, and fp16's loss scale."""
-        yield from checkpoint_state.state_chunks(self._store)
+        """Masters and moments, each shard from the rank that keeps it, and fp16's loss scale."""
+        yield from super().state_chunks()
         if self._scaler is not None and self.collective.rank == 0:
             yield from loss_scale.state_chunks(self._scaler)
 
-    def replicated(self) -> Iterator[Replicated]:
-        """The module's weights below stage 3, and in stage 0 the moments."""
-        return checkpoint_state.replicated(self._store)
-
     def load_state(self, read: ReadTensor) -> None:
         """Masters, the module's weights, moments and loss scale, in place."""
-        checkpoint_state.load_state(self._store, read)
+        super().load_state(read)
         if self._scaler is not None:
             loss_scale.load_state(self._scaler, read)
 

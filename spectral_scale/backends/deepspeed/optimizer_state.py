@@ -26,8 +26,6 @@ def create_state(inner: torch.optim.Optimizer, layout: Layout) -> None:
             "DeepSpeedCPUAdam have been shown to work: give one to deepspeed.initialize, and no "
             "optimizer in its configuration"
         )
-    if is_cpu_adam(inner):
-        inner.register_step_pre_hook(forget_powers)
     for flat in layout.flats():
         if inner.state.get(flat.tensor):
             continue
@@ -36,13 +34,14 @@ def create_state(inner: torch.optim.Optimizer, layout: Layout) -> None:
             state["step"] = state["step"].long()
 
 
-def get_step(inner: torch.optim.Optimizer, flat: Tensor) -> float:
-    """Adam's steps of a flat tensor since the last reset."""
-    return float(inner.state[flat]["step"])
+def register_step_hooks(inner: torch.optim.Optimizer) -> None:
+    """Let DeepSpeedCPUAdam forget its powers of the betas before each step; see `forget_powers`."""
+    if is_cpu_adam(inner):
+        inner.register_step_pre_hook(forget_powers)
 
 
 def set_step(inner: torch.optim.Optimizer, flat: Tensor, value: float) -> None:
-    """Overwrite them."""
+    """Overwrite the number of steps that Adam has taken of a flat tensor since the last reset."""
     inner.state[flat]["step"].fill_(value)
 
 
@@ -52,12 +51,12 @@ def without_update(inner: torch.optim.Optimizer) -> Iterator[None]:
 
     Its masters are then copied into the module again, which rounds to the same weights.
     """
-    host: Any = inner
-    own = host.__dict__.get("step")
-    host.step = lambda *_, **__: None
+    stepped: Any = inner
+    own = stepped.__dict__.get("step")
+    stepped.step = lambda *_, **__: None
     try:
         yield
     finally:
-        del host.step
+        del stepped.step
         if own is not None:
-            host.step = own
+            stepped.step = own

@@ -1,30 +1,37 @@
-"""Logical parameters of a model that DeepSpeed trains, for controllers: the `ParameterStore`.
+"""How a controller reaches the logical parameters of a model that DeepSpeed trains.
 
-Both copies are always written: the module's weight, or the next forward pass would use the old one,
-and the master, or the next step would bring the old one back.
+A trained parameter exists twice, and both are always written: the module's weight, or the next
+forward pass would use the old one, and the master, or the next step would bring the old one back.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spectral_scale.backends.deepspeed.clipping import Directions
-from spectral_scale.backends.deepspeed.optimizer_state import create_state, set_step
+from spectral_scale.backends.deepspeed.optimizer_state import (
+    create_state,
+    register_step_hooks,
+    set_step,
+)
 from spectral_scale.backends.deepspeed.partitions import Fragment, Layout, layout_of
+from spectral_scale.backends.deepspeed.retraction import Directions
+from spectral_scale.backends.deepspeed.shards import ZeroShards
 from spectral_scale.errors import SpectralError
 from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
 from spectral_scale.parallel.packing import broadcast_into, unpack
-from spectral_scale.parallel.store import MOMENTS, ParameterStore
+from spectral_scale.parallel.shard_geometry import Range
+from spectral_scale.parallel.store import MOMENTS, ParameterStore, Replicated
+from spectral_scale.parallel.table import parameter_table
 
 
 class ZeroStore(ParameterStore):
     """Parameters of a `deepspeed.initialize`d engine: ZeRO-0 (fp32), 1, 2, 3, BF16_Optimizer.
 
-    Creating it gives the optimizer its state, and makes every optimizer step retract the
-    directions itself (see `Directions`).
+    Creating it gives the optimizer its state. `register_step_hooks` makes every optimizer step
+    retract the directions itself (see `Directions`); whoever owns the loop calls it once.
 
     Args:
         engine: what `deepspeed.initialize` returned for a converted model.
@@ -45,18 +52,25 @@ class ZeroStore(ParameterStore):
         self.inner: torch.optim.Optimizer = (
             engine.optimizer if self.layout.replicated else engine.optimizer.optimizer
         )
-        self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
-        self.names = {id(parameter): fqn for fqn, parameter in self.parameters.items()}
-        self.fragments: dict[str, Fragment | None] = {
-            self.names[id(parameter)]: self.layout.fragment(self.names[id(parameter)], parameter)
-            for flat in self.layout.flats()
-            for parameter in flat.members
-        }
-        create_state(self.inner, self.layout)
         self.device = engine.device
-        self.ranges = self._exchange_ranges()
-        """Parameter -> (first element, number of elements) that each rank keeps."""
-        self._directions = Directions(self, engine.module)
+        self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        create_state(self.inner, self.layout)
+        self._shards = ZeroShards(
+            self.layout, self.inner, self.parameters, self.collective, self.device
+        )
+        self.names, self.fragments = self._shards.names, self._shards.fragments
+        self._frozen_ranges = self._exchange_frozen_ranges()
+        roles = parameter_table(engine.module)
+        directions = [fqn for fqn in self.fragments if roles[fqn].role == "direction"]
+        self._directions = Directions(self.layout, self._shards, directions, self.collective)
+
+    def register_step_hooks(self) -> None:
+        """Let every optimizer step retract the directions, and DeepSpeedCPUAdam forget its powers.
+
+        Call it once, before the first step.
+        """
+        register_step_hooks(self.inner)
+        self.inner.register_step_post_hook(self._directions.after_step)
 
     # -- ParameterStore ---------------------------------------------------------------------
 
@@ -67,14 +81,14 @@ class ZeroStore(ParameterStore):
         parameter, rank = self.parameters[fqn], self.collective.rank
         if self._every_rank_has_it(parameter):
             return parameter.detach() if rank == owner else None
-        mine = self._piece(fqn)
+        mine, ranges = self._local_part(fqn), self._ranges(fqn)
         if rank != owner:
             if mine is not None:
                 _exchange([dist.P2POp(dist.isend, mine, owner)])
             return None
         dtype = torch.float32 if parameter.requires_grad else parameter.dtype
-        flat = torch.zeros(sum(n for _, n in self.ranges[fqn]), dtype=dtype, device=self.device)
-        parts = {r: flat[s : s + n] for r, (s, n) in enumerate(self.ranges[fqn]) if n}
+        flat = torch.zeros(sum(n for _, n in ranges), dtype=dtype, device=self.device)
+        parts = {r: flat[s : s + n] for r, (s, n) in enumerate(ranges) if n}
         if mine is not None:
             parts.pop(owner).copy_(mine)
         _exchange([dist.P2POp(dist.irecv, part, source) for source, part in parts.items()])
@@ -92,7 +106,7 @@ class ZeroStore(ParameterStore):
             for fqn, part in self._scatter(flat, owner).items():
                 self.write(fqn, part)
             return
-        into = {fqn: self._landing(fqn) for fqn in flat}
+        into = {fqn: self._receive_buffer(fqn) for fqn in flat}
         broadcast_into(into, flat, self.collective, owner=owner)
         for fqn in (f for f in into if self.parameters[f].requires_grad):
             self.write(fqn, into[fqn])
@@ -143,22 +157,38 @@ class ZeroStore(ParameterStore):
                 fragment.master.clamp_min_(0)
             self.layout.clamp_weight(self.parameters[fqn])
 
-    # -- what the backend needs, too --------------------------------------------------------
+    # -- shards and state -------------------------------------------------------------------
 
+    def shards(self) -> ZeroShards:
+        """Fragments of the masters."""
+        return self._shards
+
+    def weight_range(self, fqn: str) -> Range:
+        """The range of the module's weight on this rank: all of it below ZeRO-3."""
+        return self.layout.weight_range(self.parameters[fqn])
+
+    @torch.no_grad()
     def write(self, fqn: str, part: Tensor) -> None:
-        """Overwrite both copies with this rank's `weight_range` of the value, 1-D. Collective."""
+        """Overwrite the master's fragment and the module's weight. Collective."""
         parameter, fragment = self.parameters[fqn], self.fragments.get(fqn)
+        part = part.to(self.device)
         if fragment is not None:
             offset = fragment.start - self.layout.weight_range(parameter)[0]
             self.write_master(fragment, part.narrow(0, offset, fragment.numel))
         self.write_weight(parameter, part)
 
+    def replicated_weights(self) -> Iterator[Replicated]:
+        """The module's weights below ZeRO-3."""
+        if not self.layout.shards_weights:
+            for fqn, parameter in self.parameters.items():
+                yield f"model/{fqn}", parameter.detach(), 0
+
     def write_master(self, fragment: Fragment, part: Tensor) -> None:
-        """Overwrite the copy that the optimizer trains."""
+        """Overwrite what the optimizer trains."""
         fragment.master.copy_(part)
 
     def write_weight(self, parameter: nn.Parameter, part: Tensor) -> None:
-        """Overwrite the copy that the module computes with. Collective."""
+        """Overwrite what the module computes with. Collective."""
         self.layout.write_weight(parameter, part)
 
     # -- small parts ------------------------------------------------------------------------
@@ -169,7 +199,7 @@ class ZeroStore(ParameterStore):
         exact = not parameter.requires_grad or parameter.dtype == torch.float32
         return self.layout.replicated or (exact and not self.layout.shards_weights)
 
-    def _piece(self, fqn: str) -> Tensor | None:
+    def _local_part(self, fqn: str) -> Tensor | None:
         """What this rank keeps of a value, 1-D, if anything."""
         parameter = self.parameters[fqn]
         if parameter.requires_grad:
@@ -178,18 +208,24 @@ class ZeroStore(ParameterStore):
         weight = self.layout.weight(parameter)
         return weight.to(self.device) if weight.numel() else None
 
-    def _exchange_ranges(self) -> dict[str, list[tuple[int, int]]]:
-        """Parameter -> (first element, number of elements) kept by each rank."""
-        mine = {n: (0, 0) if f is None else (f.start, f.numel) for n, f in self.fragments.items()}
-        for fqn, parameter in self.parameters.items():
-            if not parameter.requires_grad:
-                mine[fqn] = self.layout.weight_range(parameter)
+    def _ranges(self, fqn: str) -> list[Range]:
+        """What each rank keeps of a value."""
+        frozen = self._frozen_ranges.get(fqn)
+        return self._shards.ranges(fqn) if frozen is None else frozen
+
+    def _exchange_frozen_ranges(self) -> dict[str, list[Range]]:
+        """Frozen parameter -> the range of its weight on each rank."""
+        mine = {
+            fqn: self.layout.weight_range(parameter)
+            for fqn, parameter in self.parameters.items()
+            if not parameter.requires_grad
+        }
         ranks = self.collective.broadcast_json(self.collective.gather_json(mine))
         return {fqn: [tuple(rank[fqn]) for rank in ranks] for fqn in mine}
 
-    def _landing(self, fqn: str) -> Tensor:
-        """Where a whole value arrives, 1-D: a frozen weight in place, so that it never exists
-        twice, a trained one apart, from where both its copies are written."""
+    def _receive_buffer(self, fqn: str) -> Tensor:
+        """Where a whole value arrives, 1-D: a frozen weight itself, so that it never exists twice,
+        or a temporary tensor from which a trained parameter's master and weight are written."""
         parameter = self.parameters[fqn]
         if parameter.requires_grad:
             return torch.empty(parameter.numel(), dtype=torch.float32, device=self.device)

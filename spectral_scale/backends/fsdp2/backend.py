@@ -6,7 +6,6 @@ on the torch backend: a mixed-precision policy of FSDP would round embeddings, n
 residual stream too, and so train other numbers.
 """
 
-import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,13 +18,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
-from spectral_scale.backends.base import Backend, Replicated, gradients_of
+from spectral_scale.backends.base import Backend, gradients_of
 from spectral_scale.backends.fsdp2.store import FSDP2Store
 from spectral_scale.backends.fsdp2.tensor_parallel import ShardedLogits, apply_tensor_parallel
 from spectral_scale.config.capability import shard_group_size, shards_residual
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.optim.build import create_state
-from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, whole
 from spectral_scale.parallel.collective import ProcessGroup
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.dtensor_collectives import local, sum_over_shards
@@ -94,11 +92,12 @@ class FSDP2Backend(Backend):
         """Create the optimizer's state, cut as the parameters are."""
         self._optimizer = optimizer
         create_state(optimizer)
+        self._store = FSDP2Store(self._model, optimizer, self.collective, mesh=self._mesh)
         return ShardedLogits(self._model) if self._tensor_parallel > 1 else self._model
 
     def store(self) -> FSDP2Store:
         """Parameters by name, scattered from and gathered to their owners."""
-        return FSDP2Store(self._model, self._optimizer, self.collective, mesh=self._mesh)
+        return self._store
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients stay whole on each rank until the last micro-batch, then are summed and cut."""
@@ -139,41 +138,6 @@ class FSDP2Backend(Backend):
     def _drop_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
-    def state_chunks(self) -> Iterator[TensorChunk]:
-        """This rank's pieces of trained parameters and moments; copies write nothing twice."""
-        for name, tensor in self._state():
-            if not isinstance(tensor, DTensor):
-                if self.collective.rank == 0:
-                    yield whole(name, tensor)
-                continue
-            layout, shape = self._layouts.of(tensor), tuple(tensor.shape)
-            box = layout.rectangle(shape)
-            if layout.is_first_replica and box.numel:
-                yield TensorChunk(name, local(tensor), shape, box.offset)
-
-    def replicated(self) -> Iterator[Replicated]:
-        """What `fully_shard` left whole and, under HSDP, the pieces of the other copies."""
-        frozen = (
-            (f"model/{fqn}", parameter.detach())
-            for fqn, parameter in self._model.named_parameters()
-            if not parameter.requires_grad
-        )
-        for name, tensor in itertools.chain(frozen, self._state()):
-            if not isinstance(tensor, DTensor):
-                yield name, tensor, 0
-            elif len((layout := self._layouts.of(tensor)).replica_ranks) > 1:
-                yield name, local(tensor), layout.shard_index
-
-    def load_state(self, read: ReadTensor) -> None:
-        """Overwrite this rank's pieces in place; only their elements are read."""
-        for name, tensor in self._state():
-            if not isinstance(tensor, DTensor):
-                tensor.copy_(read(name))
-                continue
-            box = self._layouts.of(tensor).rectangle(tuple(tensor.shape))
-            if box.numel:
-                local(tensor).copy_(read(name, offset=box.offset, shape=box.shape))
-
     def close(self, *, failed: bool = False) -> None:
         """Leave the process group; collective unless this rank has failed."""
         leave_group(failed=failed)
@@ -184,13 +148,6 @@ class FSDP2Backend(Backend):
             layout = self._layouts.of(tensor) if isinstance(tensor, DTensor) else None
             found.setdefault(layout, []).append(tensor)
         return found
-
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        for group in self._optimizer.param_groups:
-            for fqn, parameter in zip(group["fqns"], group["params"], strict=True):
-                yield f"model/{fqn}", parameter.detach()
-                for key, value in sorted(self._optimizer.state[parameter].items()):
-                    yield f"optimizer/{fqn}/{key}", value
 
 
 def open_backend(run: ResolvedRun, rank_info: RankInfo) -> FSDP2Backend:

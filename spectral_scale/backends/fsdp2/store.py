@@ -1,6 +1,6 @@
 """How a controller reaches parameters that `fully_shard` has made DTensors."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -12,11 +12,13 @@ from torch.distributed.tensor import DTensor
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.dtensor_collectives import gather, local, scatter, sum_over_shards
 from spectral_scale.parallel.dtensor_layout import DTensorLayout, DTensorLayouts
+from spectral_scale.parallel.flat_shards import TensorShards
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into
 from spectral_scale.parallel.shard_geometry import Rectangle
 from spectral_scale.parallel.store import (
     ParameterStore,
+    Replicated,
     rearrange,
     rearrange_moments,
     zero_moments,
@@ -50,6 +52,7 @@ class FSDP2Store(ParameterStore):
         self._optimizer = optimizer
         self.collective = collective or present_group()
         self.mesh = mesh
+        self._shards: TensorShards | None = None
         self._layouts = DTensorLayouts(mesh)
 
     def gather(self, fqn: str, *, owner: int) -> Tensor | None:
@@ -114,6 +117,27 @@ class FSDP2Store(ParameterStore):
         self._reshard()
         for fqn in fqns:
             local(self._parameters[fqn]).clamp_min_(0)
+
+    def shards(self) -> TensorShards:
+        """The DTensors' local shards."""
+        if self._shards is None:
+            trained = {fqn: p for fqn, p in self._parameters.items() if p.requires_grad}
+            self._shards = TensorShards(trained, self.mesh, self._optimizer)
+        return self._shards
+
+    @torch.no_grad()
+    def write(self, fqn: str, part: Tensor) -> None:
+        """Overwrite the local shard."""
+        shard = local(self._parameters[fqn])
+        shard.copy_(part.view(shard.shape))
+
+    def replicated_weights(self) -> Iterator[Replicated]:
+        """What `fully_shard` left whole and, under HSDP, the shards of the other replicas."""
+        for fqn, parameter in self._parameters.items():
+            if not isinstance(parameter, DTensor):
+                yield f"model/{fqn}", parameter.detach(), 0
+            elif len((layout := self._layouts.of(parameter)).replica_ranks) > 1:
+                yield f"model/{fqn}", local(parameter), layout.shard_index
 
     def _reshard(self) -> None:
         """Free gathered copies: after a forward without a backward the root's parameters are still

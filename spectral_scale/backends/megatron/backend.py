@@ -22,23 +22,21 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectral_scale.backends.base import Backend, Replicated, gradients_of
+from spectral_scale.backends.base import Backend, gradients_of
 from spectral_scale.backends.megatron.adapter import (
     GPTForward,
     build_spectral_gpt,
     recompute_layers,
     take_place,
 )
-from spectral_scale.backends.megatron.checkpoint_state import MegatronState
 from spectral_scale.backends.megatron.gradients import counted_squares, sum_partial_gradients
-from spectral_scale.backends.megatron.optimizer import Masters, wrap_adamw
+from spectral_scale.backends.megatron.optimizer import wrap_adamw
 from spectral_scale.backends.megatron.store import MegatronStore
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.models.weights import InitialWeights
 from spectral_scale.optim.build import create_state
 from spectral_scale.optim.groups import kinds
-from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.collective import Collective, ProcessGroup
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
@@ -127,15 +125,13 @@ class MegatronBackend(Backend):
         self._wrapper = wrap_adamw(optimizer, self._wrapped, clip_grad=0.0)
         self._optimizer = optimizer
         create_state(optimizer)
-        self._state = MegatronState(
-            self._model, self._table, Masters(self._wrapper), self._tensor, self._data
-        )
+        self._store = MegatronStore(self._model, self._wrapper, self.collective, self._table)
         self._wrapped.zero_grad_buffer()
         return GPTForward(self._wrapped, self._tensor)
 
     def store(self) -> MegatronStore:
         """Parameters by name, gathered to and scattered from their owners."""
-        return MegatronStore(self._model, self._wrapper, self.collective, self._table)
+        return self._store
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
@@ -178,18 +174,6 @@ class MegatronBackend(Backend):
     def _drop_gradients(self) -> None:
         self._wrapper.zero_grad()
         self._wrapped.zero_grad_buffer()
-
-    def state_chunks(self) -> Iterator[TensorChunk]:
-        """The parts of trained parameters and moments that no other rank writes."""
-        return self._state.chunks()
-
-    def replicated(self) -> Iterator[Replicated]:
-        """Parameters, and moments unless the DistributedOptimizer shards them."""
-        return self._state.replicated()
-
-    def load_state(self, read: ReadTensor) -> None:
-        """Overwrite this rank's parts in place; only their elements are read."""
-        self._state.load(read)
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the process groups; collective unless this rank has failed."""

@@ -92,11 +92,11 @@ class Masters:
     def __init__(self, optimizer: Any) -> None:
         self._parts = [_Part(o) for o in _unchained(optimizer)]
 
-    def held(self, parameter: nn.Parameter) -> tuple[Tensor, int, dict[str, Tensor]] | None:
+    def stepped(self, parameter: nn.Parameter) -> tuple[Tensor, int, dict[str, Tensor]] | None:
         """The elements (1-D, or the parameter itself), where they begin in it, and their state
         (exp_avg, exp_avg_sq of their shape, step of none); None if others step all of it."""
         for part in self._parts:
-            found = part.held(parameter)
+            found = part.stepped(parameter)
             if found is not None:
                 return found
         return None
@@ -123,7 +123,7 @@ class _Part:
             )
         self._own = {id(p) for g in self.inner.param_groups for p in g["params"]}
 
-    def held(self, parameter: nn.Parameter) -> tuple[Tensor, int, dict[str, Tensor]] | None:
+    def stepped(self, parameter: nn.Parameter) -> tuple[Tensor, int, dict[str, Tensor]] | None:
         if self.sharded is None:
             if id(parameter) not in self._own:
                 return None

@@ -1,6 +1,20 @@
-"""Flat pieces of what Megatron's optimizers step, between the last backward pass and the step."""
+"""Flat shards of what Megatron's optimizers step: values, reduced gradients and moments.
 
-from collections.abc import Mapping
+With two tensor-parallel ranks (t) and two data-parallel ranks (d), a column-parallel weight of
+4 x 3 has its rows 0-1 on t0 and its rows 2-3 on t1, elements 0-5 and 6-11 of the flattened weight.
+What a rank's optimizer steps are these ranges, as (first element, elements):
+
+    rank                      t0 d0     t1 d0     t0 d1     t1 d1
+    FP32Optimizer             (0, 6)    (6, 6)    (0, 6)    (6, 6)     d0 and d1 are replicas
+    DistributedOptimizer      (0, 4)    (6, 4)    (4, 2)    (10, 2)    one group of four ranks
+
+The DistributedOptimizer flattens all of a rank's local weights into one buffer and splits that, so
+that its boundary between d0 and d1 may lie anywhere, here after 4 elements. A row-parallel weight
+is sharded along its columns; it is flattened by blocks of columns (`FlatOrder`), so that t0's
+columns are one range as well.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -8,19 +22,21 @@ from torch import Tensor, nn
 
 from spectral_scale.backends.megatron.optimizer import Masters
 from spectral_scale.backends.megatron.partitioning import flat_place
-from spectral_scale.parallel.flat_shards import ShardGroup
+from spectral_scale.parallel.collective import ProcessGroup
+from spectral_scale.parallel.flat_shards import ParameterShards, ShardGroup
 from spectral_scale.parallel.shard_geometry import FlatOrder, Range, Shape
+from spectral_scale.parallel.store import MOMENTS
 from spectral_scale.parallel.table import ParameterTable
 
 
-class MegatronShards:
-    """`ParameterShards` of a model over tensor- and data-parallel ranks. Creating it is collective.
+class MegatronShards(ParameterShards):
+    """Shards of a model over tensor- and data-parallel ranks. Creating it is collective.
 
-    The DistributedOptimizer steps a flat range of each rank's part of a parameter; the group is
-    then all ranks. Without it, the data-parallel copies of a tensor-parallel group hold the same.
+    The DistributedOptimizer steps a flat range of a rank's local parameter; the group is then all
+    ranks. Without it, data-parallel ranks are replicas, and the group is the tensor-parallel one.
 
     Args:
-        parameters: this rank's parts by logical name; what does not train is left out.
+        parameters: this rank's local parameters by fqn; what does not train is left out.
         table: their whole shapes.
         masters: what is stepped.
         tensor: the tensor-parallel group.
@@ -43,58 +59,59 @@ class MegatronShards:
             fqn: flat_place(parameter, self.shapes[fqn], tensor)
             for fqn, parameter in self._parameters.items()
         }
-        self.group = _group(tensor, data, sharded=masters.sharded)
-        mine = [self._range(fqn) for fqn in self._parameters]
-        self._ranges = dict(zip(self._parameters, self._of_all_ranks(mine), strict=True))
+        self.group = _group(tensor, data, self.device, sharded=masters.sharded)
+        self.steps_everywhere = not masters.sharded
+        mine = {fqn: self._range(fqn) for fqn in self._parameters}
+        ranks = self.group.shards.broadcast_json(self.group.shards.gather_json(mine))
+        self._ranges = {fqn: [tuple(rank[fqn]) for rank in ranks] for fqn in mine}
 
     def order(self, fqn: str) -> FlatOrder:
-        """By blocks of columns where tensor parallelism cuts columns."""
+        """By blocks of columns where tensor parallelism shards columns."""
         return self._places[fqn][0]
 
     def ranges(self, fqn: str) -> list[Range]:
         """What each rank's optimizer steps."""
         return self._ranges[fqn]
 
+    def local_range(self, fqn: str) -> Range:
+        """This rank's local parameter, whichever of its elements the optimizer here steps."""
+        return self._places[fqn][1], self._parameters[fqn].numel()
+
     def gradient(self, fqn: str) -> Tensor | None:
         """The reduced gradient of this rank's range; empty where others step all of it."""
-        found = self._masters.held(self._parameters[fqn])
+        found = self._masters.stepped(self._parameters[fqn])
         if found is None:
             return torch.empty(0, device=self.device)
         return None if found[0].grad is None else found[0].grad.view(-1)
 
     def value(self, fqn: str) -> Tensor:
         """What is stepped."""
-        found = self._masters.held(self._parameters[fqn])
+        found = self._masters.stepped(self._parameters[fqn])
         if found is None:
             return torch.empty(0, device=self.device)
         return found[0].detach().view(-1)
 
+    def moments(self, fqn: str) -> Mapping[str, Tensor]:
+        """Those of what is stepped; none where others step all of it."""
+        found = self._masters.stepped(self._parameters[fqn])
+        return {} if found is None else {key: found[2][key].view(-1) for key in MOMENTS}
+
+    def step_counts(self) -> Iterator[tuple[Tensor, Sequence[str]]]:
+        """One of each parameter of which this rank steps anything."""
+        for fqn, parameter in self._parameters.items():
+            found = self._masters.stepped(parameter)
+            if found is not None:
+                yield found[2]["step"], [fqn]
+
     def _range(self, fqn: str) -> Range:
-        """This rank's, in the order of the whole parameter."""
-        found = self._masters.held(self._parameters[fqn])
+        """What this rank's optimizer steps, in the flat order of the whole parameter."""
+        found = self._masters.stepped(self._parameters[fqn])
         return (0, 0) if found is None else (self._places[fqn][1] + found[1], found[0].numel())
 
-    def _of_all_ranks(self, mine: list[Range]) -> list[list[Range]]:
-        """[parameter][rank of the group] -> range: a few numbers, gathered once."""
-        if self.group.size == 1:
-            return [[range_] for range_ in mine]
-        own = torch.tensor(mine, dtype=torch.int64, device=self.device)
-        ranks = [torch.empty_like(own) for _ in range(self.group.size)]
-        dist.all_gather(ranks, own, group=self.group.handle)
-        table = [rank.tolist() for rank in ranks]
-        return [[(a, n) for a, n in (rank[i] for rank in table)] for i in range(len(mine))]
 
-
-def _group(tensor: dist.ProcessGroup, data: dist.ProcessGroup, *, sharded: bool) -> ShardGroup:
+def _group(
+    tensor: dist.ProcessGroup, data: dist.ProcessGroup, device: torch.device, *, sharded: bool
+) -> ShardGroup:
     if sharded:
-        everyone = dist.group.WORLD
-        return ShardGroup(index=dist.get_rank(), size=dist.get_world_size(), handle=everyone)
-    return ShardGroup(
-        index=tensor.rank(),
-        size=tensor.size(),
-        handle=tensor,
-        writes=data.rank() == 0,
-        replica=data.rank(),
-        replica_ranks=tuple(dist.get_process_group_ranks(data)),
-        replica_handle=data,
-    )
+        return ShardGroup(shards=ProcessGroup(device))
+    return ShardGroup(shards=ProcessGroup(device, tensor), replicas=ProcessGroup(device, data))

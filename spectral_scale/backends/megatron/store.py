@@ -1,6 +1,6 @@
 """How a controller reaches parameters over tensor- and data-parallel ranks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from spectral_scale.errors import ConfigError
 from spectral_scale.methods.convert import spectral_layers
 from spectral_scale.methods.owners import assign_owners
 from spectral_scale.parallel.collective import Collective
-from spectral_scale.parallel.flat_shards import ParameterShards
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into, unpack
-from spectral_scale.parallel.store import MOMENTS, ParameterStore
+from spectral_scale.parallel.shard_geometry import Range
+from spectral_scale.parallel.store import MOMENTS, ParameterStore, Replicated
 from spectral_scale.parallel.table import ParameterTable
 
 
@@ -33,7 +33,7 @@ class MegatronStore(ParameterStore):
         model: not wrapped; its parameters carry Megatron's marks of how they are cut.
         optimizer: a torch AdamW, or Megatron's around one; None: there are no moments to reset.
         collective: all ranks of the model; by default those of the default process group.
-        table: the parameters' whole shapes; for `pieces`.
+        table: the parameters' whole shapes; for `shards`.
     """
 
     def __init__(
@@ -45,9 +45,10 @@ class MegatronStore(ParameterStore):
     ) -> None:
         self.collective = collective or present_group()
         self._table = table
+        self._shards: MegatronShards | None = None
         self._layers = spectral_layers(model)
         self._parameters = dict(model.named_parameters())
-        self._cuts = {fqn: sharded_dim_of(p) for fqn, p in self._parameters.items()}
+        self._sharded_dims = {fqn: sharded_dim_of(p) for fqn, p in self._parameters.items()}
         self._device = next(iter(self._parameters.values())).device
         self._masters = None if optimizer is None else Masters(optimizer)
         self._tensor = parallel_state.get_tensor_model_parallel_group()
@@ -69,7 +70,7 @@ class MegatronStore(ParameterStore):
 
     def gather(self, fqn: str, *, owner: int) -> Tensor | None:
         """The whole value on the owner, from the ranks of its tensor-parallel group."""
-        parameter, dim = self._parameters[fqn].detach(), self._cuts[fqn]
+        parameter, dim = self._parameters[fqn].detach(), self._sharded_dims[fqn]
         if dim is None:
             return parameter if self.collective.rank == owner else None
         return self._gather(parameter, dim, owner)
@@ -77,7 +78,7 @@ class MegatronStore(ParameterStore):
     @torch.no_grad()
     def scatter(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
         """Scatter to the owner's tensor-parallel group, then broadcast to the other copies."""
-        whole = {f: self._parameters[f].detach() for f in values if self._cuts[f] is None}
+        whole = {f: self._parameters[f].detach() for f in values if self._sharded_dims[f] is None}
         broadcast_into(whole, {fqn: values[fqn] for fqn in whole}, self.collective, owner=owner)
         packets: dict[torch.dtype, list[str]] = {}
         for fqn in values:
@@ -92,15 +93,15 @@ class MegatronStore(ParameterStore):
         zeroed = torch.zeros((), dtype=torch.int64, device=self._device)
         for fqn in fqns:
             parameter = self._parameters[fqn]
-            held = self._masters.held(parameter) if self._masters else None
-            if held is None:
+            found = self._masters.stepped(parameter) if self._masters else None
+            if found is None:
                 continue
             for name in MOMENTS:
-                if name in held[2]:
-                    held[2][name].zero_()
-                    zeroed += held[2][name].numel() if self._counts(fqn) else 0
-            if "step" in held[2]:
-                held[2]["step"].zero_()
+                if name in found[2]:
+                    found[2][name].zero_()
+                    zeroed += found[2][name].numel() if self._counts(fqn) else 0
+            if "step" in found[2]:
+                found[2]["step"].zero_()
         return int(self.collective.all_reduce_sum(zeroed))
 
     @torch.no_grad()
@@ -109,7 +110,7 @@ class MegatronStore(ParameterStore):
         names = list(fqns)
         factors = [self._parameters[fqn] for fqn in names]
         squares = [torch.linalg.vector_norm(f, dim=0).square_() for f in factors]
-        cut = [s for fqn, s in zip(names, squares, strict=True) if self._cuts[fqn] == 0]
+        cut = [s for fqn, s in zip(names, squares, strict=True) if self._sharded_dims[fqn] == 0]
         if cut and self._tensor.size() > 1:
             total = torch.cat(cut)
             dist.all_reduce(total, group=self._tensor)
@@ -123,13 +124,33 @@ class MegatronStore(ParameterStore):
         for fqn in fqns:
             self._parameters[fqn].clamp_min_(0)
 
-    def shards(self) -> ParameterShards:
-        """Flat pieces of what the optimizer steps. Collective. Raises ConfigError without one."""
+    def shards(self) -> MegatronShards:
+        """Flat shards of what the optimizer steps. Collective.
+
+        Raises ConfigError unless the store was given an optimizer and a table.
+        """
         if self._masters is None or self._table is None:
-            raise ConfigError("a MegatronStore has pieces only if it was given optimizer and table")
-        return MegatronShards(
-            self._parameters, self._table, self._masters, self._tensor, self._data
-        )
+            raise ConfigError("a MegatronStore has shards only if it was given optimizer and table")
+        if self._shards is None:
+            self._shards = MegatronShards(
+                self._parameters, self._table, self._masters, self._tensor, self._data
+            )
+        return self._shards
+
+    def weight_range(self, fqn: str) -> Range:
+        """This rank's local parameter, of which its optimizer may step a part only."""
+        return self.shards().local_range(fqn)
+
+    @torch.no_grad()
+    def write(self, fqn: str, part: Tensor) -> None:
+        """Overwrite the local parameter; what the optimizer steps are views of it."""
+        self._parameters[fqn].view(-1).copy_(part)
+
+    def replicated_weights(self) -> Iterator[Replicated]:
+        """Every parameter: shards of tensor-parallel rank t have the index t, whole ones 0."""
+        for fqn, parameter in self._parameters.items():
+            index = 0 if self._sharded_dims[fqn] is None else self._tensor.rank()
+            yield f"model/{fqn}", parameter.detach(), index
 
     def initial_weights(self) -> Callable[[str], Tensor]:
         """Dense weights of a converted model, each gathered to its owner, for the controller.
@@ -163,7 +184,7 @@ class MegatronStore(ParameterStore):
         first_replica = self._data.rank() == 0 or (
             self._masters is not None and self._masters.sharded
         )
-        return first_replica and (self._cuts[fqn] is not None or self._tensor.rank() == 0)
+        return first_replica and (self._sharded_dims[fqn] is not None or self._tensor.rank() == 0)
 
     def _group_of(self, rank: int) -> list[int]:
         """The tensor-parallel group of any rank."""
@@ -202,7 +223,7 @@ class MegatronStore(ParameterStore):
         """The owner's values cut: one flat tensor for each tensor-parallel rank."""
         parts: list[list[Tensor]] = [[] for _ in range(self._tensor.size())]
         for fqn in fqns:
-            target, value, dim = self._parameters[fqn], values[fqn], self._cuts[fqn]
+            target, value, dim = self._parameters[fqn], values[fqn], self._sharded_dims[fqn]
             if value is None or dim is None:
                 raise RuntimeError(f"the owner has no value of {fqn}")
             for part, piece in zip(parts, value.chunk(len(parts), dim=dim), strict=True):

@@ -1,6 +1,6 @@
 """One process, or DistributedDataParallel: every rank holds every parameter whole."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spectral_scale.backends.base import Backend, Replicated, gradients_of
+from spectral_scale.backends.base import Backend, gradients_of
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.optim.build import create_state
-from spectral_scale.parallel.chunks import ReadTensor, TensorChunk, overwrite, whole
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import join_group, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
@@ -38,6 +37,7 @@ class TorchBackend(Backend):
         """Create the optimizer's state, and wrap the model if there is more than one rank."""
         self._optimizer = optimizer
         create_state(optimizer)
+        self._store = TorchStore(self._model, optimizer, self.collective)
         self._wrapped = self._model
         if self.collective.world_size > 1:
             self._wrapped = DistributedDataParallel(
@@ -50,7 +50,7 @@ class TorchBackend(Backend):
 
     def store(self) -> TorchStore:
         """Whole parameters and their moments."""
-        return TorchStore(self._model, self._optimizer, self.collective)
+        return self._store
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         """DDP reduces gradients in the last micro-batch only."""
@@ -77,29 +77,6 @@ class TorchBackend(Backend):
 
     def _drop_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-
-    def state_chunks(self) -> Iterator[TensorChunk]:
-        """Trained parameters and moments, written by rank 0."""
-        if self.collective.rank == 0:
-            yield from (whole(name, tensor) for name, tensor in self._state())
-
-    def replicated(self) -> Iterator[Replicated]:
-        """Everything: frozen and trained parameters, and moments."""
-        for fqn, parameter in self._model.named_parameters():
-            if not parameter.requires_grad:
-                yield f"model/{fqn}", parameter.detach(), 0
-        yield from ((name, tensor, 0) for name, tensor in self._state())
-
-    def load_state(self, read: ReadTensor) -> None:
-        """Overwrite trained parameters and moments in place from a checkpoint."""
-        overwrite(self._state(), read)
-
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        for group in self._optimizer.param_groups:
-            for fqn, parameter in zip(group["fqns"], group["params"], strict=True):
-                yield f"model/{fqn}", parameter.detach()
-                for key, value in sorted(self._optimizer.state[parameter].items()):
-                    yield f"optimizer/{fqn}/{key}", value
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the process group, if there is one; collective unless this rank has failed."""

@@ -31,7 +31,7 @@ def plan_rounds(
     owners are busy with alike matrices at the same time. Where every rank holds everything, a round
     is a matrix for each of them to decompose.
     """
-    size, copies = pieces.group.size, len(pieces.group.replica_ranks)
+    size, copies = pieces.group.size, pieces.group.num_replicas
     by_owner: list[list[str]] = [[] for _ in range(size)]
     moved = {fqn for fqn in fqns if pieces.ranges(fqn)[owners[fqn]] != _whole(fqn, pieces)}
     for fqn in sorted(fqns, key=lambda f: (f not in moved, -prod(pieces.shapes[f]), f)):

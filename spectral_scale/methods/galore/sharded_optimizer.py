@@ -31,7 +31,7 @@ from spectral_scale.methods.owners import assign_owners
 from spectral_scale.optim.build import adamw_state
 from spectral_scale.parallel.chunks import ReadTensor, overwrite
 from spectral_scale.parallel.collective import Collective
-from spectral_scale.parallel.flat_shards import SteppedShards
+from spectral_scale.parallel.flat_shards import ParameterShards
 from spectral_scale.parallel.shard_geometry import Range
 from spectral_scale.parallel.store import MOMENTS
 
@@ -54,12 +54,12 @@ class DividedGaLoreAdamW(ProjectedAdamW):
     ) -> None:
         super().__init__(params, **adamw)
         self._collective = collective
-        self._pieces: SteppedShards
+        self._pieces: ParameterShards
         self._owners: dict[str, int] = {}
         self._states: dict[str, dict[str, Tensor]] = {}
         self._rounds: dict[tuple[str, ...], list[ProjectionRound]] = {}
 
-    def bind(self, pieces: SteppedShards) -> None:
+    def bind(self, pieces: ParameterShards) -> None:
         """Reach parameters through the host's pieces, and create the state of owned matrices.
 
         Raises ConfigError for matrices that are cut into columns.
@@ -237,7 +237,7 @@ class DividedGaLoreAdamW(ProjectedAdamW):
         self.stats.overlaps += [] if first else overlaps
 
 
-def _require_rows(pieces: SteppedShards, fqns: Iterable[str]) -> None:
+def _require_rows(pieces: ParameterShards, fqns: Iterable[str]) -> None:
     """Owners put ranges of rows together."""
     for fqn in fqns:
         if pieces.order(fqn).column_blocks > 1:

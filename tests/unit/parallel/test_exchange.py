@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from spectral_scale.parallel.collective import ProcessGroup
 from spectral_scale.parallel.exchange import Exchange, even_slices
 from spectral_scale.parallel.flat_shards import ShardGroup
 from spectral_scale.testing.distributed import run_distributed
@@ -32,7 +33,7 @@ def there_and_back(world: int) -> list[Any]:
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    group = ShardGroup(index=rank, size=world, handle=dist.group.WORLD)
+    group = ShardGroup(shards=ProcessGroup(torch.device("cpu")))
     held = cut(sum(SIZES), world)
     whole = [torch.arange(n, dtype=torch.float32) + 100 * i for i, n in enumerate(SIZES)]
     sliced = [even_slices(n, world) for n in SIZES]
@@ -61,7 +62,7 @@ def copies_there_and_back(world: int) -> list[Any]:
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    group = ShardGroup(index=rank, size=world, handle=dist.group.WORLD)
+    group = ShardGroup(shards=ProcessGroup(torch.device("cpu")))
     held, wanted = [(0, 3), (3, 2)] * 2, [(0, 0), (0, 5), (0, 0), (0, 0)]
     exchange = Exchange([held], [wanted], group)
     part = torch.arange(5.0)[:3] if rank % 2 == 0 else torch.arange(5.0)[3:]

@@ -53,6 +53,13 @@ def test_one_rank_takes_the_steps_of_whole_parameters() -> None:
                                torch.stack(whole.stats.overlaps))  # fmt: skip
 
 
+class Silent(SingleProcess):
+    """A place among ranks that are not there."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+
+
 @dataclass
 class FlatBuffers:
     """Matrices of one size, sharded over ranks in flat buffers."""
@@ -81,7 +88,7 @@ def cut_flat(matrices: int, ranks: int, rank: int) -> FlatBuffers:
             for r in range(ranks)
             for start, stop in [(max(r * share, i * numel), min((r + 1) * share, (i + 1) * numel))]
         ]
-    return FlatBuffers(ranges, ShardGroup(index=rank, size=ranks), dict.fromkeys(ranges, shape))
+    return FlatBuffers(ranges, ShardGroup(shards=Silent(rank, ranks)), dict.fromkeys(ranges, shape))
 
 
 @pytest.mark.parametrize(("matrices", "ranks"), [(1, 1), (7, 1), (5, 3), (12, 4), (2, 4)])
@@ -109,7 +116,7 @@ def test_rounds(matrices: int, ranks: int) -> None:
 
 def test_copies_share_the_decompositions() -> None:
     piece = cut_flat(5, 1, 0)
-    piece.group = ShardGroup(replica=1, replica_ranks=(0, 1))
+    piece.group = ShardGroup(replicas=Silent(1, 2))
     plan = plan_rounds(list(piece.shapes), dict.fromkeys(piece.shapes, 0), piece)  # type: ignore[arg-type]
     assert [len(turn.fqns) for turn in plan] == [2, 2, 1]
     assert all(sorted(turn.mine.values()) == [0, 1] for turn in plan[:2])
@@ -118,6 +125,6 @@ def test_copies_share_the_decompositions() -> None:
 def test_matrices_in_columns_are_refused() -> None:
     parameters = {fqn: nn.Parameter(torch.zeros(shape)) for fqn, shape in SHAPES.items()}
     divided = DividedGaLoreAdamW(groups_of(parameters), collective=SingleProcess(), lr=1e-2)
-    piece = FlatBuffers({}, ShardGroup(size=2), SHAPES, blocks=2)  # type: ignore[arg-type]
+    piece = FlatBuffers({}, ShardGroup(shards=Silent(0, 2)), SHAPES, blocks=2)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="owner of a needs ranges of its rows"):
         divided.bind(piece)  # type: ignore[arg-type]

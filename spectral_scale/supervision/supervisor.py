@@ -12,10 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from spectral_scale.backends.base import Replicated
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import WaitingForDataError
 from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.store import Replicated
 from spectral_scale.supervision.consensus import Consensus, RankReport, reach_consensus
 from spectral_scale.supervision.control_files import ControlFiles, Request
 from spectral_scale.supervision.health import HealthMonitor, Verdict

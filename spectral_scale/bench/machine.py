@@ -10,12 +10,12 @@ import psutil
 import torch
 
 BUSY_SHARE = 0.5
-"""Other processes' load, as a share of our threads, above which timings are not to be trusted."""
+"""Load of other processes, as a fraction of our threads, above which timings are not reliable."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Facts that a timing means nothing without."""
+    """The properties of a machine that a timing depends on."""
 
     cpu: str
     """The processor's model name."""
@@ -32,7 +32,7 @@ class Machine:
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """Read the facts of this machine."""
+    """Read the properties of this machine."""
     return Machine(
         cpu=_cpu_model(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
@@ -74,7 +74,7 @@ class LoadWatch:
 
 
 def load_warning(*, average_at_start: float, others: float, threads: int) -> str | None:
-    """What to tell about load besides our own, if it is above half of our threads."""
+    """A warning about load besides our own, if it is above half of our threads."""
     worst = max(average_at_start, others)
     if worst <= BUSY_SHARE * threads:
         return None

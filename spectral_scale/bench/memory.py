@@ -19,7 +19,7 @@ def state_formula(
     spectral_rank: int,
     frozen_bytes: int,
 ) -> dict[str, int]:
-    """Bytes by use: weights, gradients, moments, bank.
+    """Bytes of persistent state by use: weights, gradients, moments, bank.
 
     Args:
         variant: the method and its storage.

@@ -14,8 +14,8 @@ def to_json(bench: StepBench) -> str:
 
 
 def to_markdown(bench: StepBench) -> str:
-    """Tables for a person: time, boundary, memory, and what they were measured on."""
-    parts = [_heading(bench), _warning(bench), _steps(bench), _boundaries(bench), _memory(bench)]
+    """Tables for a person: time, swaps, memory, and the machine they were measured on."""
+    parts = [_heading(bench), _warning(bench), _steps(bench), _swaps(bench), _memory(bench)]
     return "\n\n".join(part for part in (*parts, _machine(bench)) if part)
 
 
@@ -49,10 +49,10 @@ def _steps(bench: StepBench) -> str:
     return _table(header, rows)
 
 
-def _boundaries(bench: StepBench) -> str:
+def _swaps(bench: StepBench) -> str:
     steps = bench.settings.steps_per_iteration
     header = [
-        "boundary",
+        "swaps",
         "swap",
         "swap and SVD",
         "T2",

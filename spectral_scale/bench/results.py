@@ -17,7 +17,7 @@ class Spread:
 
     @classmethod
     def of(cls, sample: list[float]) -> "Spread":
-        """Of a sample of at least one value."""
+        """Median and quartiles of a sample of at least one value."""
         several = len(sample) > 1
         lower, middle, upper = quantiles(sample, n=4, method="inclusive") if several else sample * 3
         return cls(median=middle, lower_quartile=lower, upper_quartile=upper)
@@ -25,20 +25,23 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class SwapTimes:
-    """Cost of swapping triplets, and a step's share of it."""
+    """Cost of swapping triplets, and what that adds to a step."""
 
     swap_seconds: float
-    """Commit, draw, rebuild and install all matrices, without decomposition; median."""
+    """Median seconds of a swap of all matrices without decomposition: commit, draw, rebuild and
+    broadcast."""
     redecompose_seconds: float
-    """The same when every matrix ends its round and is decomposed again; measured once."""
+    """Seconds of a swap at which every matrix ends its round and is decomposed again; measured
+    once."""
     iterations_per_round: int
-    """T2: one boundary in so many ends a round."""
+    """T2: the number of swaps in a round, of which the last decomposes again."""
     amortised_seconds: float
-    """Both kinds, spread over the steps between: swap / T3 + (redecompose - swap) / (T3 T2)."""
+    """Seconds of both kinds of swap, spread over the steps between:
+    swap / T3 + (redecompose - swap) / (T3 T2)."""
     share_of_step: float
     """amortised_seconds over the median step seconds."""
     cpu_share_of_step: float
-    """The same of processor seconds, which other processes disturb less."""
+    """Processor seconds of swaps over those of a step; other processes disturb them less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class VariantResult:
 
     variant: Variant
     step_seconds: Spread
-    """Forward, backward, optimizer; no boundary."""
+    """Seconds of forward, backward and optimizer, without a swap."""
     phase_seconds: dict[str, Spread]
     """forward, backward, optimizer (clipping and retraction included)."""
     cpu_seconds: Spread
@@ -55,13 +58,13 @@ class VariantResult:
     step_ratio: Spread
     """Step seconds over those of the dense step of the same round."""
     cpu_ratio: Spread
-    """The same of processor seconds."""
+    """Processor seconds over those of the dense step of the same round."""
     state_bytes: dict[str, int]
     """Counted by use: weights, gradients, moments, bank."""
     formula_bytes: dict[str, int]
-    """By formula, likewise."""
+    """The same uses by formula."""
     boundary: SwapTimes | None
-    """None for dense training."""
+    """Times of its swaps; None for dense training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ class StepBench:
     load_average_at_end: float
     """This process included."""
     other_processors_busy: float
-    """By other processes, on average while steps were timed."""
+    """Processors that other processes used, on average while steps were timed."""
     warning: str | None
     """Set if other processes disturbed the measurement."""
     results: list[VariantResult]

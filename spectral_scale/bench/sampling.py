@@ -14,7 +14,7 @@ SWAPS = 3
 
 Notify = Callable[[str], None]
 Sample = dict[str, float]
-"""Seconds of one step or boundary: `step` in all, `cpu` of this process, and a step's phases."""
+"""Seconds of one step or swap: `step` in all, `cpu` of this process, and a step's phases."""
 
 
 def warm_up(subject: Subject, steps: int) -> dict[str, int]:
@@ -51,9 +51,9 @@ def _timed_step(subject: Subject) -> Sample:
 
 
 def time_swaps(subject: Subject, iterations_per_round: int) -> tuple[Sample, Sample]:
-    """A boundary that only swaps (medians), and one that ends the round of every matrix.
+    """Time swaps without decomposition (medians), and one that ends the round of every matrix.
 
-    Each as `step` and `cpu` seconds. With one iteration a round every boundary ends one.
+    Both are given as `step` and `cpu` seconds. With one iteration in a round they are the same.
     """
     t2 = iterations_per_round
     ends = _timed_swap(subject, t2)
@@ -67,5 +67,5 @@ def _timed_swap(subject: Subject, iteration: int) -> Sample:
     gc.collect()
     timer = StepTimer(subject.synchronize)
     begin = time.process_time()
-    subject.boundary(timer, iteration=iteration)
-    return {"step": timer.take()["boundary"], "cpu": time.process_time() - begin}
+    subject.swap(timer, iteration=iteration)
+    return {"step": timer.take()["swap"], "cpu": time.process_time() - begin}

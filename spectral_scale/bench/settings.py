@@ -34,9 +34,9 @@ class StepSettings:
     sequence_length: int = 512
     """Tokens a sequence."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """As `train.precision`: bf16 has bf16 products and frozen weights, fp32 trained weights."""
+    """Precision, as `train.precision`: bf16 keeps trained weights in fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the step runs."""
+    """Device of the step."""
     threads: int = 1
     """Threads of one operation on the CPU."""
     spectral_rank: int = 64
@@ -46,7 +46,7 @@ class StepSettings:
     warmup_steps: int = 2
     """Untimed steps of each variant before."""
     steps_per_iteration: int = 200
-    """T3, over which a boundary's time is spread."""
+    """T3, the number of steps over which the time of a swap is spread."""
 
 
 def architecture_of(settings: StepSettings) -> Architecture:
@@ -63,7 +63,7 @@ def architecture_of(settings: StepSettings) -> Architecture:
     if taken >= settings.steps_per_iteration:
         raise ConfigError(
             f"{taken} steps given with the warm-up, fewer than --steps-per-iteration "
-            f"{settings.steps_per_iteration} required: no boundary may fall among timed steps"
+            f"{settings.steps_per_iteration} required: no swap may fall among timed steps"
         )
     return architecture
 

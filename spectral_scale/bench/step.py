@@ -59,7 +59,7 @@ def bench_step(settings: StepSettings, notify: Notify = lambda _: None) -> StepB
                 samples,
                 counted=counted[variant],
                 formula=formula_of(settings, variant, architecture),
-                boundary=_boundary(subject, samples[variant], notify),
+                boundary=_swap_times(subject, samples[variant], notify),
             )
             for variant, subject in zip(VARIANTS, subjects, strict=True)
         ]
@@ -104,10 +104,10 @@ def _result(
     )
 
 
-def _boundary(subject: Subject, samples: list[Sample], notify: Notify) -> SwapTimes | None:
+def _swap_times(subject: Subject, samples: list[Sample], notify: Notify) -> SwapTimes | None:
     if subject.controller is None:
         return None
-    notify(f"boundaries of {subject.variant}")
+    notify(f"swaps of {subject.variant}")
     schedule = subject.controller.schedule
     swap, ends = time_swaps(subject, schedule.iterations_per_round)
 

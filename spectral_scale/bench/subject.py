@@ -21,7 +21,7 @@ from spectral_scale.parallel.table import parameter_table
 
 
 class Subject:
-    """Takes steps and boundaries with the parts and defaults that a training run has.
+    """Takes steps and swaps with the parts and defaults that a training run has.
 
     Args:
         settings: the model and the method's settings.
@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def synchronize(self) -> Callable[[], None] | None:
-        """What waits for the device, if it works on its own."""
+        """The function that waits for the device; None if the device is the CPU."""
         return torch.cuda.synchronize if self._backend.device.type == "cuda" else None
 
     def forward_backward(self, timer: StepTimer) -> None:
@@ -79,20 +79,21 @@ class Subject:
             self.workload.backward(output)
 
     def step(self, timer: StepTimer) -> None:
-        """One training step without boundary: forward, backward, then clip, update, retract."""
+        """One training step without a swap: forward, backward, then clip, update, retract."""
         self.forward_backward(timer)
         with timer.phase("optimizer"):
             self._backend.step(clip_grad_norm=self._config.optimizer.clip_grad_norm)
             if self.controller is not None and self.controller.after_step() is not None:
-                raise RuntimeError("a boundary fell among the timed steps")
+                raise RuntimeError("a swap fell among the timed steps")
 
-    def boundary(self, timer: StepTimer, *, iteration: int) -> int:
-        """Begin `iteration` as training does; times `boundary`. Matrices decomposed again."""
+    def swap(self, timer: StepTimer, *, iteration: int) -> int:
+        """Begin `iteration` as training does, timed as `swap`; the number of matrices that were
+        decomposed again."""
         controller = self.controller
         if controller is None:
-            raise RuntimeError(f"{self.variant} has no boundary")
+            raise RuntimeError(f"{self.variant} has no swaps")
         controller.applied_steps = iteration * controller.schedule.steps_per_iteration - 1
-        with timer.phase("boundary"):
+        with timer.phase("swap"):
             report = controller.after_step()
         if report is None or report.iteration != iteration:
             raise RuntimeError(f"iteration {iteration} did not begin")

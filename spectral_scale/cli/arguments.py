@@ -23,7 +23,7 @@ def add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_config(parser: argparse.ArgumentParser) -> None:
-    """What says which run is meant: files, DeepSpeed's customary flags, and any --section.key."""
+    """Add the arguments that describe a run: files, DeepSpeed's customary flags, --section.key."""
     parser.set_defaults(takes_overrides=True)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file")
     parser.add_argument(
@@ -55,13 +55,13 @@ def _deepspeed_flags(arguments: argparse.Namespace) -> list[str]:
 
 
 def add_launcher(parser: argparse.ArgumentParser) -> None:
-    """Where this process stands, for what starts ranks without saying so in the environment."""
+    """Add the flags of rank and rendezvous, for launchers that set no environment variables."""
     group = parser.add_argument_group("ranks (found by themselves under every known launcher)")
     group.add_argument("--rank", type=int, metavar="R", help="0 to below the world size")
     group.add_argument("--world-size", type=int, metavar="N", help="processes of the run")
     for words, name, text in (
         (("--local-rank", "--local_rank"), "L", "position on this host"),
-        (("--master-port", "--master_port"), "PORT", "where the ranks meet"),
+        (("--master-port", "--master_port"), "PORT", "port of the rendezvous"),
     ):
         group.add_argument(*words, type=int, metavar=name, help=text)
     group.add_argument("--master-addr", "--master_addr", metavar="HOST", help="rank 0's host")
@@ -69,7 +69,7 @@ def add_launcher(parser: argparse.ArgumentParser) -> None:
 
 
 def launcher_flags(arguments: argparse.Namespace) -> LauncherFlags:
-    """What `add_launcher`'s arguments say."""
+    """The values of `add_launcher`'s arguments."""
     return LauncherFlags(
         rank=arguments.rank,
         world_size=arguments.world_size,
@@ -98,9 +98,9 @@ def count_or_all(text: str) -> int | None:
 
 def require_one_process(command: str) -> None:
     """Raise ConfigError under a launcher of several processes, which would repeat the work."""
-    facts = detect(LauncherFlags(), os.environ)
-    if facts.world_size > 1:
+    found = detect(LauncherFlags(), os.environ)
+    if found.world_size > 1:
         raise ConfigError(
-            f"{command} runs in one process, but {facts.source} says {facts.world_size}; "
+            f"{command} runs in one process, but {found.source} says {found.world_size}; "
             f"start it without a launcher: spectral-scale {command} ..."
         )

@@ -13,8 +13,8 @@ from spectral_scale.errors import ConfigError
 DESCRIPTION = """Time and memory of one training step: dense AdamW, SST residual, SST factored.
 
 All three take steps in turn, in one process, with the parts and defaults of `train`; a step's time
-is split into forward, backward and optimizer (clipping and retraction included). Boundaries are
-measured by themselves and spread over the steps between them. Persistent state is counted and
+is split into forward, backward and optimizer (clipping and retraction included). Swaps are measured
+by themselves and spread over the steps between them. Persistent state is counted and
 compared with the formula. For figures that mean something, leave the machine otherwise idle; a
 warning says when it was not."""
 
@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
     step.add_argument(
         "--format", choices=("markdown", "json"), default="markdown", help="how it is printed"
     )
-    step.add_argument("--output", type=Path, metavar="FILE", help="write it there, too")
+    step.add_argument("--output", type=Path, metavar="FILE", help="write it to a file as well")
 
 
 _NUMBERS = {
@@ -59,7 +59,7 @@ _NUMBERS = {
     "spectral_rank": "triplets that train at a time",
     "steps": "timed steps of each variant",
     "warmup_steps": "untimed steps before",
-    "steps_per_iteration": "T3, over which boundaries are spread",
+    "steps_per_iteration": "T3, over which the time of swaps is spread",
 }
 
 

@@ -102,7 +102,7 @@ SIGNS = {"ok": "ok     ", "warning": "WARNING", "fault": "FAULT  "}
 
 
 def as_text(findings: "list[Finding]") -> str:
-    """A line a finding, and one for its remedy."""
+    """One line for each finding, and one for its remedy."""
     lines = []
     for finding in findings:
         where = "" if finding.verdict == "ok" else f" (rank {finding.rank}, {finding.host})"

@@ -18,7 +18,7 @@ from spectral_scale.config.load import ResolvedConfig
 from spectral_scale.config.resolve import resolve
 from spectral_scale.errors import ConfigError
 
-DESCRIPTION = """Write the job script of a run, after checking that it can run on so many GPUs.
+DESCRIPTION = """Write the job script of a run, after checking that the run fits on its GPUs.
 
 The scripts themselves are in slurm/, what your site has to set is in slurm/env.sh. Keys of the
 configuration are given as in `spectral-scale train`:
@@ -76,10 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _facts(run_dir: Path) -> str:
-    """What a job script must know, as quoted assignments of the shell."""
+    """Run folder and rendezvous of a job, as quoted assignments of the shell."""
     address, port = job_rendezvous(os.environ)
-    facts = {"run_dir": str(run_dir), "master_addr": address, "master_port": str(port)}
-    return "\n".join(f"{name}={shlex.quote(value)}" for name, value in facts.items())
+    values = {"run_dir": str(run_dir), "master_addr": address, "master_port": str(port)}
+    return "\n".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
 
 
 def _conclude(code: int, run_dir: Path, *, since: float) -> int:

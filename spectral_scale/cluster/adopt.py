@@ -14,14 +14,14 @@ NO_FLAGS = LauncherFlags()
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where this process stands, and what to log about it once there is a log."""
+    """Rank of this process, and what to log about it once there is a log."""
 
     rank_info: RankInfo
     """Rank, world size, local rank, and which source said so."""
     note: str
-    """One line: the source, the meeting place and the interfaces."""
+    """One line: the source, the rendezvous address and the interfaces."""
     warning: str | None = None
-    """What is probably not what the user wanted."""
+    """A warning about a setting that the user probably did not intend, or None."""
 
 
 def adopt_launcher(

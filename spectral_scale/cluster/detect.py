@@ -1,9 +1,9 @@
-"""Where this process stands: flags, torch's variables, MPI's, SLURM's, or alone, in that order."""
+"""Rank of this process from the first source that knows: flags, variables of torch, MPI, SLURM."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from spectral_scale.cluster.launchers import OPEN_MPI, PMI, SLURM, read_facts
+from spectral_scale.cluster.launchers import OPEN_MPI, PMI, SLURM, read_rank_info
 from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.rank_info import RankInfo, detect_rank_info
 
@@ -13,7 +13,7 @@ AGENTS = ("GROUP_WORLD_SIZE", "CROSS_SIZE")
 
 @dataclass(frozen=True, kw_only=True)
 class LauncherFlags:
-    """What was said on the command line; all optional."""
+    """Values given on the command line, all of them optional."""
 
     rank: int | None = None
     world_size: int | None = None
@@ -27,7 +27,8 @@ class LauncherFlags:
 
 
 def detect(flags: LauncherFlags, environment: Mapping[str, str]) -> RankInfo:
-    """What the first source that knows says. Raises ConfigError where sources contradict."""
+    """Rank and world size from the first source that knows them. Raises ConfigError if sources
+    contradict each other."""
     found = list(_sources(flags, environment))
     if not found:
         rank_info = RankInfo()
@@ -51,10 +52,10 @@ def outside_a_step(rank_info: RankInfo, environment: Mapping[str, str]) -> int |
 def _sources(flags: LauncherFlags, environment: Mapping[str, str]) -> Iterator[RankInfo]:
     if flags.rank is not None or flags.world_size is not None:
         yield _from_flags(flags)
-    slurm, pmi = read_facts(SLURM, environment), read_facts(PMI, environment)
+    slurm, pmi = read_rank_info(SLURM, environment), read_rank_info(PMI, environment)
     if slurm and pmi and (slurm.rank, slurm.world_size) == (pmi.rank, pmi.world_size):
         pmi = None  # srun --mpi=pmi2: SLURM's own variables say more
-    launched = [f for f in (read_facts(OPEN_MPI, environment), pmi, slurm) if f is not None]
+    launched = [f for f in (read_rank_info(OPEN_MPI, environment), pmi, slurm) if f is not None]
     if "RANK" in environment or (not launched and "WORLD_SIZE" in environment):
         yield detect_rank_info(environment)
     yield from launched

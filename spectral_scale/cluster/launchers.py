@@ -15,7 +15,7 @@ class Launcher:
     """One launcher's variables; of several names the first that is set counts."""
 
     name: str
-    """As it is logged."""
+    """Name of the launcher in the log."""
     rank: str
     """Variable of 0 .. world size - 1."""
     world_size: str
@@ -27,7 +27,7 @@ class Launcher:
 
     @property
     def source(self) -> str:
-        """What a log line and an error call it."""
+        """Name of the launcher in log lines and errors."""
         return f"{self.name} ({self.rank}, {self.world_size})"
 
 
@@ -53,7 +53,7 @@ SLURM = Launcher(
 )
 
 
-def read_facts(launcher: Launcher, environment: Environment) -> RankInfo | None:
+def read_rank_info(launcher: Launcher, environment: Environment) -> RankInfo | None:
     """What `launcher` says; None if it started nothing here. Raises ConfigError if it is garbled.
 
     A batch script has SLURM_PROCID too, but no step: only srun's tasks are ranks.

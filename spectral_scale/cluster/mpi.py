@@ -1,4 +1,4 @@
-"""mpi4py, for what MPI's variables cannot say: on which host and port the ranks are to meet."""
+"""mpi4py, for what MPI's variables cannot say: host and port of the rendezvous."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def agree_on_address(rank_info: RankInfo, address: str, port: int) -> tuple[str,
 
 
 def _broadcast(world: Any, address: str, port: int) -> tuple[str, int]:
-    """As bytes, not as a pickled object."""
+    """Broadcast a text as bytes, not as a pickled object."""
     data = bytearray(f"{address} {port}".encode().ljust(MESSAGE_BYTES))
     world.Bcast(data, root=0)
     text, number = bytes(data).decode().split()

@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet: an address and a port that all of them know without asking."""
+"""Rendezvous of a run: an address and a port that all ranks derive without communication."""
 
 import hashlib
 import socket
@@ -29,7 +29,7 @@ class Rendezvous:
     port: int
     """TCP port."""
     source: str
-    """Where they came from, for the log."""
+    """Source of the address and the port, for the log."""
 
 
 def find_rendezvous(
@@ -112,7 +112,7 @@ def _from_mpi(
 
 
 def _hydra_job() -> str | None:
-    """What all ranks that Hydra started on this host share; None under another launcher."""
+    """Identifier of the ranks that Hydra started on this host; None under other launchers."""
     parents = psutil.Process().parents()
     proxy = next((parent for parent in parents if parent.name() == _HYDRA), None)
     return None if proxy is None else f"{_HYDRA} {proxy.pid}"

@@ -21,7 +21,7 @@ class RequeueDecision:
     code: int
     """The job's exit code."""
     requeue: bool
-    """Whether the job is to be started again."""
+    """Whether SLURM should start the job again."""
     reason: str
     """For the log."""
 

@@ -71,5 +71,5 @@ def _one_line(name: str, value: str) -> str:
 
 
 def tasks_a_node(launcher: str, ranks_a_node: int) -> int:
-    """What --ntasks-per-node must be for so many ranks a node."""
+    """Value of --ntasks-per-node for the given number of ranks on each node."""
     return 1 if launcher in ONE_TASK_A_NODE else ranks_a_node

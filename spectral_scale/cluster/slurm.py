@@ -1,4 +1,4 @@
-"""What SLURM's variables say about a job: hosts, tasks a host, a port of its own."""
+"""A job's hosts, tasks per host and port of its own, read from SLURM's variables."""
 
 import itertools
 import re
@@ -28,7 +28,7 @@ def expand_hosts(nodelist: str) -> list[str]:
 
 
 def _split(nodelist: str) -> list[str]:
-    """At the commas that are outside brackets."""
+    """Split a node list at the commas that are outside brackets."""
     return re.split(r",(?![^\[]*\])", nodelist.strip())
 
 

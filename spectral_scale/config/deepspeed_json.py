@@ -36,7 +36,7 @@ DYNAMIC_LOSS_SCALE = {
     "fp16.hysteresis": 2,
     "fp16.min_loss_scale": 1,
 }
-"""DeepSpeed's own defaults, written out: doubled after so many steps without overflow."""
+"""DeepSpeed's own defaults: the scale doubles after `loss_scale_window` steps without overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +90,8 @@ def resolve_deepspeed(
         ConfigError: lists every key of the file that contradicts the run or is refused.
     """
     path = config.parallel.deepspeed_config
-    shared = _shared(config, world_size)
-    problems = [*_contradictions(given, shared), *_refusals(given)]
+    common = _common(config, world_size)
+    problems = [*_contradictions(given, common), *_refusals(given)]
     if given.get("flops_profiler.enabled") is True and zero_stage(config.parallel) == 3:
         problems.append(
             "flops_profiler.enabled=true is refused in stage 3: it runs on rank 0 alone, whose "
@@ -104,10 +104,10 @@ def resolve_deepspeed(
         )
     if problems:
         raise ConfigError(f"{path} does not fit the run:\n  - " + "\n  - ".join(problems))
-    _warn_unknown(given, shared, path)
+    _warn_unknown(given, common, path)
     passed = {k: v for k, v in given.items() if k in PASSED_ON or _section(k) in PASSED_ON_SECTIONS}
     concrete = {k: v for k, v in passed.items() if v != "auto"}
-    initialize = _nested(_defaults(config, architecture) | concrete | _fixed(config, shared))
+    initialize = _nested(_defaults(config, architecture) | concrete | _fixed(config, common))
     return DeepSpeedSettings(initialize=initialize, cpu_adam=given.get(CPU_ADAM, "auto"))
 
 
@@ -126,12 +126,12 @@ def read_deepspeed_json(path: str | None) -> dict[str, Any]:
     return dict(_flat(value))
 
 
-def _shared(config: RunConfig, world_size: int) -> dict[str, tuple[str, Any]]:
+def _common(config: RunConfig, world_size: int) -> dict[str, tuple[str, Any]]:
     """Key of the JSON -> (what says it in the run, value)."""
     train, optimizer = config.train, config.optimizer
     accumulation = gradient_accumulation_steps(config, world_size=world_size)
     stage, offload = zero_stage(config.parallel), config.parallel.offload
-    shared: dict[str, tuple[str, Any]] = {
+    common: dict[str, tuple[str, Any]] = {
         "train_batch_size": ("train.global_batch_size", train.global_batch_size),
         "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
         "gradient_accumulation_steps": (
@@ -150,7 +150,7 @@ def _shared(config: RunConfig, world_size: int) -> dict[str, tuple[str, Any]]:
         "optimizer.params.eps": ("optimizer.eps", optimizer.eps),
         "optimizer.params.weight_decay": ("optimizer.weight_decay", optimizer.weight_decay),
     }
-    return shared
+    return common
 
 
 def _defaults(config: RunConfig, architecture: Architecture) -> dict[str, Any]:
@@ -173,9 +173,9 @@ def _defaults(config: RunConfig, architecture: Architecture) -> dict[str, Any]:
     return defaults
 
 
-def _fixed(config: RunConfig, shared: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
-    """What the run says, and what the backend relies on."""
-    own = {k: v for k, (_, v) in shared.items() if not k.startswith("optimizer.")}
+def _fixed(config: RunConfig, common: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Values that the run or the backend decides, whatever the file says."""
+    own = {k: v for k, (_, v) in common.items() if not k.startswith("optimizer.")}
     if config.parallel.offload == "none":
         own = {k: v for k, v in own.items() if k not in (OFFLOAD, OFFLOAD_WEIGHTS)}
     elif zero_stage(config.parallel) != 3:
@@ -188,8 +188,8 @@ def _fixed(config: RunConfig, shared: Mapping[str, tuple[str, Any]]) -> dict[str
     }
 
 
-def _contradictions(given: Mapping[str, Any], shared: Mapping[str, Any]) -> Iterator[str]:
-    for key, (source, value) in shared.items():
+def _contradictions(given: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[str]:
+    for key, (source, value) in common.items():
         found = given.get(key, "auto")
         if found != "auto" and not _equal(found, value):
             yield (
@@ -226,8 +226,8 @@ def _switched_off(key: str, value: Any) -> bool:
     return key.endswith(".enabled") and value is False
 
 
-def _warn_unknown(given: Mapping[str, Any], shared: Mapping[str, Any], path: str | None) -> None:
-    known = [*PASSED_ON, *shared, *REFUSED]
+def _warn_unknown(given: Mapping[str, Any], common: Mapping[str, Any], path: str | None) -> None:
+    known = [*PASSED_ON, *common, *REFUSED]
     for key in given:
         refused = any(key == r or key.startswith(f"{r}.") for r in REFUSED)
         if key in known or refused or _section(key) in PASSED_ON_SECTIONS:

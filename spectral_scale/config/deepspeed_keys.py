@@ -1,4 +1,4 @@
-"""What a DeepSpeed JSON may say: the keys it shares with the run, those passed on, those refused.
+"""Keys of a DeepSpeed JSON: those passed on to DeepSpeed, and those refused.
 
 Keys are written with dots. A refusal names the values that are harmless and why others are not.
 """
@@ -50,8 +50,8 @@ _MICS = (
 )
 _OWN_LOOP = "the run has its own; remove it"
 _HPZ = (
-    "DeepSpeed renews its second copy of the weights for trained ones alone, so that after a swap "
-    "frozen ones would be those of the last iteration; to shard within a machine use HSDP: "
+    "DeepSpeed renews its second replica of the weights for trained ones alone, so that after a "
+    "swap frozen ones would be those of the last iteration; to shard within a machine use HSDP: "
     "parallel.backend=fsdp2 with parallel.shard_group=<GPUs of a machine>"
 )
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {

@@ -24,7 +24,7 @@ class Architecture:
     hidden_size: int
     """Width of the residual stream."""
     num_layers: int
-    """Blocks."""
+    """Number of transformer blocks."""
     num_heads: int
     """Attention heads."""
     num_kv_heads: int
@@ -40,7 +40,7 @@ class Architecture:
     pre_norm: bool = True
     """Normalise before (True) or after (OPT-350M) each sub-layer."""
     tied_embeddings: bool = False
-    """The output layer shares the token embedding."""
+    """Whether the output layer is the token embedding."""
 
     @property
     def head_size(self) -> int:

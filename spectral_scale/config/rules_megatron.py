@@ -7,14 +7,14 @@ from spectral_scale.config.schema import RunConfig
 
 
 def megatron_run_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
-    """What a run on megatron-core cannot do, and what to change; nothing on other backends."""
+    """Settings that megatron-core cannot run, and what to change; nothing on other backends."""
     if config.parallel.backend != "megatron":
         return
     yield from megatron_problems(architecture)
     parts, length = config.parallel.tensor_parallel, config.model.sequence_length
     if config.parallel.sequence_parallel and parts > 0 and length % parts:
         yield (
-            f"model.sequence_length={length} cannot be shared by parallel.tensor_parallel={parts} "
+            f"model.sequence_length={length} cannot be split over parallel.tensor_parallel={parts} "
             f"ranks; set it to a multiple of {parts}, or parallel.sequence_parallel=false"
         )
     if config.spectral.direction_lr_scaling != "none":

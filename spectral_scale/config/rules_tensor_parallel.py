@@ -11,7 +11,7 @@ from spectral_scale.config.presets import Architecture
 def tensor_parallel_problems(
     architecture: Architecture, tensor_parallel: int, *, world_size: int | None = None
 ) -> Iterator[str]:
-    """Everything that cannot be cut into `tensor_parallel` equal parts, and what to change."""
+    """Every size that `tensor_parallel` does not divide, and what to change."""
     tp = tensor_parallel
     if tp < 1:
         yield f"parallel.tensor_parallel={tp} must be at least 1"
@@ -19,7 +19,7 @@ def tensor_parallel_problems(
     if world_size is not None and world_size % tp:
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
         yield f"parallel.tensor_parallel={tp} must divide the {world_size} ranks; one of {divisors}"
-    for what, size, remedy in _cut_sizes(architecture):
+    for what, size, remedy in _sharded_sizes(architecture):
         if size % tp:
             below, above = size - size % tp, size - size % tp + tp
             near = f"{below} or {above}" if below else str(above)
@@ -31,13 +31,13 @@ def tensor_parallel_problems(
 
 
 def allowed_sizes(architecture: Architecture, *, limit: int) -> list[int]:
-    """Sizes up to `limit` that cut everything into equal parts."""
-    sizes = [size for _, size, _ in _cut_sizes(architecture)]
+    """Numbers of tensor-parallel ranks, up to `limit`, that divide every size."""
+    sizes = [size for _, size, _ in _sharded_sizes(architecture)]
     return [tp for tp in range(1, limit + 1) if not any(size % tp for size in sizes)]
 
 
-def _cut_sizes(architecture: Architecture) -> Iterator[tuple[str, int, str]]:
-    """(what is cut, its size, what could be changed about it)."""
+def _sharded_sizes(architecture: Architecture) -> Iterator[tuple[str, int, str]]:
+    """(what is sharded, its size, how the size could be changed)."""
     heads = "set the number of heads to {near}"
     yield "attention heads", architecture.num_heads, heads
     if architecture.num_kv_heads != architecture.num_heads:

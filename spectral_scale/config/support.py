@@ -1,4 +1,4 @@
-"""What a backend can be asked for, and how an answer looks. No torch here."""
+"""The features of the capability table, and the form of its answers. No torch here."""
 
 from dataclasses import dataclass
 

@@ -20,15 +20,15 @@ class PlannedRun:
     """The run that is to be started; the defaults are those of no run in particular."""
 
     run_dir: Path
-    """Where it is to be written."""
+    """Folder that the run is to be written to."""
     backend: str | None = None
     """parallel.backend."""
     device: str = "auto"
     """train.device."""
     checkpoint_bytes: int = 0
-    """Of one checkpoint."""
+    """Bytes of one checkpoint; 0 if unknown."""
     kept: int = 1
-    """Checkpoints kept."""
+    """Number of checkpoints that are kept."""
 
 
 def examine(subject: PlannedRun, rank_info: RankInfo) -> list[Finding]:
@@ -62,7 +62,8 @@ def _signed(finding: Finding, rank: int) -> Finding:
 
 
 def _condensed(findings: list[Finding]) -> Iterator[Finding]:
-    """What is well is said once, by the first rank that says it; faults by every rank."""
+    """Each healthy finding once, from the first rank that has it; all other findings from all
+    ranks."""
     said: set[str] = set()
     for finding in findings:
         if finding.verdict == "ok" and finding.name in said:

@@ -1,4 +1,4 @@
-"""What an examination found, and what to do about it."""
+"""Results of an examination, each with its remedy."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -9,15 +9,15 @@ Verdict = Literal["ok", "warning", "fault"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at, on one rank."""
+    """One result of the examination of one rank."""
 
     name: str
-    """What was looked at."""
+    """The part that was examined."""
     verdict: Verdict
     text: str
-    """What was found."""
+    """The result, for a person."""
     remedy: str = ""
-    """What to do; empty if all is well."""
+    """How to correct it; empty for a healthy part."""
     rank: int = 0
     host: str = ""
 
@@ -27,20 +27,20 @@ class Finding:
 
 
 def ok(name: str, text: str) -> Finding:
-    """All is well."""
+    """A finding that needs no action."""
     return Finding(name=name, verdict="ok", text=text)
 
 
 def warning(name: str, text: str, remedy: str) -> Finding:
-    """A run would work, but worse."""
+    """A finding with which a run works, but worse."""
     return Finding(name=name, verdict="warning", text=text, remedy=remedy)
 
 
 def fault(name: str, text: str, remedy: str) -> Finding:
-    """A run would fail."""
+    """A finding with which a run fails."""
     return Finding(name=name, verdict="fault", text=text, remedy=remedy)
 
 
 def exit_code(findings: list[Finding]) -> int:
-    """1 if there is a fault, else 0."""
+    """Exit code of the command: 1 if there is a fault, else 0."""
     return int(any(finding.verdict == "fault" for finding in findings))

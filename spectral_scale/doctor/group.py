@@ -13,7 +13,7 @@ from spectral_scale.parallel.collective import Collective
 CLOCK_SECONDS = 2.0
 """Clocks that differ more than this make logs, leases and job ends hard to compare."""
 SLOW = 0.8
-"""A GPU below this share of the median is slow."""
+"""A GPU below this fraction of the median speed is slow."""
 REPEATS = 5
 
 

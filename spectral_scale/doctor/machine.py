@@ -24,10 +24,10 @@ OPEN_FILES = 4096
 SOCKET_NAME_BYTES = 107
 """The longest name of a UNIX socket."""
 SOCKET_TAIL_BYTES = 35
-"""What Python's multiprocessing appends to the temporary folder to name a socket."""
+"""Longest suffix that Python's multiprocessing appends to the temporary folder to name a socket."""
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_BYTES_PER_GPU = 64 << 20
-"""What NCCL may take between the GPUs of a host."""
+"""Shared memory that NCCL may need between the GPUs of a host."""
 
 
 def versions() -> dict[str, str]:
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def examine_machine(rank_info: RankInfo, backend: str | None) -> Iterator[Finding]:
-    """Everything about this host that needs no other one.
+    """Examine everything about this host that needs no other host.
 
     Args:
         rank_info: where this process stands.
@@ -211,7 +211,7 @@ def _ports() -> Finding:
         return fault(
             "ports",
             f"no port of {host} can be listened on and reached: {error}",
-            f"allow TCP among the job's hosts: {PORTS.start} to {PORTS.stop - 1} for the meeting "
+            f"allow TCP among the job's hosts: {PORTS.start} to {PORTS.stop - 1} for rendezvous "
             "(or MASTER_PORT), and those that the system hands out, for gloo and NCCL",
         )
 

@@ -77,15 +77,15 @@ class Run:
     model: PreTrainedModel
     """The model itself, for evaluation and state."""
     forward: nn.Module
-    """What the training forward is called on."""
+    """The module that the training forward pass calls."""
     table: ParameterTable
     """Logical parameters."""
     optimizer: torch.optim.Optimizer
-    """Its groups carry `name`, `fqns`, `base_lr`, `spectral`."""
+    """The optimizer; its groups carry `name`, `fqns`, `base_lr`, `spectral`."""
     controller: MethodController | None
-    """What the method does between steps; None for dense training."""
+    """The method's actions between steps; None for dense training."""
     gradient_filter: SpectralFilter | None
-    """What happens to gradients before they are clipped; None: nothing."""
+    """Filter of gradients before they are clipped; None: there is none."""
     loader: TrainLoader
     """Training batches by step."""
     validation: ValidationLoader | None
@@ -93,11 +93,11 @@ class Run:
     checkpoints: CheckpointManager
     """Saves and finds checkpoints."""
     identity: dict[str, Any]
-    """What a resumed run must share."""
+    """Settings that must be equal in a resumed run; see `engine.identity`."""
     start_step: int = 0
     """Steps already taken."""
     skipped_steps: int = 0
-    """Those among them that updated nothing, because fp16 gradients overflowed."""
+    """Steps among them that updated nothing, because fp16 gradients overflowed."""
     autocast: torch.dtype | None = None
     """Compute dtype of the forward pass, if it differs from the weights'."""
     saved_state: Mapping[str, Any] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Run:
         return self.resolved.architecture
 
     def state_chunks(self) -> list[TensorChunk]:
-        """What this rank saves of the run's tensors; views, valid until the next step."""
+        """The tensors that this rank saves, as views that are valid until the next step."""
         chunks = list(self.backend.state_chunks())
         if self.controller is not None:
             chunks += [whole(name, tensor) for name, tensor in self.controller.state_tensors()]
@@ -329,7 +329,7 @@ def _build_loaders(
 
 
 def initial_weights(config: RunConfig) -> InitialWeights:
-    """Where the run starts from: the folder of `model.path`, or the seed. Raises ConfigError."""
+    """Initial weights from the folder of `model.path`, or drawn by the seed. Raises ConfigError."""
     if config.model.path is not None:
         return FolderWeights(Path(config.model.path))
     return KeyedWeights(config.train.seed)

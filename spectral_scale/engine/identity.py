@@ -1,4 +1,4 @@
-"""What must be the same to continue from a checkpoint."""
+"""The identity of a run: settings that must be the same to continue from a checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def model_identity(config: RunConfig, architecture: Architecture) -> dict[str, A
 def run_identity(
     config: RunConfig, architecture: Architecture, loader: TrainLoader
 ) -> dict[str, Any]:
-    """Flat JSON facts that a resumed run must share with its checkpoint."""
+    """Flat JSON values that must be equal in a resumed run and its checkpoint."""
     values = to_dict(config)
     facts = model_identity(config, architecture)
     facts["model.dropout"] = config.model.dropout

@@ -65,7 +65,7 @@ def check_folder(folder: Path, model: PreTrainedModel) -> FolderReport:
     unused = sorted(set(weights.names) - used)
     if unused:
         logger.warning("%s: %d stored tensors are not used: %s", folder, len(unused), unused[:5])
-    dtypes = sorted({weights.facts(name)[1] for name in used})
+    dtypes = sorted({weights.shape_and_dtype(name)[1] for name in used})
     return FolderReport(parameters=elements, dtypes=dtypes, unused=unused)
 
 
@@ -118,7 +118,7 @@ def _problem(
     if weights.stored_name(fqns[0]) is None:
         return f"no weight {fqns[0]}, only {stored[0]} which is tied to it; store it as {fqns[0]}"
     for name in stored:
-        found = weights.facts(name)[0]
+        found = weights.shape_and_dtype(name)[0]
         if found != shape:
             return f"{name} has shape {found}, {CONFIG_NAME} asks for {shape}"
     if len(stored) > 1 and not torch.equal(weights.read(stored[0]), weights.read(stored[1])):

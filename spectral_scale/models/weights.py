@@ -20,13 +20,13 @@ INIT_STD = 0.02
 
 
 class InitialWeights(Protocol):
-    """Where a run's initial dense weights come from."""
+    """Source of a run's initial dense weights."""
 
     def get(self, fqn: str, shape: tuple[int, ...]) -> Tensor:
         """The float32 CPU value of one dense weight."""
 
     def fingerprint(self) -> str:
-        """The same for the same weights, however they are reached."""
+        """A digest that is equal for equal weights, wherever they are stored."""
 
 
 class KeyedWeights:
@@ -50,7 +50,7 @@ class KeyedWeights:
 
 
 class FolderWeights:
-    """Read from a transformers folder of safetensors files; pickled weights are refused."""
+    """Weights read from a transformers folder of safetensors files; pickled weights are refused."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class FolderWeights:
         """The file's name of a weight, which may lack the base model's prefix; None if absent."""
         return next((n for n in (fqn, fqn.removeprefix("model.")) if n in self._file_of), None)
 
-    def facts(self, name: str) -> tuple[tuple[int, ...], str]:
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and safetensors dtype code of a stored tensor, without reading it."""
         with self._open(name) as file:
             stored = file.get_slice(name)

@@ -16,7 +16,7 @@ Fit = Literal["fits", "tight", "no"]
 RESERVED_BYTES = 2e9
 """CUDA's context, NCCL's buffers and libraries."""
 FITS, TIGHT = 0.85, 0.97
-"""Shares of the memory; what is left is for fragmentation and for what the formulas leave out."""
+"""Fractions of the memory; the rest is for fragmentation and for what the formulas leave out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +34,17 @@ class Plan:
     memory: dict[str, int]
     """Part -> bytes, `activations` and `reserved` included."""
     peak_bytes: int
-    """The larger of a step's and a boundary's need."""
+    """The larger of what a step needs and what a swap needs."""
     host_bytes: int
-    """Offloaded to the host's memory, a rank."""
+    """Bytes of a rank that are offloaded to host memory."""
     checkpoint_bytes: int
-    """Of one checkpoint on disk, all ranks together."""
+    """Bytes of one checkpoint on disk, all ranks together."""
     step_traffic_bytes: int
-    """Over each rank's links in an optimizer step."""
+    """Bytes over each rank's links in an optimizer step."""
     boundary_traffic_bytes: int
-    """The same at a swap, merge or refresh."""
+    """Bytes over each rank's links at a swap, merge or refresh."""
     boundary_every_steps: int
-    """Steps between two of them; 0: there is none."""
+    """Number of steps between swaps, merges or refreshes; 0: there are none."""
     gpu_memory_bytes: float
     verdict: Fit
     assumptions: tuple[str, ...]
@@ -102,8 +102,8 @@ def plan_run(run: ResolvedRun, *, gpu_memory_bytes: float) -> Plan:
         host_bytes=needs.host,
         checkpoint_bytes=checkpoint_bytes(config, inventory),
         step_traffic_bytes=traffic.step,
-        boundary_traffic_bytes=traffic.boundary,
-        boundary_every_steps=_boundary_every(config),
+        boundary_traffic_bytes=traffic.swap,
+        boundary_every_steps=_swap_every(config),
         gpu_memory_bytes=gpu_memory_bytes,
         verdict=verdict(peak, gpu_memory_bytes),
         assumptions=(
@@ -129,7 +129,7 @@ def _with_vocabulary(run: ResolvedRun) -> tuple[ResolvedRun, tuple[str, ...]]:
 
 
 def verdict(peak_bytes: float, gpu_memory_bytes: float) -> Fit:
-    """How a peak stands to a device's memory."""
+    """Whether a peak fits into a device's memory."""
     share = peak_bytes / gpu_memory_bytes
     return "fits" if share <= FITS else "tight" if share <= TIGHT else "no"
 
@@ -155,7 +155,7 @@ def checkpoint_bytes(config: RunConfig, inventory: Inventory) -> int:
     return itemsize * (3 * inventory.numel(trainable=True) + owned) + bases + filtered
 
 
-def _boundary_every(config: RunConfig) -> int:
+def _swap_every(config: RunConfig) -> int:
     swaps = config.spectral.method in ("sst", "relora", "galore")
     return config.spectral.steps_per_iteration if swaps else 0
 

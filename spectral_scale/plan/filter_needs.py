@@ -1,4 +1,4 @@
-"""What the spectral filter keeps, needs while it runs, and sends: formulas, not measurements."""
+"""Memory and traffic of the spectral filter: formulas, not measurements."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from spectral_scale.plan.inventory import Inventory
 
 @dataclass(frozen=True, kw_only=True)
 class FilterNeeds:
-    """Bytes on the fullest rank, and of a rank's messages."""
+    """Bytes on the fullest rank, and bytes of a rank's messages."""
 
     kept: int = 0
     """Graphs, sampled means and values, and the anchors of a joint loss."""
     workspace: int = 0
-    """What an exchange, or the change since the anchors, holds while the filter runs."""
+    """Buffers of an exchange, or of the change since the anchors, while the filter runs."""
     saved: int = 0
-    """In a checkpoint, all ranks together."""
+    """Bytes in a checkpoint, all ranks together."""
     exchanged: int = 0
-    """Of all-to-alls that a rank sends in an optimizer step, at most: graphs that lie on one rank
-    stay there."""
+    """Bytes that a rank sends in all-to-alls of an optimizer step, at most: graphs that lie on one
+    rank stay there."""
     reduced: int = 0
-    """Of all-reduces that a rank sends in an optimizer step that is not measured."""
+    """Bytes that a rank sends in all-reduces of an optimizer step that is not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +65,22 @@ def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) ->
         for fqn, n in numels.items()
     }
     sharding = _sharding_of(config, world_size)
-    resting = sum(_share(size, sharding.num_shards(fqn)) for fqn, size in kept_by_name.items())
-    of_pieces = sum(kept_by_name.values())
+    state = sum(_share(size, sharding.num_shards(fqn)) for fqn, size in kept_by_name.items())
+    of_shards = sum(kept_by_name.values())
     if settings.nodes == "block_gains":
         reduced = round(2 * 8 * len(numels) * (sharding.ranks - 1) / sharding.ranks)
-        return FilterNeeds(kept=resting, saved=of_pieces, reduced=reduced)
+        return FilterNeeds(kept=state, saved=of_shards, reduced=reduced)
     means = [itemsize * _sampled(group, settings.nodes, numels) for group in groups]
     graphs = [_graph_bytes(config, group.num_nodes, itemsize) for group in groups]
-    saved = of_pieces + (sum(means) if settings.graph == "knn" else 0)
+    saved = of_shards + (sum(means) if settings.graph == "knn" else 0)
     if sharding.ranks == 1 or settings.nodes == "layers":
         shares = (
             _share(m, sharding.num_shards(g.fqns[0])) for m, g in zip(means, groups, strict=True)
         )
-        kept = resting + sum(graphs) + sum(shares)
+        kept = state + sum(graphs) + sum(shares)
     else:
         both = [mean + graph for mean, graph in zip(means, graphs, strict=True)]
-        kept = resting + _fullest(groups, numels, both, sharding.ranks)
+        kept = state + _fullest(groups, numels, both, sharding.ranks)
     moved = sharding.ranks > 1 and not (settings.nodes == "layers" and sharding.aligned)
     workspace = (
         itemsize * _largest_change(groups, numels, sharding) if settings.joint_loss_mu else 0
@@ -123,7 +123,7 @@ def _sampled(group: NodeGroup, nodes: str, numels: dict[str, int]) -> int:
 
 
 def _graph_bytes(config: RunConfig, nodes: int, itemsize: int) -> int:
-    """Of the Laplacian, and of what filters: dense matrices, or one more sparse one."""
+    """Bytes of the Laplacian and of the filter matrices, dense or one more sparse one."""
     passive = config.filter.kind in ("identity", "none")
     if nodes <= EXACT_NODES:
         return itemsize * nodes * nodes * (2 if passive else 3)

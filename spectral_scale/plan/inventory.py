@@ -12,15 +12,15 @@ class Item:
     """One logical parameter."""
 
     fqn: str
-    """Its name."""
+    """Name of the parameter."""
     shape: tuple[int, ...]
-    """Whole, before any sharding."""
+    """Global shape, before any sharding."""
     numel: int
     """Elements."""
     trainable: bool
     """Whether the optimizer sees it."""
     role: str
-    """Its part: see `parallel.table.Role`."""
+    """Part that it plays in a layer; see `parallel.table.Role`."""
     itemsize: int
     """Bytes of an element in training on the torch backend."""
     block: int | None
@@ -32,22 +32,22 @@ class Inventory:
     """The converted model's parameters and the dense matrices they stand for."""
 
     items: tuple[Item, ...]
-    """In the model's order; a shared parameter once."""
+    """Parameters in the model's order, tied ones once."""
     matrices: dict[str, tuple[int, int]]
     """Converted layer -> (m, n); empty for methods that convert none."""
     architecture: Architecture
     """The model's shapes."""
 
     def numel(self, *, trainable: bool, in_blocks: bool | None = None) -> int:
-        """Elements of these kinds."""
+        """Elements of trained or frozen parameters, inside or outside the blocks."""
         return sum(item.numel for item in self._select(trainable, in_blocks))
 
     def nbytes(self, *, trainable: bool, in_blocks: bool | None = None) -> int:
-        """Bytes of these kinds."""
+        """Bytes of trained or frozen parameters, inside or outside the blocks."""
         return sum(item.numel * item.itemsize for item in self._select(trainable, in_blocks))
 
     def largest_block(self, *, trainable: bool) -> int:
-        """Elements of these in the block that has most."""
+        """Elements of trained or frozen parameters in the block that has most of them."""
         totals: dict[int, int] = {}
         for item in self._select(trainable, in_blocks=True):
             if item.block is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """Bytes of whole messages."""
+    """Bytes of whole messages, by collective operation."""
 
     all_gather: float = 0
     reduce_scatter: float = 0

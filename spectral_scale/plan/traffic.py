@@ -1,4 +1,4 @@
-"""Bytes that collectives carry a step and a boundary, by formula, per rank on a ring."""
+"""Bytes that collectives carry per step and per swap, by formula, for each rank of a ring."""
 
 from dataclasses import dataclass, replace
 
@@ -19,36 +19,35 @@ from spectral_scale.plan.tensor_parallel_traffic import rank_shard, tensor_paral
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes over each rank's links."""
+    """Bytes that each rank's links carry."""
 
     step: int
     """Gradients, gathered weights and what the spectral filter exchanges in an optimizer step."""
-    boundary: int
+    swap: int
     """New factors and frozen weights at a swap, merge or refresh, on top of the step's."""
 
 
 def traffic_of(run: ResolvedRun, inventory: Inventory) -> Traffic:
     """The bytes for the run's backend; nothing for one process."""
     config, world_size = run.config, run.world_size
-    line = config.parallel.tensor_parallel
-    group, copies = _groups(config, world_size)
+    group, replicas = _groups(config, world_size)
     payload = step_payload(run, rank_shard(config, inventory))
-    cut, copied = replace(payload, all_reduce=0), Payload(all_reduce=payload.all_reduce)
-    moved = cut.ring_bytes(group) + copied.ring_bytes(copies)
-    in_line = tensor_parallel_payload(run, inventory)
-    moved += in_line.ring_bytes(line)
+    sharded, summed = replace(payload, all_reduce=0), Payload(all_reduce=payload.all_reduce)
+    moved = sharded.ring_bytes(group) + summed.ring_bytes(replicas)
+    within = tensor_parallel_payload(run, inventory)
+    moved += within.ring_bytes(config.parallel.tensor_parallel)
     filtered = filter_needs(config, inventory, world_size=world_size)
     moved += filtered.exchanged + filtered.reduced
-    boundary = Payload(all_gather=swap_payload(config, inventory)).ring_bytes(world_size)
+    swap = Payload(all_gather=swap_payload(config, inventory)).ring_bytes(world_size)
     if config.spectral.method == "galore":
         owners = projection_group(config.parallel, world_size)
         moved += _to_owners_and_back(config, inventory, owners)
-        boundary = _projectors(config, inventory) * (1 - owners / world_size)
-    return Traffic(step=round(moved), boundary=round(boundary))
+        swap = _projectors(config, inventory) * (1 - owners / world_size)
+    return Traffic(step=round(moved), swap=round(swap))
 
 
 def _groups(config: RunConfig, world_size: int) -> tuple[int, int]:
-    """Ranks over which what is gathered is cut, and ranks whose gradients are summed as wholes."""
+    """Ranks of a shard group, and the number of replicas whose gradients are summed."""
     ranks = data_parallel_size(config.parallel, world_size)
     if config.parallel.backend != "fsdp2":
         return ranks, ranks
@@ -66,7 +65,7 @@ def _to_owners_and_back(config: RunConfig, inventory: Inventory, owners: int) ->
 
 
 def _projectors(config: RunConfig, inventory: Inventory) -> int:
-    """Bytes of all projectors, which copies of the model take over from each other."""
+    """Bytes of all projectors, which replicas of the model receive from each other."""
     rank = config.spectral.spectral_rank
     return sum(rank * min(item.shape) * item.itemsize for item in _projected(inventory))
 
@@ -77,7 +76,7 @@ def _projected(inventory: Inventory) -> list[Item]:
 
 def step_payload(run: ResolvedRun, inventory: Inventory) -> Payload:
     """What one optimizer step sends between ranks of different data: all-reduces over all of them,
-    or over the copies of a shard. The inventory is one tensor-parallel rank's."""
+    or over the replicas of a shard. The inventory is one tensor-parallel rank's."""
     config, accumulation = run.config, run.gradient_accumulation_steps
     trained = inventory.nbytes(trainable=True)
     if config.parallel.backend == "fsdp2":
@@ -99,16 +98,16 @@ def _fsdp2(config: RunConfig, inventory: Inventory, world_size: int, accumulatio
     trained = inventory.nbytes(trainable=True)
     root = inventory.nbytes(trainable=True, in_blocks=False)
     frozen = inventory.nbytes(trainable=False) if shards_residual(config.parallel) else 0
-    group, copies = _groups(config, world_size)
+    group, replicas = _groups(config, world_size)
     return Payload(
         all_gather=accumulation * (2 * (trained - root + frozen) + root),
         reduce_scatter=trained,
-        all_reduce=0 if copies == 1 else trained // group,
+        all_reduce=0 if replicas == 1 else trained // group,
     )
 
 
 def swap_payload(config: RunConfig, inventory: Inventory) -> int:
-    """What the owners send at a boundary: factors in fp32 and frozen weights in their own dtype."""
+    """What the owners send at a swap: factors in fp32 and frozen weights in their own dtype."""
     method, r = config.spectral.method, config.spectral.spectral_rank
     trained = [item for item in inventory.items if item.trainable]
     if method == "sst":

@@ -103,8 +103,8 @@ def test_variants_compute_the_same_function(model: str, whole_model: bool) -> No
         torch.testing.assert_close(other, dense, rtol=1e-4, atol=1e-4)
 
 
-def test_steps_train_and_boundaries_swap() -> None:
-    """Each measured step changes the weights, each boundary the triplets."""
+def test_steps_train_and_swaps_exchange_triplets() -> None:
+    """Each measured step changes the weights, each swap the triplets."""
     dense, residual, factored = subjects(SMALL)
     for subject in (dense, residual, factored):
         before = {n: p.detach().clone() for n, p in subject.model.named_parameters()}
@@ -115,12 +115,12 @@ def test_steps_train_and_boundaries_swap() -> None:
                 assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
     for subject in (residual, factored):
         active = {n: e.active.clone() for n, e in subject.controller.bank.items()}
-        assert subject.boundary(StepTimer(), iteration=1) == 0
+        assert subject.swap(StepTimer(), iteration=1) == 0
         entries = subject.controller.bank.items()
         assert all(not torch.equal(entry.active, active[name]) for name, entry in entries)
-        assert subject.boundary(StepTimer(), iteration=8) == 6
-    with pytest.raises(RuntimeError, match="no boundary"):
-        dense.boundary(StepTimer(), iteration=1)
+        assert subject.swap(StepTimer(), iteration=8) == 6
+    with pytest.raises(RuntimeError, match="no swaps"):
+        dense.swap(StepTimer(), iteration=1)
 
 
 def test_bf16_freezes_in_bf16() -> None:
@@ -149,7 +149,7 @@ def test_another_storage_would_be_seen(measured) -> None:
         ({"blocks": 5}, "opt-tiny has 4"),
         ({"spectral_rank": 257}, "spectral_rank"),
         ({"sequence_length": 4096}, "4096"),
-        ({"steps": 199}, "no boundary may fall among timed steps"),
+        ({"steps": 199}, "no swap may fall among timed steps"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, object], message: str) -> None:

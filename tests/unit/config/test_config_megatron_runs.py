@@ -33,7 +33,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
             "parallel__sequence_parallel": True,
             "model__sequence_length": 102,
         },
-        "sequence_length=102 cannot be shared",
+        "sequence_length=102 cannot be split",
     ),
     ({"parallel__sequence_parallel": True}, "raise parallel.tensor_parallel"),
     ({"model__name": "opt-350m"}, "no such projection"),

@@ -91,11 +91,11 @@ def test_a_folder_that_megatron_has_no_place_for(
         parallel__tensor_parallel=2,
         train__device="cpu",
     )
-    facts = RankInfo(rank=0, world_size=2)
+    rank_info = RankInfo(rank=0, world_size=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         patch.setenv("MASTER_PORT", "1")
         patch.setattr(torch.cuda, "current_device", lambda: 0)  # as if there were a GPU
         with pytest.raises(ConfigError, match=words):
-            build_from_config(config, facts)
+            build_from_config(config, rank_info)
     assert not dist.is_initialized()

@@ -39,7 +39,7 @@ def test_values_come_by_name_in_float32(folder: Path) -> None:
     value = weights.get("b.bias", (4,))
     assert value.dtype == torch.float32 and torch.equal(value, torch.ones(4))
     assert weights.read("b.bias").dtype == torch.float16
-    assert weights.facts("b.bias") == ((4,), "F16")
+    assert weights.shape_and_dtype("b.bias") == ((4,), "F16")
     assert sorted(weights.names) == ["b.bias", "model.a.weight"]
 
 

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import psutil
 
+from spectral_scale.config.stop_signals import STOP_SIGNALS
 from spectral_scale.errors import DataError, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,6 @@ POLL_SECONDS = 1.0
 WARN_SECONDS = 20.0
 """A wait this long is said, and again whenever it has doubled."""
 _PARENT_SECONDS = 1.0
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-"""Stopping is for the main process to decide, though the whole group may be signalled."""
 
 
 class ReadAhead:
@@ -172,8 +171,8 @@ def _state(process: BaseProcess) -> str:
 
 def _work(read: Read, numbers: Sequence[int], pipe: Connection, parent: int) -> None:
     """Body of a worker: read and send, until all is sent or the parent is gone."""
-    for name in STOP_SIGNALS:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:  # the main process decides, though the whole group is signalled
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     message: tuple[str, Any]
     for number in numbers:

@@ -12,26 +12,30 @@ import psutil
 PROGRAMS = frozenset(
     ("torchrun", "deepspeed", "mpirun", "mpiexec", "orterun", "orted", "prterun", "prted")
     + ("mpiexec.hydra", "hydra_pmi_proxy", "srun", "slurmstepd")
+    + ("accelerate", "accelerate-launch")
 )
-MODULES = frozenset(("torch.distributed.run", "deepspeed.launcher.launch"))
+MODULES = frozenset(
+    ("torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch")
+    + ("accelerate.commands.launch",)
+)
 """What a launcher's command line begins with, as a program or after `python -m`."""
 
 
 class LauncherWatch:
-    """Watches the parent process and those above it that are launchers (`deepspeed` has two)."""
+    """The launchers among this process's ancestors (`deepspeed` starts a second one).
+
+    Only a launcher's end is a request to stop. A shell that started a rank in the background and
+    ended, or a wrapper script between launcher and rank, says nothing about the run.
+    """
 
     def __init__(self) -> None:
-        self._parent = os.getppid()
-        self._above: list[psutil.Process] = []
+        self._launchers: list[psutil.Process] = []
         with contextlib.suppress(psutil.Error):
-            for process in psutil.Process(self._parent).parents():
-                if not _is_launcher(process):
-                    break
-                self._above.append(process)
+            self._launchers = [p for p in psutil.Process().parents() if _is_launcher(p)]
 
     def gone(self) -> bool:
-        """Whether one of the watched processes has ended."""
-        return os.getppid() != self._parent or not all(map(_runs, self._above))
+        """Whether one of them has ended."""
+        return not all(map(_runs, self._launchers))
 
 
 def _runs(process: psutil.Process) -> bool:

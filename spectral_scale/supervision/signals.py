@@ -4,9 +4,9 @@ import signal
 import time
 from types import FrameType, TracebackType
 
+from spectral_scale.config.stop_signals import STOP_SIGNALS
 from spectral_scale.supervision.launcher_watch import LauncherWatch
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO_SECONDS = 2.0
 """A signal within this time of the first is the same request: on Ctrl-C the terminal signals the
 whole group, and a launcher such as torchrun signals its workers again."""
@@ -29,7 +29,9 @@ class StopRequest:
         self._launcher = LauncherWatch() if launched else None
 
     def __enter__(self) -> "StopRequest":
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started by nohup: a closed terminal is to change nothing
             self._previous[number] = signal.signal(number, self._receive)
         return self
 

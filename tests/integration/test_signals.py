@@ -16,6 +16,7 @@ import pytest
 
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.cli.main import main
+from spectral_scale.config.stop_signals import STOP_SIGNALS
 from spectral_scale.engine import loop
 from spectral_scale.metrics.history import read_metrics
 from spectral_scale.supervision import signals as stop
@@ -71,7 +72,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return losses(run_dir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_the_step_is_finished_saved_and_continued(
     corpus: Path,
     tmp_path: Path,
@@ -218,6 +219,41 @@ def test_a_process_of_its_own_is_stopped_from_outside(
     assert max(found) == step
     shared = found.keys() & undisturbed.keys()
     assert len(shared) >= 3 and all(found[s] == undisturbed[s] for s in shared)
+
+
+def test_a_closed_terminal_does_not_end_what_nohup_started(
+    corpus: Path, tmp_path: Path, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signal_self_in_step(SIGNALLED, [signal.SIGHUP])
+        assert main(["train", *tiny_words(corpus, tmp_path, **CHANGES)]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert losses(tmp_path) == undisturbed
+
+
+def test_a_closed_terminal_under_nohup_torchrun_saves(corpus: Path, tmp_path: Path) -> None:
+    """torchrun takes SIGHUP in spite of nohup, and hands it to its ranks."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    words = ["train", *tiny_words(corpus, run_dir, **CHANGES | MANY)]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+        process = start(words, log, *torchrun)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    try:
+        wait_for_step(process, run_dir, 3, log)
+        process.send_signal(signal.SIGHUP)
+        process.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    state, step, _ = status(run_dir)
+    assert state == "stopped", log.read_text()
+    assert saved_steps(run_dir)[-1] == step
 
 
 def test_ctrl_c_under_torchrun_saves_once_on_all_ranks(corpus: Path, tmp_path: Path) -> None:

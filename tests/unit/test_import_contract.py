@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "backends": BELOW_BACKENDS,
     "__init__": BELOW_BACKENDS | {"backends"},
     "megatron": frozenset({"config", "backends"}),
-    "data": frozenset({"errors", "ops"}),
+    "data": frozenset({"errors", "config", "ops"}),
     "checkpoint": frozenset({"errors", "parallel"}),
     "supervision": frozenset({"errors", "config", "parallel", "checkpoint", "data", "backends"}),
     "engine": BELOW_ENGINE,

@@ -16,10 +16,11 @@ import psutil
 import pytest
 import torch
 
+from spectral_scale.config.stop_signals import STOP_SIGNALS
 from spectral_scale.data import read_ahead
 from spectral_scale.data.loader import TrainLoader
 from spectral_scale.data.order import sample_ids
-from spectral_scale.data.read_ahead import STOP_SIGNALS, ReadAhead
+from spectral_scale.data.read_ahead import ReadAhead
 from spectral_scale.data.tokens import TokenFolder, open_tokens
 from spectral_scale.errors import ConfigError, DataError, WorkerError
 
@@ -145,8 +146,8 @@ def test_workers_ignore_the_signals_that_stop_a_run(
     steps = loader(counting_folder(401), num_workers=1).steps(0, 40)
     next(steps)
     time.sleep(0.2)  # the worker has set its handlers long since: it has delivered
-    for name in STOP_SIGNALS:
-        os.kill(made[0]._workers[0][0].pid, getattr(signal, name))
+    for number in STOP_SIGNALS:
+        os.kill(made[0]._workers[0][0].pid, number)
     assert len(list(steps)) == 39
 
 

@@ -363,6 +363,50 @@ def test_a_circle_is_found_but_not_through_a_function():
     graphlib.TopologicalSorter(load_graph(lazy)).prepare()
 
 
+def whole_graph(sources: dict[str, str], folder: str) -> dict[str, set[str]]:
+    """Module of a folder -> its modules that it imports anywhere: when it is loaded, inside a
+    function, or for types alone."""
+    names = {_module_name(path): text for path, text in sources.items() if path.startswith(folder)}
+    graph: dict[str, set[str]] = {}
+    for name, source in names.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Call):
+                found |= {imported.module for imported in _dynamic_import(node, False)}
+        graph[name] = found & names.keys() - {name}
+    return graph
+
+
+@pytest.mark.parametrize("folder", ["backends/", "methods/"])
+def test_no_circle_inside_a_folder_even_through_a_function(folder):
+    graph = whole_graph(SOURCES, folder)
+    assert any(graph.values())
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "def f():\n    from spectral_scale.backends.deepspeed.store import ZeroStore",
+        "def f():\n    from spectral_scale.backends.deepspeed import store",
+        "if TYPE_CHECKING:\n    from spectral_scale.backends.deepspeed.store import ZeroStore",
+        "def f():\n    import_module('spectral_scale.backends.deepspeed.store')",
+    ],
+    ids=["in a function", "by package", "for types", "by name"],
+)
+def test_a_circle_inside_a_folder_is_found(back):
+    circle = {
+        "backends/deepspeed/store.py": "from spectral_scale.backends.deepspeed.clipping import f",
+        "backends/deepspeed/clipping.py": back,
+    }
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(whole_graph(circle, "backends/")).prepare()
+
+
 # distribution -> module, where the names differ.
 MODULE_OF = {"pyyaml": "yaml"}
 

@@ -1,1 +1,1 @@
-"""Hosts of the training step: one file each, each importing its host package alone."""
+"""Backends of the training step: one folder each, which alone imports the backend's package."""

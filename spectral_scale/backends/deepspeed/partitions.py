@@ -1,9 +1,29 @@
 """Where ZeRO keeps what: one answer for the four shapes that DeepSpeed's optimizers come in.
 
-DeepSpeed flattens the parameters of a group, cuts them over ranks, and trains full-precision
-copies ("masters") of the cut pieces; the module holds weights in its own precision. A `Fragment` is
-the piece of one parameter whose master and moments this rank keeps. Everything that reads or writes
-them goes through the layouts here, which are the only code that knows DeepSpeed's optimizers.
+DeepSpeed flattens the parameters of a group, splits them over ranks, and trains full-precision
+masters of the partitions; the module holds weights in its own precision. A `Fragment` is the range
+of one parameter whose master and moments this rank keeps. Everything that reads or writes them goes
+through the layouts here, which are the only code that knows DeepSpeed's optimizers.
+
+Two parameters in one group, a of 2 x 4 and b of 3 elements, over three ranks. Each line shows the
+fragments of a rank as (first element of the parameter, elements, first element of its flat tensor):
+
+    ZeRO-1, ZeRO-2, BF16_Optimizer      one flat tensor of 8 + 3 elements, padded to 12: 4 a rank
+        rank 0      a (0, 4, 0)
+        rank 1      a (4, 4, 0)
+        rank 2                      b (0, 3, 0)     and one element of padding
+    ZeRO-3                              each parameter on its own, 8 -> 3 a rank, 3 -> 1 a rank
+        rank 0      a (0, 3, 0)     b (0, 1, 3)
+        rank 1      a (3, 3, 0)     b (1, 1, 3)
+        rank 2      a (6, 2, 0)     b (2, 1, 3)     one element of padding behind a
+    ZeRO-0                              every rank has a (0, 8, 0) and b (0, 3, 0)
+
+Below ZeRO-3 a partition begins and ends anywhere, also within a row of a matrix, and a rank may
+have no fragment of a parameter (rank 2 has none of a). Parameters in one flat tensor share its step
+count, so that a and b cannot have taken different numbers of Adam's steps.
+
+Invariant: the fragments of a parameter do not overlap and cover it, padding apart; where masters
+are replicated, each rank's fragment is the whole parameter.
 """
 
 from collections.abc import Iterator
@@ -63,7 +83,7 @@ class Layout(Protocol):
     replicated: bool
     """Every rank keeps every master, so that sums over ranks would count them many times."""
     shards_weights: bool
-    """The module's weights are cut over ranks, too (ZeRO-3)."""
+    """The module's weights are sharded over ranks as well (ZeRO-3)."""
 
     def flats(self) -> Iterator[Flat]:
         """All flat tensors, in the same order on every rank; each parameter is in one."""
@@ -134,8 +154,8 @@ class ReplicatedLayout(_WholeWeights):
 
 
 class FlatLayout(_WholeWeights):
-    """ZeRO-1, ZeRO-2 and BF16_Optimizer: one flat master a group, a contiguous piece of it a rank;
-    pieces begin and end inside matrices."""
+    """ZeRO-1, ZeRO-2 and BF16_Optimizer: one flat master a group, one contiguous partition of it a
+    rank; partitions begin and end inside matrices."""
 
     replicated = False
 
@@ -175,7 +195,7 @@ class FlatLayout(_WholeWeights):
 
 
 class ShardedLayout:
-    """ZeRO-3: each parameter is cut evenly over ranks, the last piece padded."""
+    """ZeRO-3: each parameter is sharded evenly over ranks, the last shard padded."""
 
     replicated = False
     shards_weights = True
@@ -218,8 +238,8 @@ class ShardedLayout:
         return start, min(partition, whole - start)
 
     def weight(self, parameter: Any) -> Tensor:
-        piece: Tensor = parameter.ds_tensor.detach()
-        return piece.narrow(0, 0, self.weight_range(parameter)[1])
+        shard: Tensor = parameter.ds_tensor.detach()
+        return shard.narrow(0, 0, self.weight_range(parameter)[1])
 
     def write_weight(self, parameter: Any, part: Tensor) -> None:
         gathered = parameter.ds_status.name == "AVAILABLE"  # kept whole between steps: too small

@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP: every parameter cut over ranks by torch's `fully_shard`, gathered block by block.
+"""FSDP2 and HSDP: parameters sharded by torch's `fully_shard`, gathered block by block.
 
 Trained weights are gathered and their gradients summed in their own precision (float32), frozen
 ones are gathered in theirs (bf16 in bf16 runs) and never reduced. Products run under autocast, as
@@ -39,7 +39,7 @@ class FSDP2Backend(Backend):
         rank_info: where this process stands.
         device: `auto`, `cpu` or `cuda`.
         shard_group: ranks that share one copy of the model; fewer than all of them is HSDP.
-        shard_frozen: cut frozen weights too; else every rank holds them whole.
+        shard_frozen: shard frozen weights as well; else every rank holds them whole.
         tensor_parallel: neighbouring ranks that share each matrix and see the same data.
     """
 
@@ -89,7 +89,7 @@ class FSDP2Backend(Backend):
         self._model, self._root = model, sharded
 
     def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """Create the optimizer's state, cut as the parameters are."""
+        """Create the optimizer's state, sharded as the parameters are."""
         self._optimizer = optimizer
         create_state(optimizer)
         self._store = FSDP2Store(self._model, optimizer, self.collective, mesh=self._mesh)
@@ -100,7 +100,8 @@ class FSDP2Backend(Backend):
         return self._store
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Gradients stay whole on each rank until the last micro-batch, then are summed and cut."""
+        """Gradients stay whole on each rank until the last micro-batch, then are summed and
+        sharded."""
         self._root.set_requires_gradient_sync(last)
         self._root.set_is_last_backward(last)
         return nullcontext()

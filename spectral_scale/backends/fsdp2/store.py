@@ -91,7 +91,7 @@ class FSDP2Store(ParameterStore):
 
     @torch.no_grad()
     def move_moments(self, fqn: str, source: Tensor) -> int:
-        """Rearrange exp_avg and exp_avg_sq along the last axis, gathering them if it is cut."""
+        """Rearrange exp_avg and exp_avg_sq along the last axis, gathering them if it is sharded."""
         if self._optimizer is None:
             return 0
         parameter = self._parameters[fqn]
@@ -106,8 +106,8 @@ class FSDP2Store(ParameterStore):
         self._reshard()
         factors = [self._parameters[fqn] for fqn in fqns]
         squares = [torch.linalg.vector_norm(local(f), dim=0).square_() for f in factors]
-        cut = [self._row_layout(f) for f in factors]
-        for factor, square in zip(factors, sum_over_shards(squares, cut), strict=True):
+        by_rows = [self._row_layout(f) for f in factors]
+        for factor, square in zip(factors, sum_over_shards(squares, by_rows), strict=True):
             norms = square.sqrt_().clamp_min_(torch.finfo(factor.dtype).tiny)
             local(factor).div_(norms)
 
@@ -157,6 +157,6 @@ class FSDP2Store(ParameterStore):
         mine.copy_(whole[box.slices_in(Rectangle((0,) * len(shape), shape))])
 
     def _row_layout(self, parameter: Tensor) -> DTensorLayout | None:
-        """The layout if rows (dimension 0) are what is cut; else columns are whole here."""
+        """The layout if rows (dimension 0) are sharded; None if columns are whole here."""
         layout = self._layouts.of(parameter) if isinstance(parameter, DTensor) else None
         return layout if layout is not None and layout.dim == 0 else None

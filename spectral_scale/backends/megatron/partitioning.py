@@ -7,7 +7,7 @@ from spectral_scale.parallel.shard_geometry import FlatOrder, Shape
 
 
 def sharded_dim_of(parameter: Tensor) -> int | None:
-    """The dimension along which Megatron's marks say a parameter is cut; None: whole."""
+    """The dimension along which Megatron's marks say a parameter is sharded; None: whole."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
     return int(parameter.partition_dim)  # type: ignore[attr-defined]

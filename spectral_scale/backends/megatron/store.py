@@ -30,7 +30,7 @@ class MegatronStore(ParameterStore):
     group; on the way back each rank of that group broadcasts its shard to its data-parallel group.
 
     Args:
-        model: not wrapped; its parameters carry Megatron's marks of how they are cut.
+        model: not wrapped; its parameters carry Megatron's marks of how they are sharded.
         optimizer: a torch AdamW, or Megatron's around one; None: there are no moments to reset.
         collective: all ranks of the model; by default those of the default process group.
         table: the parameters' whole shapes; for `shards`.
@@ -106,7 +106,7 @@ class MegatronStore(ParameterStore):
 
     @torch.no_grad()
     def retract_columns(self, fqns: Iterable[str]) -> None:
-        """Scale every column to unit length: one all-reduce of the cut factors' squared norms."""
+        """Scale every column to unit length: one all-reduce of sharded factors' squared norms."""
         names = list(fqns)
         factors = [self._parameters[fqn] for fqn in names]
         squares = [torch.linalg.vector_norm(f, dim=0).square_() for f in factors]
@@ -220,12 +220,12 @@ class MegatronStore(ParameterStore):
         unpack(flat, into)
 
     def _parts(self, fqns: Sequence[str], values: Mapping[str, Tensor | None]) -> list[Tensor]:
-        """The owner's values cut: one flat tensor for each tensor-parallel rank."""
+        """The owner's values in shards: one flat tensor for each tensor-parallel rank."""
         parts: list[list[Tensor]] = [[] for _ in range(self._tensor.size())]
         for fqn in fqns:
             target, value, dim = self._parameters[fqn], values[fqn], self._sharded_dims[fqn]
             if value is None or dim is None:
                 raise RuntimeError(f"the owner has no value of {fqn}")
-            for part, piece in zip(parts, value.chunk(len(parts), dim=dim), strict=True):
-                part.append(piece.to(target).reshape(-1))
+            for part, shard in zip(parts, value.chunk(len(parts), dim=dim), strict=True):
+                part.append(shard.to(target).reshape(-1))
         return [torch.cat(part) for part in parts]

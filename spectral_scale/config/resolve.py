@@ -15,6 +15,8 @@ from spectral_scale.config.deepspeed_json import (
     resolve_deepspeed,
     with_deepspeed_json,
 )
+from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.presets import Architecture, resolve_architecture
 from spectral_scale.config.rules_tensor_parallel import tensor_parallel_problems
 from spectral_scale.config.schema import RunConfig
@@ -31,6 +33,8 @@ class ResolvedRun:
     """Ranks of the run."""
     architecture: Architecture
     """The model's shapes. The vocabulary is the preset's until `with_vocabulary` sets it."""
+    method: MethodSpec
+    """Specification of the training method."""
     capability_row: str
     """Row of the capability table that the run uses; see `capability.variant`."""
     data_parallel_size: int
@@ -73,6 +77,7 @@ def resolve(config: RunConfig, *, world_size: int) -> ResolvedRun:
         config=config,
         world_size=world_size,
         architecture=architecture,
+        method=method_spec(config.spectral.method),
         capability_row=variant(config.parallel, world_size=world_size),
         data_parallel_size=data_parallel_size(config.parallel, world_size),
         gradient_accumulation_steps=gradient_accumulation_steps(config, world_size=world_size),

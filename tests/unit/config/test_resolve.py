@@ -89,6 +89,7 @@ def test_what_follows_from_a_configuration() -> None:
     assert (run.world_size, run.data_parallel_size) == (8, 4)
     assert run.gradient_accumulation_steps == 4
     assert run.capability_row == "fsdp2+tp"
+    assert run.method.name == "sst"
     assert run.deepspeed is None
 
 

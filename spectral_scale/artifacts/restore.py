@@ -12,6 +12,7 @@ from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.names import CHECKPOINTS_NAME, step_of
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.config.load import load_config
+from spectral_scale.config.methods import method_spec
 from spectral_scale.config.presets import Architecture, resolve_architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.engine.build import (
@@ -25,7 +26,7 @@ from spectral_scale.engine.identity import (
     keeps_initial_weights,
     model_identity,
 )
-from spectral_scale.engine.methods import METHODS, ControllerParts, convert_model
+from spectral_scale.engine.methods import METHODS, convert_model, open_controller
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.methods.layer import factored_layers
 from spectral_scale.models.build import build_model, choose_attention, materialise
@@ -74,7 +75,9 @@ def open_run(target: Path) -> SavedRun:
     config = load_config([folder / CONFIG_NAME]).config
     architecture = resolve_architecture(config.model)
     reader = _open_checkpoint(target, folder)
-    _refuse_foreign(reader, folder, model_identity(config, architecture))
+    _refuse_foreign(
+        reader, folder, model_identity(config, architecture, method_spec(config.spectral.method))
+    )
     return SavedRun(folder=folder, config=config, architecture=architecture, reader=reader)
 
 
@@ -169,10 +172,11 @@ def _initial_weights(run: SavedRun) -> InitialWeights:
 
     Raises CheckpointError if they have changed and ConfigError if they are gone.
     """
-    if not keeps_initial_weights(run.config):
+    method = method_spec(run.config.spectral.method)
+    if not keeps_initial_weights(run.config, method):
         return KeyedWeights(run.config.train.seed)
     weights = initial_weights(run.config)
-    current = base_identity(run.config, weights, SingleProcess())
+    current = base_identity(run.config, method, weights, SingleProcess())
     _refuse_foreign(run.reader, run.folder, current)
     return weights
 
@@ -181,20 +185,19 @@ def _load_frozen(
     model: nn.Module, run: SavedRun, weights: InitialWeights, dtype: torch.dtype
 ) -> None:
     """Let the method's own controller rebuild what does not train, as it does on resume."""
-    # Controllers hook into an optimizer; this one holds no state and never steps.
+    # Controllers read the optimizer's groups; this one holds no state and never steps.
     optimizer = torch.optim.SGD(param_groups(model, lr=0.0, spectral_lr=0.0), lr=0.0)
     collective = SingleProcess()
-    controller = METHODS[run.config.spectral.method].controller(
-        ControllerParts(
-            model=model,
-            optimizer=optimizer,
-            config=run.config,
-            collective=collective,
-            store=TorchStore(model, optimizer, collective),
-            weights=weights,
-            dtype=dtype,
-            fresh=False,
-        )
+    controller = open_controller(
+        METHODS[run.config.spectral.method],
+        model=model,
+        optimizer=optimizer,
+        config=run.config,
+        collective=collective,
+        store=TorchStore(model, optimizer, collective),
+        weights=weights,
+        dtype=dtype,
+        fresh=False,
     )
     if controller is not None:
         controller.load_state(run.reader.read, run.reader.state["applied_steps"])

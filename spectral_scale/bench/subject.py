@@ -11,7 +11,7 @@ from spectral_scale.bench.settings import StepSettings, Variant, run_config
 from spectral_scale.bench.workload import Workload, build_on_meta, give_memory
 from spectral_scale.config.presets import Architecture
 from spectral_scale.engine.build import frozen_dtype
-from spectral_scale.engine.methods import METHODS, ControllerParts
+from spectral_scale.engine.methods import METHODS, open_controller
 from spectral_scale.methods.sst.controller import SpectralController
 from spectral_scale.metrics.measures import StepTimer, tensor_bytes
 from spectral_scale.models.weights import KeyedWeights
@@ -50,17 +50,16 @@ class Subject:
         self._backend.shard(self.model)
         self.optimizer = method.optimizer(self.model, config, self._backend.collective)
         self._backend.attach(self.optimizer)
-        controller = method.controller(
-            ControllerParts(
-                model=self.model,
-                optimizer=self.optimizer,
-                config=config,
-                collective=self._backend.collective,
-                store=self._backend.store(),
-                weights=weights,
-                dtype=torch.float32,
-                fresh=True,
-            )
+        controller = open_controller(
+            method,
+            model=self.model,
+            optimizer=self.optimizer,
+            config=config,
+            collective=self._backend.collective,
+            store=self._backend.store(),
+            weights=weights,
+            dtype=torch.float32,
+            fresh=True,
         )
         self.controller = controller if isinstance(controller, SpectralController) else None
 

@@ -85,7 +85,7 @@ def _resolve(name: str, variants: list[SpectralConfig]) -> tuple[ModelConfig, Ar
     model = ModelConfig(name=None, path=name) if is_folder else ModelConfig(name=name)
     architecture = resolve_architecture(replace(model, sequence_length=1))
     for spectral in variants:
-        for problem in check_spectral(spectral, architecture):
+        for problem in check_spectral(spectral, architecture, method_spec(spectral.method)):
             raise ConfigError(f"{name}: {problem}")
     return model, architecture
 

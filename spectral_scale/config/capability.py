@@ -3,9 +3,10 @@
 `check_config` refuses what a backend cannot do before anything starts. No torch here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.schema import ParallelConfig, RunConfig
 from spectral_scale.config.support import FEATURES, No, Support, Yes
 from spectral_scale.config.support_deepspeed import DEEPSPEED
@@ -57,10 +58,10 @@ def shards_residual(parallel: ParallelConfig) -> bool:
     return parallel.backend == "fsdp2"
 
 
-def requested(config: RunConfig) -> Iterator[str]:
+def requested(config: RunConfig, spec: MethodSpec | None = None) -> Iterator[str]:
     """The features a configuration asks for."""
     spectral, model = config.spectral, config.model
-    spec = method_spec(spectral.method)
+    spec = spec or method_spec(spectral.method)
     yield f"method={spectral.method}"
     yield f"precision={config.train.precision}"
     yield from spec.features(spectral)
@@ -122,18 +123,6 @@ def key_problems(parallel: ParallelConfig, *, world_size: int) -> Iterator[str]:
         )
 
 
-def refusals(config: RunConfig, *, world_size: int) -> Iterator[str]:
-    """Every feature asked for that the backend cannot do, with the reason."""
-    parallel = config.parallel
-    yield from key_problems(parallel, world_size=world_size)
-    row = variant(parallel, world_size=world_size)
-    supported = CAPABILITIES[row]
-    for feature in requested(config):
-        support = supported.get(feature, No("no test has shown it yet"))
-        if isinstance(support, No):
-            yield f"{FEATURES[feature]} ({feature}) does not run on {row}: {support.reason}"
-
-
 CAPABILITIES: dict[str, dict[str, Support]] = {
     "torch": TORCH,
     "fsdp2": FSDP2,
@@ -143,6 +132,25 @@ CAPABILITIES: dict[str, dict[str, Support]] = {
     **DEEPSPEED,
 }
 """Row (see `variant`) -> feature -> support; what a row does not name is refused."""
+
+
+def refusals(
+    config: RunConfig,
+    spec: MethodSpec,
+    capabilities: Mapping[str, Mapping[str, Support]] = CAPABILITIES,
+    *,
+    world_size: int,
+) -> Iterator[str]:
+    """Every feature asked for that the backend cannot do, with the reason."""
+    parallel = config.parallel
+    yield from key_problems(parallel, world_size=world_size)
+    row = variant(parallel, world_size=world_size)
+    supported = capabilities[row]
+    for feature in requested(config, spec):
+        support = supported.get(feature, No("no test has shown it yet"))
+        if isinstance(support, No):
+            title = FEATURES.get(feature, spec.title)
+            yield f"{title} ({feature}) does not run on {row}: {support.reason}"
 
 
 def markdown_table() -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from spectral_scale.config.capability import data_parallel_size, refusals
+from spectral_scale.config.capability import CAPABILITIES, data_parallel_size, refusals
 from spectral_scale.config.filter_rules import filter_problems
 from spectral_scale.config.methods import METHOD_SPECS, method_spec
 from spectral_scale.config.methods.spec import MethodSpec
@@ -13,6 +13,7 @@ from spectral_scale.config.presets import Architecture, linear_shapes, resolve_a
 from spectral_scale.config.rules_megatron import megatron_run_problems
 from spectral_scale.config.rules_tensor_parallel import tensor_parallel_problems
 from spectral_scale.config.schema import FilterConfig, RunConfig, SpectralConfig
+from spectral_scale.config.support import Support
 from spectral_scale.errors import ConfigError
 
 AT_LEAST_ONE = (
@@ -65,19 +66,26 @@ POSITIVE = (
 """Amounts."""
 
 
-def check_config(config: RunConfig, *, world_size: int) -> Architecture:
+def check_config(
+    config: RunConfig,
+    *,
+    world_size: int,
+    methods: Mapping[str, MethodSpec] = METHOD_SPECS,
+    capabilities: Mapping[str, Mapping[str, Support]] = CAPABILITIES,
+) -> Architecture:
     """Raise one ConfigError that lists every broken rule; return the model's shapes if none is."""
+    spec = method_spec(config.spectral.method, methods)
     data_ranks = data_parallel_size(config.parallel, world_size)
     problems = [*_check_ranges(config), *_check_batches(config, data_ranks)]
-    problems += refusals(config, world_size=world_size)
-    problems += method_spec(config.spectral.method).run_problems(config)
+    problems += refusals(config, spec, capabilities, world_size=world_size)
+    problems += spec.run_problems(config)
     try:
         architecture = resolve_architecture(config.model)
-        problems += check_spectral(config.spectral, architecture)
+        problems += check_spectral(config.spectral, architecture, spec)
         tensor_parallel = config.parallel.tensor_parallel
         problems += tensor_parallel_problems(architecture, tensor_parallel, world_size=world_size)
         problems += megatron_run_problems(config, architecture)
-        problems += filter_problems(config, architecture)
+        problems += filter_problems(config, architecture, spec)
     except ConfigError as error:
         problems.append(str(error))
     if problems:
@@ -137,10 +145,9 @@ def _check_batches(config: RunConfig, world_size: int) -> Iterator[str]:
 def check_spectral(
     spectral: SpectralConfig,
     architecture: Architecture,
-    specs: Mapping[str, MethodSpec] = METHOD_SPECS,
+    spec: MethodSpec,
 ) -> Iterator[str]:
     """What is wrong with the method's settings for the model's linear layers, if anything."""
-    spec = method_spec(spectral.method, specs)
     yield from _check_targets(spectral, architecture, spec)
     yield from spec.problems(spectral, architecture)
 

@@ -3,19 +3,21 @@
 import math
 from collections.abc import Iterator
 
-from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import FilterConfig, RunConfig
 
 
-def filter_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+def filter_problems(
+    config: RunConfig, architecture: Architecture, spec: MethodSpec
+) -> Iterator[str]:
     """Everything that is wrong with the filter of a run."""
     settings = config.filter
     if not settings.enabled:
         return
     yield from _range_problems(settings)
     yield from _pair_problems(settings)
-    spectral, spec = config.spectral, method_spec(config.spectral.method)
+    spectral = config.spectral
     dense_left = spec.converts and bool(spectral.targets) and spectral.train_dense
     why = spec.filter_refusals.get(settings.nodes)
     if why and not dense_left:

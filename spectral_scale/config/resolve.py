@@ -4,10 +4,11 @@
 on: nothing behind them checks it again or reads its files again. No torch here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spectral_scale.config.capability import data_parallel_size, variant
+from spectral_scale.config.capability import CAPABILITIES, data_parallel_size, variant
 from spectral_scale.config.check import check_config, gradient_accumulation_steps
 from spectral_scale.config.deepspeed_json import (
     DeepSpeedSettings,
@@ -15,11 +16,12 @@ from spectral_scale.config.deepspeed_json import (
     resolve_deepspeed,
     with_deepspeed_json,
 )
-from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods import METHOD_SPECS, method_spec
 from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.presets import Architecture, resolve_architecture
 from spectral_scale.config.rules_tensor_parallel import tensor_parallel_problems
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.config.support import Support
 from spectral_scale.errors import ConfigError
 
 
@@ -58,8 +60,20 @@ class ResolvedRun:
         return replace(self, config=config, architecture=architecture)
 
 
-def resolve(config: RunConfig, *, world_size: int) -> ResolvedRun:
+def resolve(
+    config: RunConfig,
+    *,
+    world_size: int,
+    methods: Mapping[str, MethodSpec] = METHOD_SPECS,
+    capabilities: Mapping[str, Mapping[str, Support]] = CAPABILITIES,
+) -> ResolvedRun:
     """Check a configuration for `world_size` ranks and derive what follows from it.
+
+    Args:
+        config: the settings.
+        world_size: ranks of the run.
+        methods: specification by name; by default the shipped ones.
+        capabilities: what each backend can do; by default the shipped tables.
 
     Raises ConfigError, which lists everything that is wrong, or names a DeepSpeed file that cannot
     be read or does not fit the run.
@@ -69,7 +83,9 @@ def resolve(config: RunConfig, *, world_size: int) -> ResolvedRun:
     if on_deepspeed:
         given = read_deepspeed_json(config.parallel.deepspeed_config)
         config = with_deepspeed_json(config, given)
-    architecture = check_config(config, world_size=world_size)
+    architecture = check_config(
+        config, world_size=world_size, methods=methods, capabilities=capabilities
+    )
     deepspeed = None
     if on_deepspeed:
         deepspeed = resolve_deepspeed(config, given, architecture, world_size=world_size)
@@ -77,7 +93,7 @@ def resolve(config: RunConfig, *, world_size: int) -> ResolvedRun:
         config=config,
         world_size=world_size,
         architecture=architecture,
-        method=method_spec(config.spectral.method),
+        method=method_spec(config.spectral.method, methods),
         capability_row=variant(config.parallel, world_size=world_size),
         data_parallel_size=data_parallel_size(config.parallel, world_size),
         gradient_accumulation_steps=gradient_accumulation_steps(config, world_size=world_size),

@@ -30,13 +30,9 @@ from spectral_scale.engine.backends import (
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
 from spectral_scale.engine.filter_run import open_filter
 from spectral_scale.engine.identity import base_identity, check_identity, run_identity
-from spectral_scale.engine.methods import (
-    METHODS,
-    ControllerParts,
-    MethodController,
-    convert_model,
-)
+from spectral_scale.engine.methods import METHODS, convert_model, open_controller
 from spectral_scale.errors import SpectralError
+from spectral_scale.methods.base import Method, MethodController
 from spectral_scale.methods.layer import factored_layers
 from spectral_scale.models.build import (
     build_model,
@@ -172,8 +168,12 @@ def check_inputs(run: ResolvedRun, rank_info: RankInfo) -> Inputs:
     )
 
 
-def build_run(inputs: Inputs) -> Run:
+def build_run(inputs: Inputs, methods: Mapping[str, Method] = METHODS) -> Run:
     """Build, and resume if the run folder holds a good checkpoint. Collective.
+
+    Args:
+        inputs: from `check_inputs`.
+        methods: implementation by name; by default the shipped ones.
 
     Raises ConfigError, DataError or CheckpointError on all ranks alike.
     """
@@ -184,8 +184,8 @@ def build_run(inputs: Inputs) -> Run:
     backend = open_backend(resolved, inputs.rank_info)
     _set_determinism(config, backend.device)
     loader, validation = _build_loaders(config, backend, train_tokens, validation_tokens)
-    identity = run_identity(config, architecture, loader)
-    identity |= base_identity(config, weights, backend.collective)
+    identity = run_identity(resolved, loader)
+    identity |= base_identity(resolved.config, resolved.method, weights, backend.collective)
     checkpoints = _open_checkpoints(config, backend)
     reader = checkpoints.latest_good()
     if reader is not None:
@@ -199,25 +199,24 @@ def build_run(inputs: Inputs) -> Run:
     if reader is None and config.model.path is not None:
         check_folder(Path(config.model.path), model)
         check_folder_tokenizer(Path(config.model.path), train_tokens)
-    method = METHODS[config.spectral.method]
-    convert_model(model, config.spectral, frozen_dtype(config))
+    method = methods[config.spectral.method]
+    convert_model(model, config.spectral, frozen_dtype(config), method)
     check_converted(model, config.spectral, architecture)
     table = parameter_table(model)
     _give_memory(model, table, weights, config=config, backend=backend, fresh=reader is None)
     backend.shard(model)
     optimizer = backend.own_optimizer(method.optimizer(model, config, backend.collective))
     forward = backend.attach(optimizer)
-    controller = method.controller(
-        ControllerParts(
-            model=model,
-            optimizer=optimizer,
-            config=config,
-            collective=backend.collective,
-            store=backend.store(),
-            weights=weights,
-            dtype=MASTER_DTYPES[precision],
-            fresh=reader is None,
-        )
+    controller = open_controller(
+        method,
+        model=model,
+        optimizer=optimizer,
+        config=config,
+        collective=backend.collective,
+        store=backend.store(),
+        weights=weights,
+        dtype=MASTER_DTYPES[precision],
+        fresh=reader is None,
     )
     saved_state = {} if reader is None else reader.state
     run = Run(

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from spectral_scale.config.load import to_dict
-from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.presets import Architecture
+from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.data.loader import TrainLoader
 from spectral_scale.errors import ResumeMismatchError
@@ -28,22 +29,23 @@ FREE_KEYS = {
 """Keys of the compared sections that may change on resume without being named."""
 
 
-def model_identity(config: RunConfig, architecture: Architecture) -> dict[str, Any]:
+def model_identity(
+    config: RunConfig, architecture: Architecture, method: MethodSpec
+) -> dict[str, Any]:
     """The part of the identity that decides what weights a checkpoint holds."""
     facts: dict[str, Any] = {
         f"model.{key}": value for key, value in dataclasses.asdict(architecture).items()
     }
     spectral = config.spectral
-    keys = ("method", *method_spec(spectral.method).layout_keys, "targets", "train_dense")
+    keys = ("method", *method.layout_keys, "targets", "train_dense")
     return facts | {f"spectral.{key}": getattr(spectral, key) for key in keys}
 
 
-def run_identity(
-    config: RunConfig, architecture: Architecture, loader: TrainLoader
-) -> dict[str, Any]:
+def run_identity(run: ResolvedRun, loader: TrainLoader) -> dict[str, Any]:
     """Flat JSON values that must be equal in a resumed run and its checkpoint."""
+    config = run.config
     values = to_dict(config)
-    facts = model_identity(config, architecture)
+    facts = model_identity(config, run.architecture, run.method)
     facts["model.dropout"] = config.model.dropout
     facts["train.precision"] = config.train.precision
     sections = ["spectral", "optimizer", *(["filter"] if config.filter.enabled else [])]
@@ -54,22 +56,20 @@ def run_identity(
     return facts | {f"data.{key}": value for key, value in loader.state_fingerprint.items()}
 
 
-def keeps_initial_weights(config: RunConfig) -> bool:
+def keeps_initial_weights(config: RunConfig, method: MethodSpec) -> bool:
     """Whether checkpoints leave out weights that the run never changes, so that it needs those it
     started from for as long as it lives."""
-    return (
-        method_spec(config.spectral.method).keeps_initial_weights or not config.spectral.train_dense
-    )
+    return method.keeps_initial_weights or not config.spectral.train_dense
 
 
 def base_identity(
-    config: RunConfig, weights: InitialWeights, collective: Collective
+    config: RunConfig, method: MethodSpec, weights: InitialWeights, collective: Collective
 ) -> dict[str, Any]:
     """The fingerprint of those weights, read by rank 0; nothing if checkpoints hold all weights.
 
     The folder of a model may move, but its files must stay the same. Collective.
     """
-    if not keeps_initial_weights(config):
+    if not keeps_initial_weights(config, method):
         return {}
     mine = weights.fingerprint() if collective.rank == 0 else None
     return {"model.weights": collective.broadcast_json(mine)}

@@ -7,17 +7,22 @@ import torch
 from spectral_scale.errors import ConfigError
 
 
+def require_spectral_group(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError if no parameter group is marked `spectral`."""
+    if not any(group.get("spectral") for group in optimizer.param_groups):
+        raise ConfigError(
+            "no parameter group of the optimizer is marked spectral; "
+            "build the groups with spectral_scale.param_groups(model, ...)"
+        )
+
+
 def ramp_learning_rates(optimizer: torch.optim.Optimizer, factor: Callable[[], float]) -> None:
     """Multiply the lr of groups marked `spectral` by `factor()` inside each `optimizer.step`.
 
     The groups' own lr is restored after the step, so any scheduler keeps working. Raises
     ConfigError if no group is marked.
     """
-    if not any(group.get("spectral") for group in optimizer.param_groups):
-        raise ConfigError(
-            "no parameter group of the optimizer is marked spectral; "
-            "build the groups with spectral_scale.param_groups(model, ...)"
-        )
+    require_spectral_group(optimizer)
 
     def scale(opt: torch.optim.Optimizer, *_: object) -> None:
         for group in opt.param_groups:

@@ -7,7 +7,8 @@ under bf16 autocast products are kept in bf16, the residual stream and the norms
 from dataclasses import dataclass
 
 from spectral_scale.config.families import family_of
-from spectral_scale.config.methods.sst import trains_all_sigma
+from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 
@@ -34,12 +35,14 @@ class Activations:
         return self.blocks + self.logits
 
 
-def activation_bytes(config: RunConfig, architecture: Architecture) -> Activations:
+def activation_bytes(
+    config: RunConfig, architecture: Architecture, method: MethodSpec | None = None
+) -> Activations:
     """The estimate for the run's micro-batch, sequence length and precision."""
     tokens = config.train.micro_batch_size * config.model.sequence_length
     product, stream = itemsizes(config)
     parts, by_sequence = _cuts(config)
-    block = round(tokens * _block_bytes_per_token(config, architecture, product, stream))
+    block = round(tokens * _block_bytes_per_token(config, architecture, product, stream, method))
     if config.model.activation_checkpointing:
         inputs = tokens * architecture.hidden_size * stream // (parts if by_sequence else 1)
         kept = inputs * architecture.num_layers + block
@@ -74,7 +77,11 @@ def _cuts(config: RunConfig) -> tuple[int, bool]:
 
 
 def _block_bytes_per_token(
-    config: RunConfig, architecture: Architecture, product: int, stream: int
+    config: RunConfig,
+    architecture: Architecture,
+    product: int,
+    stream: int,
+    method: MethodSpec | None,
 ) -> float:
     """Heads and features inside a block are divided by tensor parallelism, norms are only where
     ranks divide sequences; there the inputs of linears are gathered."""
@@ -95,18 +102,13 @@ def _block_bytes_per_token(
     if config.model.attention == "eager":
         scores = architecture.num_heads * config.model.sequence_length
         attention += scores * (max(4, product) + cast)  # of the softmax, and once more as a factor
-    return norms + (attention + mlp) / parts + _factors(config, architecture, product)
+    return norms + (attention + mlp) / parts + _factors(config, architecture, product, method)
 
 
-def _factors(config: RunConfig, architecture: Architecture, product: int) -> int:
-    """x v of each SST matrix, of all directions whose sigma trains, or x a of a low-rank one."""
-    spectral = config.spectral
+def _factors(
+    config: RunConfig, architecture: Architecture, product: int, method: MethodSpec | None
+) -> int:
+    """What the method keeps of each token beside a dense layer: x v of each SST matrix, x a."""
+    spec = method or method_spec(config.spectral.method)
     matrices = len(family_of(architecture.family).linears)
-    if spectral.method not in ("sst", "lora", "relora"):
-        return 0
-    kept = spectral.spectral_rank
-    if spectral.method == "sst":
-        kept += spectral.extra_sigma
-        if trains_all_sigma(spectral):
-            kept = min(architecture.hidden_size, architecture.ffn_size)
-    return matrices * kept * product
+    return matrices * spec.kept_per_token(config.spectral, architecture) * product

@@ -1,16 +1,21 @@
 """The plan of a run: memory by part, traffic, batch arithmetic and a verdict."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.activations import ASSUMPTIONS, activation_bytes, master_itemsize
 from spectral_scale.plan.filter_needs import filter_needs
 from spectral_scale.plan.inventory import Inventory, take_inventory
-from spectral_scale.plan.memory import memory_of, shared_basis_bytes
+from spectral_scale.plan.memory import memory_of
+from spectral_scale.plan.method_needs import method_memory
 from spectral_scale.plan.traffic import traffic_of
+
+if TYPE_CHECKING:
+    from spectral_scale.methods.base import Method
 
 Fit = Literal["fits", "tight", "no"]
 RESERVED_BYTES = 2e9
@@ -65,13 +70,24 @@ VERDICTS: dict[Fit, str] = {
 }
 
 
-def plan_run(run: ResolvedRun, *, gpu_memory_bytes: float) -> Plan:
-    """Compute the plan of a run. Raises ConfigError if the data does not fit the run."""
+def plan_run(
+    run: ResolvedRun,
+    *,
+    gpu_memory_bytes: float,
+    methods: "Mapping[str, Method] | None" = None,
+) -> Plan:
+    """Compute the plan of a run. Raises ConfigError if the data does not fit the run.
+
+    Args:
+        run: the resolved run.
+        gpu_memory_bytes: of one rank's GPU.
+        methods: implementation by name; by default the shipped ones.
+    """
     run, vocabulary = _with_vocabulary(run)
     config, architecture = run.config, run.architecture
-    inventory = take_inventory(config, architecture)
+    inventory = take_inventory(config, architecture, run.method, methods)
     needs = memory_of(run, inventory)
-    activations = activation_bytes(config, architecture).total
+    activations = activation_bytes(config, architecture, run.method).total
     traffic = traffic_of(run, inventory)
     memory = {
         "weights": needs.weights,
@@ -103,7 +119,7 @@ def plan_run(run: ResolvedRun, *, gpu_memory_bytes: float) -> Plan:
         checkpoint_bytes=checkpoint_bytes(config, inventory),
         step_traffic_bytes=traffic.step,
         boundary_traffic_bytes=traffic.swap,
-        boundary_every_steps=_swap_every(config),
+        boundary_every_steps=config.spectral.steps_per_iteration if run.method.swaps else 0,
         gpu_memory_bytes=gpu_memory_bytes,
         verdict=verdict(peak, gpu_memory_bytes),
         assumptions=(
@@ -137,27 +153,16 @@ def verdict(peak_bytes: float, gpu_memory_bytes: float) -> Fit:
 def disk_bytes(run: ResolvedRun) -> int:
     """Bytes of one checkpoint of a run; see `checkpoint_bytes`. Raises ConfigError."""
     run, _ = _with_vocabulary(run)
-    return checkpoint_bytes(run.config, take_inventory(run.config, run.architecture))
+    return checkpoint_bytes(run.config, take_inventory(run.config, run.architecture, run.method))
 
 
 def checkpoint_bytes(config: RunConfig, inventory: Inventory) -> int:
     """Trained weights and both moments, the bank or the frozen weights' fp32 truth, and what the
     spectral filter keeps."""
-    itemsize = master_itemsize(config)
-    matrices = inventory.matrices.values()
-    owned = {
-        "sst": sum(min(m, n) * (m + n + 1) for m, n in matrices),
-        "lora": sum(m * n for m, n in matrices),
-        "relora": sum(m * n for m, n in matrices),
-    }.get(config.spectral.method, 0)
-    bases = shared_basis_bytes(config, inventory) if config.spectral.method == "frod" else 0
+    method = method_memory(config, inventory, world_size=1).saved
     filtered = filter_needs(config, inventory, world_size=1).saved
-    return itemsize * (3 * inventory.numel(trainable=True) + owned) + bases + filtered
-
-
-def _swap_every(config: RunConfig) -> int:
-    swaps = config.spectral.method in ("sst", "relora", "galore")
-    return config.spectral.steps_per_iteration if swaps else 0
+    trained = 3 * master_itemsize(config) * inventory.numel(trainable=True)
+    return trained + method + filtered
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

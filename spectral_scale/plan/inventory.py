@@ -1,10 +1,17 @@
 """Every parameter of the model a run would train, counted on the meta device: no memory."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from spectral_scale.config.presets import Architecture, linear_shapes
+from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods.spec import MethodSpec
+from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from spectral_scale.methods.base import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,9 @@ class Inventory:
     architecture: Architecture
     """The model's shapes."""
 
+    method: MethodSpec
+    """The method that converted the model."""
+
     def numel(self, *, trainable: bool, in_blocks: bool | None = None) -> int:
         """Elements of trained or frozen parameters, inside or outside the blocks."""
         return sum(item.numel for item in self._select(trainable, in_blocks))
@@ -67,16 +77,22 @@ class Inventory:
         ]
 
 
-def take_inventory(config: RunConfig, architecture: Architecture) -> Inventory:
+def take_inventory(
+    config: RunConfig,
+    architecture: Architecture,
+    method: MethodSpec | None = None,
+    methods: "Mapping[str, Method] | None" = None,
+) -> Inventory:
     """Build and convert the model as training does, without memory or values."""
     from spectral_scale.engine.build import MASTER_DTYPES, frozen_dtype
-    from spectral_scale.engine.methods import convert_model
+    from spectral_scale.engine.methods import METHODS, convert_model
     from spectral_scale.methods.layer import factored_layers
     from spectral_scale.models.build import build_model
     from spectral_scale.parallel.table import parameter_table
 
     model = build_model(architecture, config.model, eos_token_id=None)
-    convert_model(model, config.spectral, frozen_dtype(config))
+    runtime = (methods or METHODS)[config.spectral.method]
+    convert_model(model, config.spectral, frozen_dtype(config), runtime)
     master = MASTER_DTYPES[config.train.precision].itemsize
     items = [
         Item(
@@ -94,14 +110,14 @@ def take_inventory(config: RunConfig, architecture: Architecture) -> Inventory:
     ]
     layers = factored_layers(model).items()
     matrices = {name: (layer.out_features, layer.in_features) for name, layer in layers}
-    return Inventory(items=tuple(items), matrices=matrices, architecture=architecture)
+    return Inventory(
+        items=tuple(items),
+        matrices=matrices,
+        architecture=architecture,
+        method=method or method_spec(config.spectral.method),
+    )
 
 
 def _block(fqn: str) -> int | None:
     found = re.search(r"\blayers\.(\d+)\.", fqn)
     return int(found[1]) if found else None
-
-
-def dense_matrices(architecture: Architecture) -> list[tuple[int, int]]:
-    """(m, n) of every linear layer of every block."""
-    return list(linear_shapes(architecture).values()) * architecture.num_layers

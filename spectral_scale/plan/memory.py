@@ -3,29 +3,20 @@
 from dataclasses import dataclass, field
 
 from spectral_scale.config.capability import (
-    projection_group,
     shard_group_size,
     shards_residual,
     zero_stage,
 )
-from spectral_scale.config.presets import Architecture
 from spectral_scale.config.resolve import ResolvedRun
-from spectral_scale.config.schema import RunConfig
-from spectral_scale.methods.owners import assign_owners
-from spectral_scale.plan.activations import master_itemsize
 from spectral_scale.plan.filter_needs import filter_needs
-from spectral_scale.plan.inventory import Inventory, dense_matrices
+from spectral_scale.plan.inventory import Inventory
+from spectral_scale.plan.method_needs import method_memory
 from spectral_scale.plan.tensor_parallel_traffic import rank_shard
 
 SVD_ASSUMPTION = (
     "SVD workspace: the largest matrix an owner decomposes, its factors, and 4 k^2 + m n "
     "elements of the driver, fp32"
 )
-
-FORMED = 3
-"""m x n matrices in V's precision that a FRoD layer holds at most in a pass."""
-GRAM_WORKSPACE = 10
-"""n x n matrices in float64 that FRoD's decomposition holds at most, beside one weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +45,15 @@ class Memory:
 
 def memory_of(run: ResolvedRun, inventory: Inventory) -> Memory:
     """The parts for the run's backend; activations apart (see `plan.activations`)."""
-    config, architecture, world_size = run.config, run.architecture, run.world_size
+    config, world_size = run.config, run.world_size
     here = rank_shard(config, inventory)
     parts = _PARTS[config.parallel.backend](run, here)
-    if config.spectral.method == "galore":
-        resting = "host" if config.parallel.offload == "cpu" else "optimizer"
-        parts[resting] += _galore(config, architecture, inventory, world_size)
-        if projection_group(config.parallel, world_size) > 1:
-            parts["gathered"] += _galore_round(architecture, inventory)
-    bank = owned_bytes(config, inventory, world_size)
-    if config.spectral.method == "frod":
-        parts["gathered"] += formed_weight_bytes(config, inventory)
+    method = method_memory(config, inventory, world_size)
     filtered = filter_needs(config, inventory, world_size=world_size)
-    parts["host" if config.parallel.offload == "cpu" else "optimizer"] += filtered.kept
+    offloaded = config.parallel.offload == "cpu"
+    parts["host" if offloaded else "optimizer"] += method.optimizer + filtered.kept
+    parts["gathered"] += method.gathered
+    bank = method.owned
     host = parts.pop("host", 0)
     if config.spectral.bank_device == "cpu":
         host, bank = host + bank, 0
@@ -74,7 +61,7 @@ def memory_of(run: ResolvedRun, inventory: Inventory) -> Memory:
         **parts,
         bank=bank,
         host=host,
-        svd_workspace=svd_bytes(config, inventory, world_size),
+        svd_workspace=method.workspace,
         filter_workspace=filtered.workspace,
         notes=(SVD_ASSUMPTION, *_NOTES.get(config.parallel.backend, ())),
     )
@@ -156,73 +143,3 @@ _NOTES = {
 
 def _share(nbytes: int, ranks: int) -> int:
     return -(-nbytes // ranks)
-
-
-def _galore(
-    config: RunConfig, architecture: Architecture, inventory: Inventory, world_size: int
-) -> int:
-    """What moments in rank r and projectors, on the fullest rank, add to dense moments' bytes."""
-    itemsize, r = inventory.items[0].itemsize, config.spectral.spectral_rank
-    group = projection_group(config.parallel, world_size)
-    matrices = {str(i): shape for i, shape in enumerate(dense_matrices(architecture))}
-    loads = [0] * group
-    for name, rank in assign_owners(matrices, group).items():
-        loads[rank] += 2 * r * max(matrices[name]) + r * min(matrices[name])
-    dense = _share(2 * itemsize * sum(m * n for m, n in matrices.values()), group)
-    return itemsize * max(loads) - dense
-
-
-def _galore_round(architecture: Architecture, inventory: Inventory) -> int:
-    """What an owner holds at most while a matrix is under way: the gradient, what is sent and
-    received of it, its update."""
-    return 5 * inventory.items[0].itemsize * max(m * n for m, n in dense_matrices(architecture))
-
-
-def shared_basis_bytes(config: RunConfig, inventory: Inventory) -> int:
-    """FRoD's V, V^-T and positions, once a category, and 1 / lambda of every layer."""
-    from spectral_scale.config.methods.frod import category_of, entries
-
-    itemsize = master_itemsize(config)
-    widths = {category_of(name): n for name, (_, n) in inventory.matrices.items()}
-    positions = (16 * entries(n, config.spectral.sparsity) for n in widths.values())
-    bases = sum(itemsize * 2 * n * n for n in widths.values()) + sum(positions)
-    return bases + sum(itemsize * n for _, n in inventory.matrices.values())
-
-
-def formed_weight_bytes(config: RunConfig, inventory: Inventory) -> int:
-    """What FRoD's largest layer forms in a pass and frees after it: in the backward pass U and the
-    inner product, then U, the gradient of the weight and that in V's basis, besides the weight."""
-    itemsize = master_itemsize(config)
-    held = FORMED + (inventory.frozen_itemsize() < itemsize)  # and W in V's precision
-    return max(held * itemsize * m * n for m, n in inventory.matrices.values())
-
-
-def owned_bytes(config: RunConfig, inventory: Inventory, world_size: int) -> int:
-    """Bytes on the rank that owns most: all triplets (sst), or base weights (relora) where the
-    layers' own are rounded; FRoD's bases, which every rank has."""
-    if config.spectral.method == "frod":
-        return shared_basis_bytes(config, inventory)
-    itemsize = master_itemsize(config)
-    loads = [0] * world_size
-    for name, rank in assign_owners(inventory.matrices, world_size).items():
-        m, n = inventory.matrices[name]
-        loads[rank] += {
-            "sst": itemsize * min(m, n) * (m + n + 1),
-            "relora": itemsize * m * n if inventory.frozen_itemsize() < itemsize else 0,
-        }.get(config.spectral.method, 0)
-    return max(loads)
-
-
-def svd_bytes(config: RunConfig, inventory: Inventory, world_size: int) -> int:
-    """Workspace of the largest SVD; 0 for methods that decompose nothing on a schedule."""
-    if config.spectral.method not in ("sst", "galore", "frod") or not inventory.matrices:
-        return 0
-    if config.spectral.method == "frod":
-        return max(8 * (GRAM_WORKSPACE * n * n + m * n) for m, n in inventory.matrices.values())
-    itemsize = master_itemsize(config)
-
-    def workspace(m: int, n: int) -> int:
-        k = min(m, n)
-        return itemsize * (2 * m * n + k * (m + n + 1) + 4 * k * k)
-
-    return max(workspace(m, n) for m, n in inventory.matrices.values())

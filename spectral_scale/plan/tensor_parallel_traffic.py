@@ -7,13 +7,13 @@ sequences: Korthikanti et al., arXiv 2205.05198, section 4.2). T tokens, h featu
 from dataclasses import dataclass, replace
 
 from spectral_scale.config.families import family_of
-from spectral_scale.config.methods.sst import trains_all_sigma
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.parallel.tensor_parallel_table import kind_of, sharded_dimension
-from spectral_scale.plan.activations import itemsizes, master_itemsize
+from spectral_scale.parallel.tensor_parallel_table import sharded_dimension
+from spectral_scale.plan.activations import itemsizes
 from spectral_scale.plan.inventory import Inventory, Item
+from spectral_scale.plan.method_needs import method_traffic
 from spectral_scale.plan.payload import Payload
 
 _LOSS_VALUES = 3
@@ -49,7 +49,7 @@ def tensor_parallel_payload(run: ResolvedRun, inventory: Inventory) -> Payload:
         sent = passes.by_sums(passes.stream)
     per_step = config.parallel.factor_gradients == "per_step"
     if not per_step:
-        sent += Payload(all_reduce=_completed(config, inventory, passes))
+        sent += Payload(all_reduce=method_traffic(config, inventory, run.world_size).completed)
     sent *= run.gradient_accumulation_steps
     once = _of_parts_of_sequences(config, inventory)
     once += _whole_factors(inventory) if per_step else 0
@@ -126,35 +126,6 @@ class _Passes:
             reduce_scatter=(self.row + self.again) * self.activation + forward + embedded,
             all_reduce=self.stream - embedded + 4 * _LOSS_VALUES * self.tokens,
         )
-
-
-def _completed(config: RunConfig, inventory: Inventory, passes: _Passes) -> int:
-    """Of a micro-batch, what makes the gradients of factors and coefficients complete."""
-    spectral, matrices = config.spectral, inventory.matrices.items()
-    if spectral.method == "frod":
-        return _frod(config, inventory, passes)
-    if spectral.method != "sst":
-        return 0
-    fixed = 0
-    if trains_all_sigma(spectral):
-        fixed = sum(min(shape) - spectral.spectral_rank for _, shape in matrices)
-    elif spectral.extra_sigma:
-        fixed = len(matrices) * spectral.extra_sigma
-    bottlenecks = len(matrices) * passes.tokens * spectral.spectral_rank
-    return passes.product * bottlenecks + master_itemsize(config) * fixed
-
-
-def _frod(config: RunConfig, inventory: Inventory, passes: _Passes) -> int:
-    """Gradients of S and lambda of every matrix, and U of those whose inputs are sharded."""
-    times = 3 if passes.recomputed else 2
-    elements = 0
-    for item in inventory.items:
-        module, _, leaf = item.fqn.rpartition(".")
-        if leaf in ("mixing", "value_delta"):
-            elements += item.numel
-        if leaf == "base" and kind_of(module) == "row":
-            elements += times * item.numel
-    return master_itemsize(config) * elements
 
 
 def _whole_factors(inventory: Inventory) -> int:

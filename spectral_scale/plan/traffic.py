@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 from spectral_scale.config.capability import (
     data_parallel_size,
-    projection_group,
     shard_group_size,
     shards_residual,
     zero_stage,
@@ -12,7 +11,8 @@ from spectral_scale.config.capability import (
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.plan.filter_needs import filter_needs
-from spectral_scale.plan.inventory import Inventory, Item
+from spectral_scale.plan.inventory import Inventory
+from spectral_scale.plan.method_needs import method_traffic
 from spectral_scale.plan.payload import Payload
 from spectral_scale.plan.tensor_parallel_traffic import rank_shard, tensor_parallel_payload
 
@@ -38,12 +38,8 @@ def traffic_of(run: ResolvedRun, inventory: Inventory) -> Traffic:
     moved += within.ring_bytes(config.parallel.tensor_parallel)
     filtered = filter_needs(config, inventory, world_size=world_size)
     moved += filtered.exchanged + filtered.reduced
-    swap = Payload(all_gather=swap_payload(config, inventory)).ring_bytes(world_size)
-    if config.spectral.method == "galore":
-        owners = projection_group(config.parallel, world_size)
-        moved += _to_owners_and_back(config, inventory, owners)
-        swap = _projectors(config, inventory) * (1 - owners / world_size)
-    return Traffic(step=round(moved), swap=round(swap))
+    method = method_traffic(config, inventory, world_size)
+    return Traffic(step=round(moved + method.step), swap=round(method.swap))
 
 
 def _groups(config: RunConfig, world_size: int) -> tuple[int, int]:
@@ -53,25 +49,6 @@ def _groups(config: RunConfig, world_size: int) -> tuple[int, int]:
         return ranks, ranks
     group = shard_group_size(config.parallel, world_size) // config.parallel.tensor_parallel
     return group, ranks // group
-
-
-def _to_owners_and_back(config: RunConfig, inventory: Inventory, owners: int) -> float:
-    """What a rank sends of GaLore's gradients and updates: the flat buffers of ZeRO-1 and 2 are cut
-    inside two of its matrices at most."""
-    sizes = [item.numel * item.itemsize for item in _projected(inventory)]
-    if config.parallel.backend == "deepspeed" and zero_stage(config.parallel) < 3:
-        return 2 * max(sizes) if owners > 1 else 0
-    return 2 * sum(sizes) * (owners - 1) / owners**2
-
-
-def _projectors(config: RunConfig, inventory: Inventory) -> int:
-    """Bytes of all projectors, which replicas of the model receive from each other."""
-    rank = config.spectral.spectral_rank
-    return sum(rank * min(item.shape) * item.itemsize for item in _projected(inventory))
-
-
-def _projected(inventory: Inventory) -> list[Item]:
-    return [item for item in inventory.items if item.block is not None and len(item.shape) == 2]
 
 
 def step_payload(run: ResolvedRun, inventory: Inventory) -> Payload:
@@ -104,16 +81,3 @@ def _fsdp2(config: RunConfig, inventory: Inventory, world_size: int, accumulatio
         reduce_scatter=trained,
         all_reduce=0 if replicas == 1 else trained // group,
     )
-
-
-def swap_payload(config: RunConfig, inventory: Inventory) -> int:
-    """What the owners send at a swap: factors in fp32 and frozen weights in their own dtype."""
-    method, r = config.spectral.method, config.spectral.spectral_rank
-    trained = [item for item in inventory.items if item.trainable]
-    if method == "sst":
-        factors = sum(r * (m + n + 1) for m, n in inventory.matrices.values())
-        itemsize = trained[0].itemsize if trained else 4
-        return itemsize * factors + inventory.nbytes(trainable=False)
-    if method == "relora":
-        return inventory.nbytes(trainable=False)
-    return 0

@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -105,12 +105,17 @@ def build_from_config(config: RunConfig, rank_info: RankInfo | None = None) -> "
     return build_run(check_inputs(resolve(config, world_size=found.world_size), found))
 
 
-def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, Any]:
+def train_tiny(
+    config: RunConfig,
+    stop_after: int | None = None,
+    build: "Callable[[RunConfig], Run] | None" = None,
+) -> dict[str, Any]:
     """Train in this process; losses by step, index sets, and every tensor of the final state.
 
     Args:
         config: the run.
         stop_after: ask for a stop, by a signal, in that step of this attempt.
+        build: makes the run; by default `build_from_config`.
     """
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
@@ -119,7 +124,7 @@ def train_tiny(config: RunConfig, stop_after: int | None = None) -> dict[str, An
 
     rank_info = detect_rank_info()
     create_run_folder(Path(config.train.run_dir))
-    run = build_from_config(config, rank_info)
+    run = (build or build_from_config)(config)
     recorder = _Recorder()
     run.loader = cast(Any, _SignallingLoader(run.loader, stop_after))
     log: Any = recorder if rank_info.rank == 0 else NullLog()

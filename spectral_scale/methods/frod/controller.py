@@ -23,7 +23,7 @@ from spectral_scale.methods.frod.layer import frod_layers
 from spectral_scale.methods.frod.product import SharedBasis
 from spectral_scale.methods.frod.sparsity import Pattern, draw_positions
 from spectral_scale.methods.layer import weights_set_aside
-from spectral_scale.methods.lr_ramp import ramp_learning_rates
+from spectral_scale.methods.lr_ramp import require_spectral_group
 from spectral_scale.parallel.collective import Collective, SingleProcess
 from spectral_scale.parallel.store import ParameterStore, TorchStore
 
@@ -80,7 +80,7 @@ class FRoDController:
         self._weights = weights or weights_set_aside(self.layers)
         self._optimizer = optimizer
         if optimizer is not None:
-            ramp_learning_rates(optimizer, self.lr_factor)
+            require_spectral_group(optimizer)
         if decompose:
             self._decompose_all()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_scale.config.methods import method_spec
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.layer import weights_set_aside
@@ -92,7 +93,7 @@ class LowRankController:
         initialise: bool = True,
     ) -> None:
         self.config, self.seed, self.base_dtype = config, seed, base_dtype
-        self.merges = config.method == "relora"
+        self.merges = method_spec(config.method).swaps
         self.collective = collective or SingleProcess()
         self.layers = lora_layers(model)
         if not self.layers:

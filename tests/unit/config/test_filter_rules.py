@@ -6,6 +6,7 @@ import pytest
 
 from spectral_scale.config.check import check_config, keys_without_effect
 from spectral_scale.config.load import load_config
+from spectral_scale.config.resolve import resolve
 from spectral_scale.config.schema import FilterConfig, RunConfig
 from spectral_scale.engine.identity import run_identity
 from spectral_scale.errors import ConfigError
@@ -87,10 +88,10 @@ class Loader:
 def test_a_filter_is_part_of_what_a_resumed_run_must_share() -> None:
     """And a run without one can be resumed from checkpoints older than the filter."""
     without, other = config(filter__kind="none"), config(**FULL, filter__strength=2.0)
-    architecture = check_config(without, world_size=1)
     loader: Any = Loader()
-    assert not [k for k in run_identity(without, architecture, loader) if k.startswith("filter.")]
-    facts = run_identity(other, architecture, loader)
+    bare = run_identity(resolve(without, world_size=1), loader)
+    assert not [k for k in bare if k.startswith("filter.")]
+    facts = run_identity(resolve(other, world_size=1), loader)
     assert facts["filter.strength"] == 2.0
     assert {k for k in facts if k.startswith("filter.")} == {
         f"filter.{name}" for name in FilterConfig.__dataclass_fields__

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spectral_scale.config.load import load_config
+from spectral_scale.config.methods.frod import FORMED
 from spectral_scale.config.presets import resolve_architecture
 from spectral_scale.engine.methods import convert_model
 from spectral_scale.methods.frod.controller import FRoDController
@@ -13,7 +14,7 @@ from spectral_scale.models.build import build_model, materialise
 from spectral_scale.models.weights import KeyedWeights
 from spectral_scale.plan.build import checkpoint_bytes
 from spectral_scale.plan.inventory import take_inventory
-from spectral_scale.plan.memory import FORMED, owned_bytes, svd_bytes
+from spectral_scale.plan.method_needs import method_memory
 from spectral_scale.testing.memory import PeakMemory
 
 WORDS = {
@@ -41,13 +42,13 @@ def test_bases_are_counted(world_size: int) -> None:
     controller = FRoDController(
         model, None, config.spectral, weights=lambda n: weights.get(f"{n}.weight", layers[n])
     )
-    found = owned_bytes(config, inventory, world_size)
-    assert found == controller.nbytes()
+    needs = method_memory(config, inventory, world_size)
+    assert needs.owned == controller.nbytes()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert inventory.numel(trainable=True) == trained  # nothing dense trains
     state = sum(t.nbytes for _, t in controller.state_tensors())
     assert checkpoint_bytes(config, inventory) == 12 * trained + state
-    assert svd_bytes(config, inventory, world_size) > 8 * 9 * 256**2
+    assert needs.workspace > 8 * 9 * 256**2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

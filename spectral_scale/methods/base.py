@@ -1,0 +1,101 @@
+"""What a training method is at run time: `Method`, and the controller that it may open.
+
+Each method's folder exports one `METHOD`; `config.methods` holds its torch-free counterpart.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spectral_scale.config.schema import RunConfig, SpectralConfig
+from spectral_scale.optim.build import build_adamw
+from spectral_scale.optim.groups import param_groups
+from spectral_scale.parallel.collective import Collective
+from spectral_scale.parallel.store import ParameterStore
+
+
+class ControllerReport(Protocol):
+    """What happened at a swap, merge or renewal."""
+
+    def metrics(self) -> dict[str, Any]:
+        """Its values by metric path."""
+
+
+class MethodController(Protocol):
+    """What the training loop sees of a method between two optimizer steps. Collective."""
+
+    applied_steps: int
+
+    def after_step(self) -> ControllerReport | None:
+        """Follow one applied optimizer step; a report if something was swapped."""
+
+    def lr_factor(self) -> float:
+        """Factor on the learning rate of groups marked `spectral` in the next step; the loop sets
+        it."""
+
+    def nbytes(self) -> int:
+        """Bytes this rank keeps besides weights, gradients and optimizer state."""
+
+    def describe(self) -> str:
+        """One line for a person."""
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors this rank saves, by checkpoint name."""
+
+    def load_state(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
+        """Take over a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerParts:
+    """What a controller may need of the run being built."""
+
+    model: nn.Module
+    """Converted, with memory; not wrapped."""
+    optimizer: torch.optim.Optimizer
+    """Already attached to the backend. A controller reads it, and registers no hook on it."""
+    config: RunConfig
+    """As resolved."""
+    collective: Collective
+    """All ranks of the run."""
+    store: ParameterStore
+    """How parameters are reached."""
+    dense_weight: Callable[[str], Tensor]
+    """The initial dense weight (out, in) of a converted layer, by its name."""
+    dtype: torch.dtype
+    """Of trained weights, moments and whatever must not be rounded."""
+    fresh: bool
+    """False when `load_state` follows."""
+
+
+def adamw(model: nn.Module, config: RunConfig, _: Collective) -> torch.optim.Optimizer:
+    """AdamW over the groups of `param_groups`: the optimizer of most methods."""
+    groups = param_groups(
+        model,
+        lr=config.optimizer.lr,
+        spectral_lr=config.optimizer.spectral_lr,
+        weight_decay=config.optimizer.weight_decay,
+        direction_lr_scaling=config.spectral.direction_lr_scaling,
+        value_lr=config.optimizer.value_lr,
+    )
+    return build_adamw(groups, config.optimizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One choice of `spectral.method`."""
+
+    convert: Callable[[nn.Module, SpectralConfig, torch.dtype], object] = lambda *_: None
+    """Replaces linear layers of the meta model; the dtype is that of frozen weights."""
+    optimizer: Callable[[nn.Module, RunConfig, Collective], torch.optim.Optimizer] = adamw
+    """Its groups carry `name`, `fqns`, `base_lr`, `spectral`."""
+    controller: Callable[[ControllerParts], MethodController | None] = lambda _: None
+    """None if nothing happens between steps."""
+
+
+def target_patterns(config: SpectralConfig) -> list[str] | None:
+    """Patterns of the names of modules to convert; None for all linears of the blocks."""
+    return [f"*.{name}" for name in config.targets] or None

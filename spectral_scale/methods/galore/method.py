@@ -1,0 +1,37 @@
+"""GaLore as a method of a training run."""
+
+import torch
+from torch import nn
+
+from spectral_scale.config.schema import RunConfig
+from spectral_scale.methods.base import ControllerParts, Method
+from spectral_scale.methods.galore.controller import GaLoreController, galore_groups
+from spectral_scale.methods.galore.optimizer import GaLoreAdamW
+from spectral_scale.methods.galore.sharded_optimizer import DividedGaLoreAdamW
+from spectral_scale.parallel.collective import Collective
+
+
+def _optimizer(
+    model: nn.Module, config: RunConfig, collective: Collective
+) -> torch.optim.Optimizer:
+    """Where ranks hold whole gradients, each needs no more than the projectors of others."""
+    kind = GaLoreAdamW if config.parallel.backend == "torch" else DividedGaLoreAdamW
+    return kind(
+        galore_groups(model, config.spectral, config.optimizer),
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        collective=collective,
+    )
+
+
+def _controller(parts: ControllerParts) -> GaLoreController:
+    optimizer = parts.optimizer
+    if not isinstance(optimizer, GaLoreAdamW | DividedGaLoreAdamW):
+        raise TypeError(f"galore needs its own optimizer, not {type(optimizer).__name__}")
+    if isinstance(optimizer, DividedGaLoreAdamW):
+        optimizer.bind(parts.store.shards())
+    return GaLoreController(optimizer)
+
+
+METHOD = Method(optimizer=_optimizer, controller=_controller)

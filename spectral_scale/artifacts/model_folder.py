@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from spectral_scale.checkpoint.names import fsync_directory
 from spectral_scale.errors import CheckpointError, ConfigError
+from spectral_scale.files.durable import free_bytes, fsync_directory, fsync_path
+from spectral_scale.files.json_text import parse_json
 from spectral_scale.methods.layer import factored_layers
 
 RECORD_NAME = "spectral_scale.json"
@@ -108,7 +109,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Read what write_record wrote; empty for a folder of other origin. Raises ConfigError."""
     try:
         text = (folder / RECORD_NAME).read_text(encoding="utf-8")
-        record = json.loads(text)
+        record = parse_json(text)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -121,8 +122,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 def require_space(folder: Path, num_bytes: int) -> None:
     """Raise CheckpointError if the disk of `folder` cannot hold that many bytes of weights."""
     needed = int(num_bytes * _SPACE_MARGIN) + _OTHER_FILES_BYTES
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+    free = free_bytes(folder)
+    if free is not None and needed > free:
         raise CheckpointError(
             f"no space: the folder needs {needed / _GIB:.3g} GiB, have {free / _GIB:.3g} GiB at "
             f"{folder.parent}; free space, or export with --dtype bf16"
@@ -134,11 +135,7 @@ def _make_durable(folder: Path) -> None:
     os.umask(mask)
     for path in folder.iterdir():
         path.chmod(0o666 & ~mask)  # safetensors writes for the owner alone
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_path(path)
     fsync_directory(folder)
 
 

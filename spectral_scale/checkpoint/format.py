@@ -15,6 +15,7 @@ from typing import BinaryIO
 import torch
 
 from spectral_scale.errors import CheckpointError
+from spectral_scale.files.durable import fsync_descriptor
 from spectral_scale.parallel.chunks import TensorChunk
 
 DTYPE_CODES: dict[torch.dtype, str] = {
@@ -126,7 +127,7 @@ def _write(path: Path, blocks: Iterator[memoryview], *, open_new: FileOpener) ->
                 digest.update(block)
                 while len(block):
                     block = block[file.write(block) :]
-            os.fsync(file.fileno())
+            fsync_descriptor(file.fileno())
             _drop_from_cache(file.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from spectral_scale.errors import ConfigError
+from spectral_scale.files.locks import acquire_lock, soft_marker
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +46,14 @@ class RunLock:
     """Exclusive use of a run folder; only rank 0 takes it.
 
     RUN/.lock is locked with flock and decides; RUN/lock.json only says who holds it. A holder that
-    was killed therefore never blocks the next start, on this host or another. Keep the object:
-    the lock is gone when it is.
+    was killed therefore never blocks the next start, on this host or another. On a file system
+    without locks, the marker RUN/.lock.soft decides: what a killed holder left is taken over on its
+    own host, and must be removed by hand on others. Keep the object: the lock is gone when it is.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = Path(run_dir)
-        self._file_lock = FileLock(self.run_dir / ".lock", thread_local=False)
+        self._file_lock: BaseFileLock | None = None
 
     def acquire(self) -> Self:
         """Take the lock, creating the folder.
@@ -64,7 +66,8 @@ class RunLock:
             self._lock()
             self._write_holder()
         except OSError as error:
-            self._file_lock.release()
+            if self._file_lock is not None:
+                self._file_lock.release()
             raise ConfigError(
                 f"run folder {self.run_dir} cannot be used: {error}; "
                 "set train.run_dir to a folder that can be written"
@@ -73,7 +76,7 @@ class RunLock:
 
     def release(self) -> None:
         """Give the lock back; without effect if it is not held."""
-        if self._file_lock.is_locked:
+        if self._file_lock is not None and self._file_lock.is_locked:
             (self.run_dir / LOCK_NAME).unlink(missing_ok=True)
             self._file_lock.release()
 
@@ -91,8 +94,12 @@ class RunLock:
     def _lock(self) -> None:
         holder = read_holder(self.run_dir)
         gone = holder is not None and _is_gone(holder)
+        path = self.run_dir / ".lock"
+        if gone:  # no process can hold what this marker stands for
+            soft_marker(path).unlink(missing_ok=True)
         try:
-            self._file_lock.acquire(timeout=_ORPHAN_SECONDS if gone else _GLANCE_SECONDS)
+            timeout = _ORPHAN_SECONDS if gone else _GLANCE_SECONDS
+            self._file_lock = acquire_lock(path, timeout=timeout)
         except Timeout:
             raise ConfigError(_in_use(self.run_dir, holder, gone=gone)) from None
         if holder is not None:
@@ -125,9 +132,12 @@ def read_holder(run_dir: Path) -> Holder | None:
 
 def is_held(run_dir: Path) -> bool:
     """Whether some process holds the run folder's lock now; without effect on it."""
-    if not (run_dir / ".lock").exists():
+    path = run_dir / ".lock"
+    if soft_marker(path).exists():  # on a file system without locks
+        return True
+    if not path.exists():
         return False
-    lock = FileLock(run_dir / ".lock", thread_local=False)
+    lock = FileLock(path, thread_local=False)
     try:
         lock.acquire(timeout=0)
     except (Timeout, OSError):
@@ -156,7 +166,9 @@ def _in_use(run_dir: Path, holder: Holder | None, *, gone: bool) -> str:
         who = f"a child left by process {holder.pid} on this host ({holder.host})"
     else:
         who = str(holder)
+    marker = soft_marker(run_dir / ".lock")
+    hint = f"; if it has ended, remove {marker}" if marker.exists() else ""
     return (
         f"run folder {run_dir} is in use by {who}; wait for it, stop it, "
-        "or set train.run_dir to another folder"
+        f"or set train.run_dir to another folder{hint}"
     )

@@ -4,7 +4,6 @@ Everything read from disk is checked before it is used: a manifest may be damage
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from spectral_scale.checkpoint.strict_json import (
     read_text,
 )
 from spectral_scale.errors import CheckpointError
+from spectral_scale.files.json_text import parse_json
 from spectral_scale.parallel.shard_geometry import Rectangle, Shape, tiling_fault
 
 MANIFEST_NAME = "manifest.json"
@@ -164,7 +164,7 @@ def _load(data: bytes) -> dict[str, Any]:
     if not data:
         raise CheckpointError("empty")
     try:
-        document = json.loads(data)
+        document = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON ({error}): truncated or damaged") from error
     return expect(document, dict, "the document")

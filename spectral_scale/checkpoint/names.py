@@ -3,13 +3,13 @@
 Only names that match exactly, directly under the resolved root, are ever touched; links never.
 """
 
-import errno
 import os
 import re
 import shutil
 from pathlib import Path
 
 from spectral_scale.errors import CheckpointError
+from spectral_scale.files.durable import fsync_directory
 
 CHECKPOINTS_NAME = "checkpoints"
 _STEP = re.compile(r"step_([0-9]{8})")
@@ -82,18 +82,6 @@ def remove_leftovers(root: Path) -> list[str]:
             shutil.rmtree(path)
             removed.append(path.name)
     return removed
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a folder durable; file systems that cannot are taken as they are."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from spectral_scale.checkpoint.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from spectral_scale.checkpoint.names import commit, fsync_directory, step_name, writing_path
+from spectral_scale.checkpoint.names import commit, step_name, writing_path
 from spectral_scale.checkpoint.reader import verify_files
 from spectral_scale.checkpoint.strict_json import plain
 from spectral_scale.checkpoint.write_plan import (
@@ -33,6 +33,7 @@ from spectral_scale.checkpoint.write_plan import (
     join_plans,
 )
 from spectral_scale.errors import CheckpointError
+from spectral_scale.files.durable import free_bytes, fsync_directory
 from spectral_scale.parallel.chunks import TensorChunk
 from spectral_scale.parallel.collective import Collective
 
@@ -154,7 +155,8 @@ class _Save:
             raise CheckpointError(f"{final} is in the way: not a folder; move it elsewhere")
         if self.writing.exists():
             shutil.rmtree(self.writing)
-        if self.bytes_needed * _SPACE_MARGIN > shutil.disk_usage(self.root).free:
+        free = free_bytes(self.root)
+        if free is not None and self.bytes_needed * _SPACE_MARGIN > free:
             raise CheckpointError(_no_space(self.root, self.bytes_needed))
         self.writing.mkdir()
 
@@ -196,8 +198,9 @@ class _Save:
 def _no_space(root: Path, needed: int) -> str:
     while not root.exists():
         root = root.parent
-    free = shutil.disk_usage(root).free
+    free = free_bytes(root)
+    have = "an unknown rest" if free is None else f"{free / _GIB:.3g} GiB"
     return (
-        f"no space: need {needed / _GIB:.3g} GiB, have {free / _GIB:.3g} GiB at {root}; "
+        f"no space: need {needed / _GIB:.3g} GiB, have {have} at {root}; "
         "free space or lower checkpoint.keep_last"
     )

@@ -20,6 +20,7 @@ from spectral_scale.config.methods import method_spec
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
+from spectral_scale.files.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def read_deepspeed_json(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"parallel.deepspeed_config={path}: {error.strerror}") from None
     except ValueError as error:

@@ -5,7 +5,6 @@ low-rank-pretraining literature (GaLore, arXiv 2403.03507).
 """
 
 import difflib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from spectral_scale.config.families import FAMILIES, family_of
 from spectral_scale.config.schema import ModelConfig
 from spectral_scale.errors import ConfigError
+from spectral_scale.files.json_text import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ def _architecture_of_folder(folder: Path, model: ModelConfig) -> Architecture:
             f"model.path={folder} fixes the shapes, but model.{given[0]} is also given; remove one"
         )
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.path={folder}: config.json cannot be read ({error}); "

@@ -10,6 +10,8 @@ from typing import Any
 from spectral_scale.data.token_index import INDEX_NAME, SourceEntry
 from spectral_scale.data.tokens import INCOMPLETE_NAME, TOKENIZER_FOLDER, TokenFolder, open_tokens
 from spectral_scale.errors import DataError
+from spectral_scale.files.durable import warn_of_limits
+from spectral_scale.files.locks import acquire_lock, soft_marker
 
 LOCK_NAME = ".lock"
 
@@ -21,14 +23,18 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         DataError: another process holds it.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
-        lock.acquire()
+        lock = acquire_lock(folder / LOCK_NAME, timeout=0)
     except Timeout as error:
-        raise DataError(f"{folder}: another process is preparing it; wait for that one") from error
+        marker = soft_marker(folder / LOCK_NAME)
+        hint = f", or remove {marker} if that one was killed" if marker.exists() else ""
+        raise DataError(
+            f"{folder}: another process is preparing it; wait for that one{hint}"
+        ) from error
+    warn_of_limits(folder)
     try:
         yield
     finally:
@@ -49,7 +55,8 @@ def refuse_foreign(folder: Path, *, allowed: tuple[str, ...] = ()) -> None:
         raise DataError(f"{folder}: is a file, the output must be a folder")
     if not folder.exists() or _is_ours(folder):
         return
-    others = sorted(p.name for p in folder.iterdir() if p.name not in (LOCK_NAME, *allowed))
+    ours = (LOCK_NAME, soft_marker(Path(LOCK_NAME)).name)
+    others = sorted(p.name for p in folder.iterdir() if p.name not in (*ours, *allowed))
     if others:
         raise DataError(
             f"{folder}: not empty (it has {others[0]!r}) and not a token folder; choose another "

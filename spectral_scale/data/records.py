@@ -4,6 +4,7 @@ import json
 from typing import Any, Literal, NamedTuple
 
 from spectral_scale.errors import DataError
+from spectral_scale.files.json_text import parse_json
 
 Reason = Literal[
     "empty_document", "invalid_utf8", "invalid_json", "missing_text", "id_beyond_vocabulary"
@@ -77,7 +78,7 @@ def _field(record: Record, line: str, text_field: str) -> str:
 
 def _parse(record: Record, line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except json.JSONDecodeError as error:
         byte = record.offset + len(line[: error.pos].encode())
         message = f"{record.where}: invalid JSON at byte {byte} ({error.msg})"

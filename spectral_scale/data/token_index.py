@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from spectral_scale.errors import DataError
+from spectral_scale.files.json_text import parse_json
 
 INDEX_NAME = "index.json"
 FORMAT = "spectral_scale.tokens"
@@ -140,7 +141,7 @@ def parse_index(text: str, *, where: Path) -> TokenIndex:
         DataError: not an index, of another version, or inconsistent with itself.
     """
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         _check_format(value, where)
         index = _build(value)
         _check_consistent(index, value)

@@ -16,6 +16,7 @@ from spectral_scale.data.token_index import (
     TokenIndex,
     dtype_name,
 )
+from spectral_scale.files.durable import fsync_descriptor, fsync_directory, fsync_path
 
 
 class TokenWriter:
@@ -93,34 +94,24 @@ def write_index(
     folder: Path, index: TokenIndex, *, replace: Callable[[Path, Path], None] = os.replace
 ) -> None:
     """Commit a folder: its index appears whole or not at all, after everything it names."""
-    sync_folder(folder)
+    fsync_directory(folder)
     temporary = folder / f"{INDEX_NAME}.tmp"
     with temporary.open("wb") as stream:
         stream.write(index.to_json().encode())
         sync_and_close(stream)
     replace(temporary, folder / INDEX_NAME)
-    sync_folder(folder)
+    fsync_directory(folder)
 
 
 def sync_and_close(stream: BinaryIO) -> None:
     """Flush a file to disk and close it."""
     stream.flush()
-    os.fsync(stream.fileno())
+    fsync_descriptor(stream.fileno())
     stream.close()
 
 
 def sync_files(folder: Path) -> None:
     """Flush the files of a folder, which others wrote, and the folder itself to disk."""
     for file in folder.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries (new and renamed names) to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync_path(file)
+    fsync_directory(folder)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spectral_scale.doctor.findings import Finding, fault, ok, warning
+from spectral_scale.files.durable import free_bytes, fsync_descriptor
 from spectral_scale.parallel.collective import Collective
 
 PROBE_BYTES = 16 << 20
@@ -52,7 +53,7 @@ def _write(place: Path, probe: Path, checkpoint_bytes: int, kept: int) -> Iterat
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            flushes = fsync_descriptor(file.fileno())
         temporary.replace(probe)
         seconds = time.perf_counter() - started
         same = probe.read_bytes() == data
@@ -68,13 +69,23 @@ def _write(place: Path, probe: Path, checkpoint_bytes: int, kept: int) -> Iterat
         yield fault("run folder", f"{place}: what was read is not what was written", "tell the "
                     "administrator of the file system; use another one")  # fmt: skip
         return
-    yield ok("run folder", f"{place}: {PROBE_BYTES / seconds / 1e6:.0f} MB/s with fsync")
+    yield ok(
+        "run folder",
+        f"{place}: {PROBE_BYTES / seconds / 1e6:.0f} MB/s "
+        + ("with" if flushes else "without")
+        + " fsync",
+    )
     yield _space(place, checkpoint_bytes * (kept + 1))
 
 
 def _space(place: Path, need: int) -> Finding:
-    found = os.statvfs(place)
-    free = found.f_bavail * found.f_frsize
+    free = free_bytes(place)
+    if free is None:
+        return warning(
+            "space",
+            f"{place}: this file system does not tell its free space",
+            "make sure by other means that the checkpoints fit",
+        )
     text = f"{free / 1e9:.1f} GB free in {place}"
     if need > free:
         return fault(

@@ -4,7 +4,6 @@ Nothing in a folder is trusted: weights are safetensors, shipped code is never r
 downloaded.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from spectral_scale.errors import ConfigError
+from spectral_scale.files.json_text import parse_json
 from spectral_scale.models.weights import FolderWeights
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _refuse_unsupported(folder: Path) -> None:
             "model first (peft: merge_and_unload), then save that"
         )
     try:
-        raw = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        raw = parse_json((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{folder}: {CONFIG_NAME} cannot be read ({error}); give a folder written by "

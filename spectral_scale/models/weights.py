@@ -4,7 +4,6 @@ Both are pure functions of (name, shape), so no value depends on world size, bac
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectral_scale.errors import ConfigError
+from spectral_scale.files.json_text import parse_json
 from spectral_scale.ops.keyed_random import keyed_generator
 
 INIT_STD = 0.02
@@ -114,7 +114,7 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     single = folder / "model.safetensors"
     try:
         if index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
             return {name: _confined(folder, file) for name, file in names.items()}
         if single.is_file():
             with safe_open(single, framework="pt") as file:

@@ -12,6 +12,7 @@ from spectral_scale import __version__
 from spectral_scale.config.load import to_dict
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
+from spectral_scale.files.durable import warn_of_limits
 from spectral_scale.supervision.status import EXIT_CODES, saved_step, write_json, write_status
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
@@ -24,6 +25,7 @@ def create_run_folder(run_dir: Path) -> None:
         for folder in (run_dir, run_dir / "checkpoints", run_dir / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"spectral_scale")
+        warn_of_limits(run_dir)
         probe.unlink(missing_ok=True)  # a rank of another host may have the same process id
     except OSError as error:
         raise ConfigError(

@@ -21,6 +21,7 @@ PACKAGE = "spectral_scale"
 # From the ground up: a package imports from floors below its own, never from its own or above.
 FLOORS = (
     {"errors"},
+    {"files"},
     {"ops", "config", "parallel"},
     {"optim", "models", "cluster", "metrics"},
     {"methods", "doctor"},
@@ -35,25 +36,30 @@ FLOORS = (
 )
 
 # package -> packages of this project that it may import, besides itself and the version.
-BELOW_BACKENDS = frozenset({"errors", "config", "ops", "parallel", "models", "optim", "methods"})
+BELOW_BACKENDS = frozenset(
+    {"errors", "files", "config", "ops", "parallel", "models", "optim", "methods"}
+)
 BELOW_ENGINE = BELOW_BACKENDS | {"backends", "data", "checkpoint", "metrics", "supervision"}
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "ops": frozenset({"errors"}),
-    "config": frozenset({"errors"}),
+    "files": frozenset({"errors"}),
+    "config": frozenset({"errors", "files"}),
     "parallel": frozenset({"errors"}),
     "metrics": frozenset({"errors", "config"}),
     "optim": frozenset({"errors", "config", "ops", "parallel"}),
-    "models": frozenset({"errors", "config", "ops"}),
+    "models": frozenset({"errors", "files", "config", "ops"}),
     "cluster": frozenset({"errors", "parallel"}),
     "methods": BELOW_BACKENDS - {"methods", "models"},
-    "doctor": frozenset({"cluster", "parallel"}),
+    "doctor": frozenset({"files", "cluster", "parallel"}),
     "backends": BELOW_BACKENDS,
     "__init__": BELOW_BACKENDS | {"backends"},
     "megatron": frozenset({"config", "backends"}),
-    "data": frozenset({"errors", "config", "ops"}),
-    "checkpoint": frozenset({"errors", "parallel"}),
-    "supervision": frozenset({"errors", "config", "parallel", "checkpoint", "data", "backends"}),
+    "data": frozenset({"errors", "files", "config", "ops"}),
+    "checkpoint": frozenset({"errors", "files", "parallel"}),
+    "supervision": frozenset(
+        {"errors", "files", "config", "parallel", "checkpoint", "data", "backends"}
+    ),
     "engine": BELOW_ENGINE,
     "plan": BELOW_BACKENDS - {"ops"} | {"data", "engine"},
     "artifacts": BELOW_ENGINE | {"engine"},

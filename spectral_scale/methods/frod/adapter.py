@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spectral_scale.config.methods.frod import category_of
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import CheckpointError, ConfigError
+from spectral_scale.files.json_text import parse_json
 from spectral_scale.methods.frod.joint_decomposition import column_lengths
 from spectral_scale.methods.frod.layer import FRoDLinear, convert_frod, frod_layers
 from spectral_scale.methods.frod.product import SharedBasis
@@ -151,7 +152,7 @@ def _require_base(
 
 def _read_facts(folder: Path) -> dict[str, list[int]]:
     try:
-        facts: Any = json.loads((folder / FACTS_NAME).read_text(encoding="utf-8"))
+        facts: Any = parse_json((folder / FACTS_NAME).read_text(encoding="utf-8"))
         if (facts["format"], facts["format_version"]) != (FORMAT, FORMAT_VERSION):
             raise ValueError(f"it is not of format {FORMAT} {FORMAT_VERSION}")
         layers = {str(n): [int(size) for size in shape] for n, shape in facts["layers"].items()}

@@ -1,0 +1,1 @@
+"""What file systems and files that users hand over can and cannot do. Knows no other package."""

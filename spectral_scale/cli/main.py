@@ -9,7 +9,8 @@ from keyword import iskeyword
 from typing import Any
 
 from spectral_scale import __version__
-from spectral_scale.errors import SpectralScaleError
+from spectral_scale.errors import ConfigError, SpectralScaleError
+from spectral_scale.files.paths import user_path
 
 COMMANDS = (
     "train",
@@ -50,11 +51,24 @@ def _module(command: str) -> Any:
     return import_module(f"spectral_scale.cli.{command}{'_' if iskeyword(command) else ''}")
 
 
+def _expanded(word: str) -> str:
+    """A word of the command line with `~` expanded, also after `--option=`, where shells do not."""
+    option, equals, value = word.partition("=")
+    if option.startswith("--") and equals and value.startswith("~"):
+        return f"{option}={user_path(value, what=option)}"
+    return user_path(word, what="argument") if word.startswith("~") else word
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code (0 done, 75 resumable, 78 configuration error)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = build_parser()
-    parsed, rest = parser.parse_known_args(arguments)
+    try:
+        words = [_expanded(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    except ConfigError as error:
+        print(f"spectral-scale: error: {error}", file=sys.stderr)
+        return error.exit_code
+    parsed, rest = parser.parse_known_args(words)
     if rest and not getattr(parsed, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     parsed.overrides = rest

@@ -54,7 +54,15 @@ _HPZ = (
     "swap frozen ones would be those of the last iteration; to shard within a machine use HSDP: "
     "parallel.backend=fsdp2 with parallel.shard_group=<GPUs of a machine>"
 )
+_OLD_OFFLOAD = (
+    "DeepSpeed has given it up for zero_optimization.offload_optimizer and offload_param; write "
+    '"offload_optimizer": {"device": "cpu"}, or set parallel.offload=cpu'
+)
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "zero_optimization.cpu_offload": ((False, None), _OLD_OFFLOAD),
+    "zero_optimization.cpu_offload_params": ((False, None), _OLD_OFFLOAD),
+    "zero_optimization.cpu_offload_param": ((False, None), _OLD_OFFLOAD),
+    "zero_optimization.cpu_offload_use_pin_memory": ((False, None), _OLD_OFFLOAD),
     "zero_optimization.round_robin_gradients": (
         (False,),
         "it reorders DeepSpeed's flat buffers but not its map of them, so that swapped triplets "

@@ -21,8 +21,14 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from spectral_scale.config.named_settings import add_named_settings
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
+from spectral_scale.files.paths import user_path
 
 MAX_FILE_BYTES = 1 << 20
+PATH_KEYS = frozenset(
+    ("model.path", "data.train", "data.validation", "parallel.deepspeed_config", "train.run_dir")
+)
+"""Keys whose values are files and folders."""
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,9 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
             values[key], sources[key] = value, str(file)
     for key, value in _pairs(overrides):
         values[key], sources[key] = value, "command line"
+    for key in PATH_KEYS & values.keys():
+        if isinstance(values[key], str):
+            values[key] = user_path(values[key], what=f"{sources[key]}: {key}")
     add_named_settings(values, sources)
     return ResolvedConfig(config=_build(values, sources), sources=sources)
 
@@ -114,6 +123,13 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
         return super().compose_node(parent, index)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A decimal number; YAML 1.1 would make 64 of 0100 and 90 of 1:30."""
+        if _LEADING_ZERO.fullmatch(node.value) or ":" in node.value:
+            problem = f"{node.value}: {_ZERO_REMEDY}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return int(super().construct_yaml_int(node))
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
@@ -123,6 +139,13 @@ class _PlainLoader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+_ZERO_REMEDY = (
+    "not a decimal number (YAML takes a leading zero for octal and a colon for base 60); write it "
+    "without, or in quotes if it is a name"
+)
 
 
 def _flatten(raw: Mapping[str, Any], origin: str) -> Iterator[tuple[str, Any]]:
@@ -154,6 +177,8 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             if not queue or queue[0].startswith("--"):
                 raise ConfigError(f"command line: --{key} needs a value, as in --{key} VALUE")
             value = queue.pop(0)
+        if key not in PATH_KEYS and _LEADING_ZERO.fullmatch(value):
+            raise ConfigError(f"command line: --{key} {value}: {_ZERO_REMEDY}")
         yield key, value
 
 

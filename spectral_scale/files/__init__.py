@@ -1,1 +1,1 @@
-"""What file systems and files that users hand over can and cannot do. Knows no other package."""
+"""What file systems and files that users hand over can and cannot do. Knows errors only."""

@@ -18,7 +18,7 @@ from spectral_scale.cli.arguments import (
 from spectral_scale.cluster.adopt import adopt_launcher
 from spectral_scale.cluster.detect import LauncherFlags
 from spectral_scale.config.check import keys_without_effect
-from spectral_scale.config.load import ResolvedConfig, build_parser
+from spectral_scale.config.load import ResolvedConfig, build_parser, load_config
 from spectral_scale.config.resolve import resolve
 from spectral_scale.errors import SpectralScaleError
 
@@ -154,6 +154,7 @@ def _loop(built: "Run", run_dir: Path, output: str, exit_status: "ExitStatus") -
     if speaks:
         from spectral_scale.cli.progress import make_progress
 
+        _warn_of_learning_rates(built, run_dir)
         write_config(run_dir, built.config)
         _introduce(built)
         write_status(run_dir, "running", step=built.start_step, steps=steps)
@@ -173,6 +174,23 @@ def _loop(built: "Run", run_dir: Path, output: str, exit_status: "ExitStatus") -
         progress.close()
         _conclude(run_dir, outcome, steps, output)
     return 0 if outcome.stopped is None else RESUMABLE
+
+
+def _warn_of_learning_rates(built: "Run", run_dir: Path) -> None:
+    """Say if this start continues a run at other learning rates than it had."""
+    from spectral_scale.engine.identity import learning_rate_jump
+
+    if not built.start_step:
+        return
+    try:
+        before = load_config([run_dir / "config.yaml"]).config
+    except SpectralScaleError:  # it is written anew now
+        return
+    applied = built.start_step - built.skipped_steps
+    jump = learning_rate_jump(before, built.config, applied_steps=applied)
+    if jump is not None:
+        logger.warning(jump)
+        _say(f"warning: {jump}")
 
 
 def _introduce(built: "Run") -> None:

@@ -1,6 +1,7 @@
 """The identity of a run: settings that must be the same to continue from a checkpoint."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,11 @@ from spectral_scale.config.schema import RunConfig
 from spectral_scale.data.loader import TrainLoader
 from spectral_scale.errors import ResumeMismatchError
 from spectral_scale.models.weights import InitialWeights
+from spectral_scale.optim.schedules import lr_factor
 from spectral_scale.parallel.collective import Collective
 
+LEAST_JUMP = 0.01
+"""A relative change of a learning rate on resume that is worth a warning."""
 FREE_KEYS = {
     "spectral.bank_device",
     "optimizer.lr",
@@ -96,3 +100,28 @@ def check_identity(
             f"--train.allow_changed '[{', '.join(refused)}]'"
         )
     return differing
+
+
+def learning_rate_jump(before: RunConfig, now: RunConfig, *, applied_steps: int) -> str | None:
+    """What a resumed run does to its learning rates, if its settings make them jump; else None.
+
+    Args:
+        before: the configuration of the start before this one.
+        now: this start's.
+        applied_steps: optimizer steps taken so far.
+    """
+    changes = []
+    for key in ("lr", "spectral_lr"):
+        old, new = (
+            getattr(config.optimizer, key)
+            * lr_factor(config.optimizer, applied_steps, config.train.steps)
+            for config in (before, now)
+        )
+        if not math.isclose(old, new, rel_tol=LEAST_JUMP, abs_tol=1e-12):
+            changes.append(f"optimizer.{key} {old:.4g} -> {new:.4g}")
+    if not changes:
+        return None
+    return (
+        f"learning rates jump at step {applied_steps}, since optimizer settings or train.steps "
+        f"({before.train.steps} -> {now.train.steps}) changed: {', '.join(changes)}"
+    )

@@ -1,4 +1,4 @@
-"""Forty faults with their outcomes and the tests that hold them; rendered as docs/faults.md."""
+"""Forty-eight faults, their outcomes and the tests that hold them; rendered as docs/faults.md."""
 
 from dataclasses import dataclass
 
@@ -363,14 +363,86 @@ SECTIONS: dict[str, list[Scenario]] = {
             (f"{FAULTS}test_kills_and_soak.py::test_a_short_soak", "benchmarks/soak.py"),
         ),
     ],
+    "What users hand over": [
+        Scenario(
+            "a folder of inputs with links, compressed files and files of unknown kinds",
+            "Links are followed, .gz, .bz2, .xz, .zst and .lz4 are read, unknown files are refused "
+            "or, with `--on-unknown skip`, named and counted. Two files of one content are named.",
+            (
+                f"{DATA}test_sources.py::test_links_to_folders_are_followed_but_not_in_a_circle",
+                f"{DATA}test_sources.py::test_files_of_an_unknown_kind_are_refused_or_counted",
+                f"{DATA}test_sources.py"
+                "::test_compressed_files_may_have_several_frames_and_are_read_to_the_end",
+                f"{DATA}test_prepare_folders.py::test_the_same_shard_under_two_names_is_said",
+            ),
+        ),
+        Scenario(
+            "an input that is a named pipe, a socket or a device",
+            "It is refused by name before anything is read.",
+            (f"{DATA}test_sources.py::test_inputs_that_are_no_regular_files_are_refused_by_name",),
+        ),
+        Scenario(
+            "Parquet with two columns of one name, or text of another string type",
+            "Two columns are refused with their places; every string type is text.",
+            (
+                f"{DATA}test_sources.py::test_parquet_with_two_columns_of_one_name",
+                f"{DATA}test_sources.py::test_parquet_rows",
+            ),
+        ),
+        Scenario(
+            "a JSON key that is given twice",
+            "It is named and refused in every JSON that a user hands over.",
+            ("tests/unit/files/test_json_text.py::test_a_key_that_is_given_twice_is_named",),
+        ),
+        Scenario(
+            "`~` or `$NAME` in a path",
+            "`~` is the home folder in every key and argument; `$NAME` is refused by name.",
+            (
+                "tests/unit/files/test_paths.py"
+                "::test_every_path_key_is_expanded_in_files_and_on_the_command_line",
+            ),
+        ),
+        Scenario(
+            "a loader worker that cannot start, is killed, stopped or has no room in TMPDIR or "
+            "/dev/shm",
+            "Batches travel through pipes, which need neither; a worker that dies is named, one "
+            "that is stopped is warned of, and none outlives the run.",
+            (
+                f"{DATA}test_loader_train.py"
+                "::test_workers_need_no_temporary_folder_and_no_shared_memory",
+                f"{DATA}test_loader_train.py::test_a_worker_that_is_killed_is_named",
+                f"{DATA}test_loader_train.py::test_workers_end_with_a_parent_that_is_killed",
+            ),
+        ),
+        Scenario(
+            "a request to stop while data is waited for",
+            "One process saves and stops with exit code 75; one of several ranks ends the run with "
+            "75 and is named.",
+            (
+                f"{RUNS}test_waiting_for_data.py::test_one_process_saves_and_stops",
+                f"{RUNS}test_waiting_for_data.py::test_several_ranks_end_and_name_it",
+            ),
+        ),
+        Scenario(
+            "a file system without locks, without fsync of folders, or that tells no free space",
+            "A warning before the first step; a marker file stands for the lock, and saves go on.",
+            (
+                "tests/unit/files/test_limits_of_file_systems.py::test_a_marker_stands_for_a_lock",
+                "tests/unit/files/test_limits_of_file_systems.py"
+                "::test_folders_that_cannot_be_flushed",
+                "tests/unit/files/test_limits_of_file_systems.py"
+                "::test_free_space_that_is_unknown_stops_no_save",
+            ),
+        ),
+    ],
 }
-COUNT = 40
+COUNT = 48
 
 PAGE = """# Faults
 
-Forty faults that clusters inflict on a training run, the outcome of each, and the tests that hold
-it; a fault without a test says why. This page is rendered from `tests/faults/battery.py`, and a
-test compares the two.
+Forty-eight faults that clusters, file systems and inputs inflict on a training run, the outcome
+of each, and the tests that hold it; a fault without a test says why. This page is rendered from
+`tests/faults/battery.py`, and a test compares the two.
 
 {tables}
 

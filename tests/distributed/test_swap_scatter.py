@@ -34,7 +34,7 @@ def deliver_twice(config: Any) -> dict[str, Any]:
 
     create_run_folder(Path(config.train.run_dir))
     run = build_from_config(config, detect_rank_info())
-    store = run.controller.boundary.store
+    store = run.controller.swap.store
     install = store.install
     calls: dict[str, Counter[str]] = {"single": Counter(), "packed": Counter()}
     sent: dict[str, Counter[str]] = {"single": Counter(), "packed": Counter()}

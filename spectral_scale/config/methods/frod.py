@@ -99,6 +99,7 @@ FROD = MethodSpec(
     filter_refusals={"rows": NO_MATRIX, "heads": NO_MATRIX},
     layout_keys=("sparsity",),
     keeps_initial_weights=True,
+    has_adapter=True,
     memory=_memory,
     traffic=_traffic,
     counted={"frod": {}},

@@ -123,6 +123,8 @@ class MethodSpec:
     keeps_initial_weights: bool = False
     """Whether checkpoints leave out weights that it never changes, so that a run needs those it
     started from for as long as it lives."""
+    has_adapter: bool = False
+    """Whether what it trained can be saved apart from the weights it changes."""
     swaps: bool = False
     """Whether something is swapped, merged or renewed every `steps_per_iteration` steps."""
 

@@ -82,7 +82,7 @@ class SpectralController:
             compute_device=compute_device,
             dtype=bank_dtype,
         )
-        self.boundary = Swap(
+        self.swap = Swap(
             config=config,
             seed=seed,
             schedule=self.schedule,
@@ -97,7 +97,7 @@ class SpectralController:
             self.ramp_learning_rates(optimizer)
         if decompose:
             self._decompose_initial(weights or weights_set_aside(self.layers))
-            self.boundary.begin(0)
+            self.swap.begin(0)
 
     # -- what a training loop calls ---------------------------------------------------------
 
@@ -116,7 +116,7 @@ class SpectralController:
         self.store.clamp_nonnegative(f"{n}.sigma" for n in self.layers)
         if not self.schedule.is_swap(self.applied_steps):
             return None
-        return self.boundary.run(self.schedule.iteration(self.applied_steps))
+        return self.swap.run(self.schedule.iteration(self.applied_steps))
 
     def lr_factor(self) -> float:
         """Factor on the spectral groups' learning rates in the next step."""
@@ -162,7 +162,7 @@ class SpectralController:
             if owner == self.collective.rank:
                 saved = {leaf: read(f"bank/{name}/{leaf}") for leaf in self._saved_leaves()}
                 self.bank.put(name, **saved)
-        self.boundary.scatter(trained=False)
+        self.swap.scatter(trained=False)
 
     # -- small parts -----------------------------------------------------------------------
 

@@ -60,6 +60,6 @@ def test_a_delivery_takes_the_memory_of_a_parcel(bounded, monkeypatch):
     if bounded:
         monkeypatch.setattr(buckets, "BUCKET_BYTES", 2 * matrix)
     with PeakMemory() as memory:
-        controller.boundary.scatter(trained=True)
+        controller.swap.scatter(trained=True)
     assert (memory.peak_bytes < 6 * matrix) is bounded
     assert memory.current_bytes == 0

@@ -163,7 +163,7 @@ def test_a_store_that_cannot_move_moments_is_refused():
     small = Small(boundary_moments="keep_sigma")
     small.before_boundary()
     store = Plain(small.model, small.optimizer, small.controller.collective)
-    small.controller.boundary.store = store
+    small.controller.swap.store = store
     with pytest.raises(SpectralError, match="keep_sigma needs a store.*Plain cannot"):
         small.controller.after_step()
 

@@ -331,7 +331,7 @@ def test_phases_are_timed_and_announced() -> None:
     """In the protocol's order, and each within the boundary's seconds."""
     trainer = Trainer(iterations_per_round=1)
     entered: list[tuple[str, int]] = []
-    trainer.controller.boundary.clock.listeners.append(lambda *phase: entered.append(phase))
+    trainer.controller.swap.clock.listeners.append(lambda *phase: entered.append(phase))
     trainer.run(4)
     assert not entered
     trainer.step()

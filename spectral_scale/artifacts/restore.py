@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.names import CHECKPOINTS_NAME, step_of
@@ -30,6 +30,7 @@ from spectral_scale.engine.methods import METHODS, convert_model, open_controlle
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.methods.layer import factored_layers
 from spectral_scale.models.build import build_model, choose_attention, materialise
+from spectral_scale.models.folder import read_generation_config
 from spectral_scale.models.weights import InitialWeights, KeyedWeights
 from spectral_scale.optim.groups import param_groups
 from spectral_scale.parallel.collective import SingleProcess
@@ -205,5 +206,6 @@ def _load_frozen(
 
 def _take_generation_config(model: PreTrainedModel, path: str | None) -> None:
     """Take over the generation settings of the model that the run started from."""
-    if path is not None and (Path(path) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    found = None if path is None else read_generation_config(Path(path))
+    if found is not None:
+        model.generation_config = found

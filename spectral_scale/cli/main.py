@@ -1,6 +1,7 @@
 """`spectral-scale COMMAND ...`: finds the command, turns errors into messages and exit codes."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,9 @@ def _expanded(word: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code (0 done, 75 resumable, 78 configuration error)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file's name may hold bytes that are no UTF-8: shown as escapes, never a failure.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     try:
         words = [_expanded(word) for word in (sys.argv[1:] if arguments is None else arguments)]

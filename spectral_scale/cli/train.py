@@ -255,8 +255,9 @@ def _write_report(run_dir: Path) -> None:
 
     try:
         write_report([run_dir], run_dir / "report.html")
-    except (OSError, SpectralScaleError) as error:  # the run itself is complete and saved
-        _say(f"report.html could not be written: {error}")
+    except Exception as error:  # the run itself is complete and saved: its outcome stands
+        logger.debug("report.html", exc_info=True)
+        _say(f"warning: report.html could not be written ({type(error).__name__}: {error})")
 
 
 def _say_done(run_dir: Path, step: int, output: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from spectral_scale.errors import ConfigError
@@ -22,6 +22,7 @@ from spectral_scale.models.weights import FolderWeights
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
 _ADAPTER_NAME = "adapter_config.json"
 
 
@@ -47,9 +48,10 @@ def check_folder(folder: Path, model: PreTrainedModel) -> FolderReport:
 
     Raises ConfigError for adapters, quantised or pickled weights, a missing weight or one of
     another shape (all of them are listed), and for weights that differ though the configuration
-    ties them: loaders disagree on what such a folder means.
+    ties them: loaders disagree on what such a folder means. `read_generation_config` adds its own.
     """
     _refuse_unsupported(folder)
+    read_generation_config(folder)  # an export writes it again
     weights = FolderWeights(folder)
     used: set[str] = set()
     problems: list[str] = []
@@ -67,6 +69,52 @@ def check_folder(folder: Path, model: PreTrainedModel) -> FolderReport:
         logger.warning("%s: %d stored tensors are not used: %s", folder, len(unused), unused[:5])
     dtypes = sorted({weights.shape_and_dtype(name)[1] for name in used})
     return FolderReport(parameters=elements, dtypes=dtypes, unused=unused)
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation settings of a folder, fit to be exported again; None if it has none.
+
+    Many published folders give sampling values without `do_sample`, which transformers reads but
+    refuses to write: sampling is then switched on, with a warning. Raises ConfigError for others
+    that it refuses.
+    """
+    file = folder / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        return None
+    try:
+        with quiet_transformers():
+            found: GenerationConfig = GenerationConfig.from_pretrained(
+                str(folder), local_files_only=True
+            )
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}); correct it, or remove it and start again"
+        ) from None
+    problem = _refusal(found)
+    if problem is not None and not found.do_sample:
+        found.do_sample = True
+        problem = _refusal(found)
+        if problem is None:
+            logger.warning(
+                "%s gives sampling values without do_sample; exports set do_sample=true, as "
+                "transformers requires",
+                file,
+            )
+    if problem is not None:
+        raise ConfigError(
+            f"{file}: transformers would refuse to export it ({problem}); correct it, or remove "
+            "it and start again"
+        )
+    return found
+
+
+def _refusal(config: GenerationConfig) -> str | None:
+    """Why transformers refuses to write these settings, in one line."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def load_folder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -74,7 +74,9 @@ def write_failure(run_dir: Path, *, steps: int, reason: str, exit_code: int = 1)
 
 def log_to_file(run_dir: Path, rank: int) -> logging.Handler:
     """Append the package's log records of this rank to logs/rank_00000.log."""
-    handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:05d}.log", encoding="utf-8")
+    handler = logging.FileHandler(
+        run_dir / "logs" / f"rank_{rank:05d}.log", encoding="utf-8", errors="backslashreplace"
+    )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("spectral_scale")
     logger.addHandler(handler)

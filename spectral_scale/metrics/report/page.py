@@ -96,7 +96,8 @@ def save_report(report: Report, output: Path) -> Path:
     temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(report.html, encoding="utf-8")
+        # A folder's name may hold bytes that are no UTF-8; they are shown as escapes.
+        temporary.write_text(report.html, encoding="utf-8", errors="backslashreplace")
         temporary.replace(output)
     except OSError as error:
         with suppress(OSError):

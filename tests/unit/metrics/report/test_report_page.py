@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -364,3 +365,11 @@ def test_a_chart_that_raises_costs_only_itself(make_run, monkeypatch, caplog):
     assert page.sections == ["headline", "loss"]
     assert "broken could not be drawn (RuntimeError: no such chart)" in page.text
     caplog.clear()
+
+
+def test_a_run_folder_whose_name_is_no_utf8_gets_its_page(make_run):
+    folder = make_run()
+    odd = folder.rename(folder.with_name(os.fsdecode(b"r\xe9s")))
+    page = write_report([odd], odd / "report.html")
+    assert "r\\udce9s" in page.read_text(encoding="utf-8")
+    assert [file.name for file in odd.glob("*.tmp")] == []

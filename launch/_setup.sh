@@ -1,5 +1,5 @@
-# Sourced by quickstart and selftest: makes .venv hold this checkout and what it needs.
-# Gives $root and $venv. Installs nothing while the stamp of the last installation matches.
+# Sourced by quickstart and selftest: installs this checkout and its dependencies into .venv.
+# Sets $root and $venv. Installs nothing while the stamp of the last installation matches.
 # shellcheck shell=bash
 
 CPU_INDEX=https://download.pytorch.org/whl/cpu
@@ -13,7 +13,7 @@ log="$venv/install.log"
 pip_install=("$venv/bin/python" -m pip install --retries 2 --progress-bar off
     --constraint constraints.txt)
 cd -- "$root"
-# Another Python's packages must not stand in for what is missing here, nor pip's --user.
+# Packages of another Python or of pip's --user must not substitute for missing ones.
 unset PYTHONHOME PYTHONPATH
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
@@ -37,7 +37,7 @@ set_up() {
     exec 9<&-
 }
 
-# Two commands started together take turns; the lock goes when the descriptor is closed.
+# Commands started together take turns; closing the descriptor releases the lock.
 one_at_a_time() {
     exec 9<"$root/launch/_setup.sh"
     if command -v flock >/dev/null && ! flock --nonblock 9; then
@@ -46,12 +46,12 @@ one_at_a_time() {
     fi
 }
 
-# The CUDA build of torch where there is an NVIDIA GPU, else the far smaller CPU build.
+# The CUDA build of torch if there is an NVIDIA GPU, otherwise the much smaller CPU build.
 wanted_build() {
     if [[ "$(nvidia-smi -L 2>/dev/null || true)" == *GPU\ [0-9]* ]]; then echo cuda; else echo cpu; fi
 }
 
-# What an installation depends on, as one line; fails where $venv has no Python >= 3.11.
+# Prints what an installation depends on as one line; fails if $venv has no Python >= 3.11.
 fingerprint() {
     "$venv/bin/python" - "$root" pyproject.toml constraints.txt 2>/dev/null <<'PYTHON'
 import hashlib, pathlib, sys
@@ -62,7 +62,7 @@ print(hashlib.sha256("\0".join(inputs).encode()).hexdigest())
 PYTHON
 }
 
-# A CUDA build serves a machine without a GPU too (login nodes), and `test` includes `base`.
+# A CUDA build also works without a GPU (login nodes), and `test` includes `base`.
 is_ready() {
     local was_extra was_build was_fingerprint was_root
     read_stamp || return 1
@@ -71,7 +71,7 @@ is_ready() {
         [[ $was_fingerprint == "$(fingerprint)" ]]
 }
 
-# Sets the caller's was_* variables; fails where there is no stamp.
+# Sets the caller's was_* variables; fails if there is no stamp.
 read_stamp() {
     [[ -f $stamp ]] || return 1
     { read -r was_extra && read -r was_build && read -r was_fingerprint && read -r was_root; } <"$stamp"
@@ -109,7 +109,7 @@ require_space() {
         "Free some space, or move the checkout to a larger disk, and run the same command again."
 }
 
-# Keeps a .venv that works and was made here; replaces a half-made, moved or outdated one.
+# Keeps a working .venv that was made here; replaces an incomplete, moved or outdated one.
 require_venv() {
     local base_python output was_extra was_build was_fingerprint was_root=$root
     read_stamp || true
@@ -122,7 +122,7 @@ require_venv() {
         die "$base_python could not make the virtual environment $venv:" "$output"
 }
 
-# Sets the caller's base_python: $PYTHON if it is given, else the first that is new enough.
+# Sets the caller's base_python: $PYTHON if given, otherwise the first Python that is new enough.
 find_python() {
     local candidate seen=() names=(python3 python3.13 python3.12 python3.11 python3.14 python)
     if [[ -n ${PYTHON:-} ]]; then names=("$PYTHON"); fi
@@ -141,7 +141,7 @@ find_python() {
         "or name one: PYTHON=/path/to/python3.12 $0"
 }
 
-# "ready", "no-venv", an older version, or nothing where the command does not run.
+# Prints "ready", "no-venv", an older version, or nothing if the command does not run.
 probe_python() {
     "$1" - 2>/dev/null <<'PYTHON' || true
 import sys
@@ -171,7 +171,7 @@ urllib.request.urlopen(sys.argv[1], timeout=5).close()
 PYTHON
 }
 
-# pip takes 2.13.0+cpu for torch==2.13.0, so a GPU that joined later needs the other build fetched.
+# pip accepts 2.13.0+cpu for torch==2.13.0, so a GPU added later needs a forced reinstallation.
 remove_cpu_torch() {
     if [[ "$(torch_version)" == *+cpu ]]; then
         "$venv/bin/python" -m pip uninstall --yes torch >>"$log" 2>&1
@@ -182,7 +182,7 @@ torch_version() {
     "$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true
 }
 
-# Without PyTorch's CPU index, pip's own sources decide; gigabytes are announced before they come.
+# Without PyTorch's CPU index, pip's own sources decide; a download of gigabytes is announced.
 warn_of_cuda_packages() {
     local count
     count=$("${pip_install[@]}" --dry-run --quiet --ignore-installed --report - torch 2>>"$log" |

@@ -4,7 +4,7 @@
         --extra-index-url https://download.pytorch.org/whl/cpu .
     python launch/lock.py report.json > requirements-linux-x86_64-py311-cpu.lock
 
-A lock is for one platform, Python and build of torch: those that the report was made with.
+A lock file holds for the platform, Python and build of torch with which the report was made.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def lock(report: dict) -> str:
-    """The lock's text: every package but this one, pinned with its hashes."""
+    """The text of the lock file: every package except this one, pinned with its hashes."""
     facts = report["environment"]
     lines = [
         f"# Python {facts['python_full_version']}, {facts['sys_platform']}, "

@@ -1,28 +1,27 @@
 # shellcheck shell=bash
-# What all job scripts do: prepare, check, run the ranks, stop in time, requeue only if that helps.
-# No value of any site stands here; those are in env.sh.
+# Functions common to all job scripts: prepare, check, run the ranks, stop in time, and requeue only
+# after progress. Site-specific values are in env.sh.
 
 # Ask the ranks to stop: a file in the run folder works under every launcher, a signal does not.
-# A file that lies there before the ranks have started would be taken for an old one, so it is
-# put there again for as long as they run.
+# Ranks discard a STOP file that is older than their start, so the file is recreated as long as they
+# run.
 stop_requested=0
 request_stop() {
     stop_requested=1
     echo "$(date '+%F %T') $1: asking the ranks to save and stop"
 }
 
-# prepare ARGUMENTS OF TRAIN...: sets run_dir, master_addr, master_port, ranks_per_node,
-# started.
+# prepare TRAIN_ARGUMENTS...: sets run_dir, master_addr, master_port, ranks_per_node, started.
 prepare() {
     trap 'request_stop "SIGUSR1 (the time limit is near)"' USR1
     trap 'request_stop SIGTERM' TERM
     cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
     started=$(date +%s)
-    # Ranks of a node, for launchers that start them: one a GPU asked for ("a100:8" or "8").
+    # Ranks per node, for launchers that start them: one per requested GPU ("a100:8" or "8").
     ranks_per_node=${SPECTRAL_SCALE_RANKS_PER_NODE:-${SLURM_GPUS_PER_NODE:-0}}
     ranks_per_node=${ranks_per_node##*:}
     if ((ranks_per_node == 0)); then ranks_per_node=1; fi
-    # Older SLURM does not say when the job ends; the ranks save in time if they know.
+    # Older versions of SLURM do not set the job's end time, which the ranks need to save in time.
     if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
         SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --job "$SLURM_JOB_ID" --format %e)" +%s) ||
             SLURM_JOB_END_TIME=
@@ -30,12 +29,12 @@ prepare() {
     fi
     local facts
     facts=$("$SPECTRAL_SCALE_PYTHON" -m spectral_scale slurm --facts "$@") || exit 78
-    eval "$facts" # three quoted assignments
+    eval "$facts" # three assignments with quoted values
     echo "$(date '+%F %T') job $SLURM_JOB_ID on ${SLURM_JOB_NODELIST:-?}," \
         "restart ${SLURM_RESTART_COUNT:-0}, run folder $run_dir"
 }
 
-# preflight LAUNCHER...: doctor on all ranks; SPECTRAL_SCALE_PREFLIGHT=0 leaves it out.
+# preflight LAUNCHER...: runs doctor on all ranks; SPECTRAL_SCALE_PREFLIGHT=0 skips it.
 preflight() {
     if [[ ${SPECTRAL_SCALE_PREFLIGHT:-1} == 0 ]]; then return; fi
     run_ranks "$@"
@@ -45,7 +44,7 @@ preflight() {
     fi
 }
 
-# run_ranks LAUNCHER...: sets code, the launcher's exit code. Signals do not end the wait.
+# run_ranks LAUNCHER...: sets code to the launcher's exit code. Signals do not interrupt the wait.
 run_ranks() {
     if ((stop_requested)); then
         code=75
@@ -71,8 +70,8 @@ keep_asking() {
     rm -f "$run_dir/STOP"
 }
 
-# conclude ARGUMENTS OF TRAIN...: requeues the job if it was stopped and can go on; exits with the
-# run's own code, which torchrun does not hand on.
+# conclude TRAIN_ARGUMENTS...: requeues the job if it was stopped and can resume; exits with the
+# run's own exit code, which torchrun does not pass on.
 conclude() {
     "$SPECTRAL_SCALE_PYTHON" -m spectral_scale slurm --conclude "$code" --since "$started" "$@"
     exit $?

@@ -1,26 +1,26 @@
 # shellcheck shell=bash
-# What differs between sites, and nothing else. Every line to look at is marked SITE.
-# Sourced by the job scripts of this folder, once on the first node of the job.
+# The settings that differ between sites. Every line to review is marked SITE.
+# The job scripts of this folder source this file once, on the first node of the job.
 
-# SITE: the Python that has spectral-scale installed, on a file system that all nodes see.
+# SITE: the Python that has spectral-scale installed, on a file system shared by all nodes.
 : "${SPECTRAL_SCALE_PYTHON:=.venv/bin/python}"
 
-# SITE: software modules, where the cluster has them.
+# SITE: software modules, if the cluster uses them.
 # module purge && module load cuda/12.8 openmpi
 
-# SITE: the interface between nodes, if the default route is not it (`ip -brief address` on a node).
-# It is given to gloo and NCCL alike; InfiniBand itself is found by NCCL without a name.
+# SITE: the network interface between nodes, if it is not the default route (`ip -brief address`).
+# Both gloo and NCCL use it; NCCL finds InfiniBand itself without a name.
 # export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME='=ib0'
 
-# SITE: InfiniBand adapters that NCCL may use, if not all (`ibstat -l`).
+# SITE: the InfiniBand adapters that NCCL may use, if not all of them (`ibstat -l`).
 # export NCCL_IB_HCA=mlx5_0,mlx5_1,mlx5_2,mlx5_3
 
-# SITE: local scratch for compiled kernels; the default, the home folder, is slow on many clusters.
+# SITE: local scratch for compiled kernels; the home folder, the default, is slow on many clusters.
 # export TORCH_EXTENSIONS_DIR=/local/$USER/torch_extensions TRITON_CACHE_DIR=/local/$USER/triton
 
-# Threads of one rank: its own cores, no more.
+# Threads per rank: no more than its own cores.
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-# A rank that waits for another notices within the run's own limits, not NCCL's ten minutes.
+# A rank that waits for a lost one notices within the run's own limits, not NCCL's ten minutes.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
-# Datasets and tokenizers are local folders; nothing is fetched in the middle of a run.
+# Data sets and tokenizers are local folders; nothing is downloaded during a run.
 export HF_HUB_OFFLINE=1

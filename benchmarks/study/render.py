@@ -1,4 +1,4 @@
-"""Writes the measured part of docs/study.md: between two marks, from the result files alone."""
+"""Writes the measured part of docs/study.md, between two marks, from the result files alone."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ PAGE, FIGURES = "study.md", "study"
 
 
 def render(results: Mapping[str, Result], docs: Path) -> list[str]:
-    """Replace the measured part of `docs`/study.md and the figures; what was written.
+    """Replace the measured part of `docs`/study.md and the figures; return the paths written.
 
     Raises StudyError if the page has no marks or results do not belong together.
     """
@@ -32,22 +32,22 @@ def render(results: Mapping[str, Result], docs: Path) -> list[str]:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise StudyError(f"{page} lacks the lines {BEGIN!r} and {END!r}, between which to write")
+        raise StudyError(f"{page} lacks the lines {BEGIN!r} and {END!r}, which enclose the measured part")
     figures = draw_figures(results, docs / FIGURES)
     page.write_text(f"{before}{BEGIN}\n\n{measured(results, figures)}\n\n{END}{after}", "utf-8")
     return [str(page), *(str(docs / FIGURES / name) for name in figures)]
 
 
 def measured(results: Mapping[str, Result], figures: list[str]) -> str:
-    """All tables and the figures there are, as Markdown."""
+    """All tables and the existing figures, as Markdown."""
     sections = [
         ("State", [progress_table(results), _measured_on(results)]),
         ("Final runs", [finals_table(results), curve_table(results), _image("curves", figures)]),
         ("Tuning", [tuning_table(results), _image("tuning", figures)]),
         ("Ablations", [ablation_table(results), _image("ablations", figures)]),
         ("Adam's epsilon", [_image("epsilon", figures)]),
-        ("Gradient norm at a boundary", [dip_table(results), _image("gradient_norm", figures)]),
-        ("Runs that are missing", [missing_runs(results)]),
+        ("Gradient norm at a swap or merge", [dip_table(results), _image("gradient_norm", figures)]),
+        ("Missing runs", [missing_runs(results)]),
     ]
     parts = [f"## {title}\n\n" + "\n\n".join(filter(None, body)) for title, body in sections]
     return "\n\n".join(parts)
@@ -60,7 +60,7 @@ def _image(name: str, figures: list[str]) -> str:
 
 
 def _measured_on(results: Mapping[str, Result]) -> str:
-    """Machine, versions, commits and speed of what there is."""
+    """Machine, versions, commits and speed of the finished runs, as a sentence."""
     shown = {trial.name for trial in all_trials(results)} & set(results)
     facts = [results[name].facts for name in sorted(shown)]
     if not facts:
@@ -71,6 +71,6 @@ def _measured_on(results: Mapping[str, Result]) -> str:
     speed = seconds_per_step({name: results[name] for name in shown})[""]
     return (
         f"Measured on {'; '.join(machines)}, one thread a run, {', '.join(versions)}, at commits "
-        f"{', '.join(commits)}; {speed:.3f} s a step on average, next to whatever else the machine "
-        "did, so that seconds are not compared between variants."
+        f"{', '.join(commits)}; {speed:.3f} s a step on average, on a machine shared with "
+        "other work, so seconds are not comparable between variants."
     )

@@ -32,7 +32,7 @@ def render(results: Mapping[str, Result], docs: Path) -> list[str]:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise StudyError(f"{page} lacks the lines {BEGIN!r} and {END!r}, which enclose the measured part")
+        raise StudyError(f"{page} lacks the lines {BEGIN!r} and {END!r}, between which to write")
     figures = draw_figures(results, docs / FIGURES)
     page.write_text(f"{before}{BEGIN}\n\n{measured(results, figures)}\n\n{END}{after}", "utf-8")
     return [str(page), *(str(docs / FIGURES / name) for name in figures)]
@@ -46,7 +46,10 @@ def measured(results: Mapping[str, Result], figures: list[str]) -> str:
         ("Tuning", [tuning_table(results), _image("tuning", figures)]),
         ("Ablations", [ablation_table(results), _image("ablations", figures)]),
         ("Adam's epsilon", [_image("epsilon", figures)]),
-        ("Gradient norm at a swap or merge", [dip_table(results), _image("gradient_norm", figures)]),
+        (
+            "Gradient norm at a swap or merge",
+            [dip_table(results), _image("gradient_norm", figures)],
+        ),
         ("Missing runs", [missing_runs(results)]),
     ]
     parts = [f"## {title}\n\n" + "\n\n".join(filter(None, body)) for title, body in sections]

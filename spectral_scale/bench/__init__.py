@@ -1,1 +1,1 @@
-"""What a training step costs, measured: time by part and bytes of persistent state."""
+"""Measures the cost of a training step: time by phase and bytes of persistent state."""

@@ -1,4 +1,4 @@
-"""What a measurement was made on, and what else was running."""
+"""Describes the machine of a measurement and its other load."""
 
 import os
 import platform

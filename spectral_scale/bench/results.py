@@ -1,4 +1,4 @@
-"""What `bench step` reports."""
+"""The results that `bench step` reports."""
 
 from dataclasses import dataclass
 from statistics import quantiles

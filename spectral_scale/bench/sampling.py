@@ -1,4 +1,4 @@
-"""Steps of several subjects, interleaved, so that a drift of the machine meets all alike."""
+"""Interleaves the steps of several subjects, so that machine drift affects all equally."""
 
 import gc
 import time

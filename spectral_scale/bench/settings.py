@@ -1,4 +1,4 @@
-"""What `bench step` measures. No torch here."""
+"""Settings of `bench step`. This module does not import torch."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a step computes: a stack of real transformer blocks, or a whole language model."""
+"""The workload of a step: a stack of real transformer blocks, or a whole language model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +95,7 @@ def make_workload(
 
 
 def _block_list(model: nn.Module) -> tuple[nn.Module, str]:
-    """Who holds the blocks, and under which name."""
+    """The module that holds the blocks, and the attribute's name."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             parent, _, child = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""How tensors lie in a file: chunks of logical tensors as safetensors, hashed as they are written.
+"""The file format: chunks of logical tensors as safetensors, hashed while they are written.
 
 Knows nothing of ranks, folders or manifests. safetensors' own `save_file` holds every tensor of a
 file in host memory, hides the errno of a full disk and cannot hash what it writes; the format is a

@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = "lock.json"
 _GLANCE_SECONDS = 0.3
-"""How long somebody may hold the lock who only looks whether it is free."""
+"""Longest time for which a process that only tests the lock may hold it."""
 _ORPHAN_SECONDS = 10.0
-"""How long children of a dead holder (data loader workers) may take to notice and leave."""
+"""Time allowed for children of a dead holder (data loader workers) to notice and exit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,11 @@ class Holder:
     """The process that runs in a run folder."""
 
     host: str
-    """Its host's name."""
+    """Name of the host on which the holder runs."""
     pid: int
-    """Its process id there."""
+    """Process id of the holder on that host."""
     started: str
-    """When it took the lock; UTC, ISO 8601."""
+    """Time at which the lock was taken; UTC, ISO 8601."""
     job: str | None = None
     """The scheduler's job it belongs to, if any."""
 
@@ -117,7 +117,7 @@ class RunLock:
 
 
 def read_holder(run_dir: Path) -> Holder | None:
-    """Who took the run folder last and did not give it back; None if nobody or unreadable."""
+    """The last holder that did not release the run folder; None if none or unreadable."""
     try:
         values = json.loads((run_dir / LOCK_NAME).read_text(encoding="utf-8"))
         return Holder(
@@ -131,7 +131,7 @@ def read_holder(run_dir: Path) -> Holder | None:
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether some process holds the run folder's lock now; without effect on it."""
+    """True if a process holds the run folder's lock now; the lock is not affected."""
     path = run_dir / ".lock"
     if soft_marker(path).exists():  # on a file system without locks
         return True
@@ -147,7 +147,7 @@ def is_held(run_dir: Path) -> bool:
 
 
 def _is_gone(holder: Holder) -> bool:
-    """Whether the holder is known to have ended: it ran on this host and its pid is free."""
+    """True if the holder certainly ended: it ran on this host and its pid is free."""
     if holder.host != socket.gethostname() or holder.pid <= 0:
         return False
     try:

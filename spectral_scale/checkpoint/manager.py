@@ -116,7 +116,7 @@ class CheckpointManager:
         return path
 
     def _names(self) -> list[str]:
-        """What rank 0 sees, newest first, on every rank."""
+        """Names of the checkpoints that rank 0 sees, newest first; the same on every rank."""
         names, fault = [], None
         if self._collective.rank == 0:
             try:
@@ -176,5 +176,5 @@ class CheckpointManager:
 
 
 def _step_in(name: str) -> int:
-    """Of a checkpoint's folder, or of one that was moved aside."""
+    """Step of a checkpoint folder, also of one that was moved aside."""
     return step_of(name.removeprefix(".replaced_")) or 0

@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint holds, where each piece lies, and the hashes that prove it.
+"""manifest.json: the contents of a checkpoint, the location of each chunk, and their hashes.
 
 Everything read from disk is checked before it is used: a manifest may be damaged or hostile.
 """
@@ -52,9 +52,9 @@ class ChunkEntry:
     key: str
     """Name of the tensor in that file."""
     offset: Shape
-    """Where the rectangle begins in the logical tensor."""
+    """Offset of the rectangle in the logical tensor."""
     shape: Shape
-    """Its lengths."""
+    """Lengths of the rectangle."""
 
     @property
     def rectangle(self) -> Rectangle:
@@ -71,7 +71,7 @@ class TensorEntry:
     shape: Shape
     """Shape of the whole tensor."""
     chunks: tuple[ChunkEntry, ...]
-    """Where its elements lie."""
+    """The chunks that hold the elements of the tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +81,15 @@ class Manifest:
     step: int
     """Optimizer steps applied when it was written."""
     world_size: int
-    """Ranks that wrote it; any number may read it."""
+    """Number of ranks that wrote the checkpoint; any number may read it."""
     created: str
     """UTC time, ISO 8601."""
     package_version: str
-    """Version of this package that wrote it."""
+    """Version of this package that wrote the checkpoint."""
     files: Mapping[str, FileEntry]
-    """By file name."""
+    """File entries by file name."""
     tensors: Mapping[str, TensorEntry]
-    """By logical name."""
+    """Tensor entries by logical name."""
     state: dict[str, Any]
     """JSON values that continue the run: counters, schedule, data position."""
     identity: dict[str, Any]
@@ -171,7 +171,7 @@ def _load(data: bytes) -> dict[str, Any]:
 
 
 def _check_hash(document: dict[str, Any], data: bytes) -> None:
-    """Take `manifest_sha256` out of the document and hold the rest against it."""
+    """Remove `manifest_sha256` from the document and verify the rest against it."""
     claimed = document.pop("manifest_sha256", None)
     try:
         same = claimed == _sha256(document)

@@ -32,7 +32,7 @@ def step_name(step: int) -> str:
 
 
 def writing_path(root: Path, step: int) -> Path:
-    """Where a checkpoint stands until it is complete."""
+    """The folder of a checkpoint until it is complete."""
     return root / f".writing_step_{step:08d}"
 
 

@@ -102,7 +102,7 @@ class CheckpointReader:
         return result
 
     def close(self) -> None:
-        """Release the open files; reading opens them again."""
+        """Close all open files; reading reopens them."""
         self._open_files.clear()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""What checkpoints a folder holds and whether each is good, without changing anything."""
+"""Lists and verifies the checkpoints of a folder without changing anything."""
 
 import os
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ class CheckpointStatus:
     """One checkpoint after every byte was held against its manifest."""
 
     path: Path
-    """Its folder."""
+    """Folder of the checkpoint."""
     step: int | None
     """Optimizer steps applied; None if only a damaged manifest would say."""
     bytes: int
     """Size of its data files; of a bad one, of whatever is in the folder."""
     fault: str | None
-    """Which file is bad and how; None if all is good."""
+    """The damaged file and the kind of damage; None if all files are good."""
 
     @property
     def good(self) -> bool:
-        """Whether it can be resumed from."""
+        """True if a run can resume from this checkpoint."""
         return self.fault is None
 
 

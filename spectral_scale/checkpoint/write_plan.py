@@ -1,4 +1,4 @@
-"""What each rank will write, checked before a byte is written. Pure: no files, no collectives."""
+"""Plans what each rank writes and checks it beforehand. Pure: no files, no collectives."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from spectral_scale.parallel.chunks import TensorChunk
 from spectral_scale.parallel.shard_geometry import outside, tiling_fault
 
 FileGroups = list[tuple[str, list[TensorChunk]]]
-"""A rank's files: name and what goes into it."""
+"""Files of a rank: name and tensors of each."""
 
 
 def check_chunks(chunks: Iterable[TensorChunk]) -> list[TensorChunk]:

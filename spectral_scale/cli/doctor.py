@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 1 if a run would fail here, on every rank alike. Raises ConfigError, LaunchError."""
+    """Return 1 on all ranks if a run would fail here, else 0. Raises ConfigError, LaunchError."""
     placement = adopt_launcher(launcher_flags(arguments))
     from spectral_scale.doctor.examine import examine
     from spectral_scale.doctor.findings import Finding, exit_code

@@ -1,4 +1,4 @@
-"""How a run shows itself: a bar with ETA on a terminal, a line now and then elsewhere."""
+"""Progress display: a bar with ETA on a terminal, otherwise an occasional line."""
 
 import sys
 import time

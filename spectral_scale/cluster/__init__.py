@@ -1,1 +1,1 @@
-"""What the launcher, the scheduler and the machines say, before torch.distributed exists."""
+"""Reads launcher, scheduler and machine information before torch.distributed is initialised."""

@@ -8,7 +8,7 @@ from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.rank_info import RankInfo, detect_rank_info
 
 AGENTS = ("GROUP_WORLD_SIZE", "CROSS_SIZE")
-"""Variables of torchrun and of DeepSpeed's launcher: how many of them make up the run."""
+"""Variables of torchrun and DeepSpeed's launcher that give the number of launcher agents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def _check_local_flag(flags: LauncherFlags, rank_info: RankInfo, *, said: bool) 
 
 
 def _with_bound_gpu(rank_info: RankInfo, environment: Mapping[str, str]) -> RankInfo:
-    """Where SLURM shows each task its own GPU only, that one is number 0 for every task."""
+    """If SLURM exposes only one GPU to each task, that GPU has index 0 in every task."""
     asked = environment.get("SLURM_GPUS_PER_TASK") or environment.get("SLURM_GPU_BIND")
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     if rank_info.source != SLURM.source or not asked or not visible or "," in visible:

@@ -1,4 +1,4 @@
-"""Which network interface leads to rank 0, so that gloo and NCCL take the same one."""
+"""Finds the network interface that leads to rank 0, for use by both gloo and NCCL."""
 
 import contextlib
 import socket

@@ -54,7 +54,7 @@ SLURM = Launcher(
 
 
 def read_rank_info(launcher: Launcher, environment: Environment) -> RankInfo | None:
-    """What `launcher` says; None if it started nothing here. Raises ConfigError if it is garbled.
+    """Rank information from `launcher`, if it started this process. Raises ConfigError if invalid.
 
     A batch script has SLURM_PROCID too, but no step: only srun's tasks are ranks.
     """

@@ -35,7 +35,7 @@ class Rendezvous:
 def find_rendezvous(
     rank_info: RankInfo, flags: LauncherFlags, environment: Mapping[str, str]
 ) -> Rendezvous:
-    """What was given wins; the rest follows from the job. Raises ConfigError if nothing tells.
+    """Use given values and derive the rest from the job. Raises ConfigError if neither suffices.
 
     Collective over the ranks of an MPI job on several hosts (see `mpi.agree_on_address`).
     """

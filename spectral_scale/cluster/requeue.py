@@ -1,4 +1,4 @@
-"""What a job script makes of a run's end: the exit code, and whether SLURM shall start it again."""
+"""Decides the exit code of a job script and whether SLURM requeues the job."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from spectral_scale.cluster.slurm import SCONTROL_SECONDS
 
 RESUMABLE, NO_PROGRESS = 75, 93
 OWN_CODES = frozenset((0, RESUMABLE, 78, NO_PROGRESS))
-"""Codes that only the run itself ends with; a launcher that loses them ends with another."""
+"""Exit codes that only the run itself uses; some launchers replace them by their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +23,13 @@ class RequeueDecision:
     requeue: bool
     """Whether SLURM should start the job again."""
     reason: str
-    """For the log."""
+    """Reason of the decision, for the log."""
 
 
 def requeue_decision(
     code: int, status: Mapping[str, Any], *, job: str, since: float
 ) -> RequeueDecision:
-    """What `code`, the launcher's, and status.json say together.
+    """Decide from the launcher's exit code `code` and status.json.
 
     Args:
         code: exit code of the launcher.

@@ -66,7 +66,7 @@ def embedded_corpus(cache_dir: str | os.PathLike[str] | None = None) -> tuple[Pa
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where prepared built-in data is kept; see `embedded_corpus`."""
+    """The folder that caches prepared built-in data; see `embedded_corpus`."""
     if cache_dir is not None:
         return Path(cache_dir)
     if own := os.environ.get("SPECTRAL_SCALE_CACHE"):
@@ -113,7 +113,7 @@ def _name_hash(name: str) -> int:
 
 
 def _key(texts: Sequence[tuple[str, bytes]]) -> str:
-    """Identity of what is read and of what makes tokens of it."""
+    """Hash of the corpus files and of the versions that determine their tokens."""
     contents = [(name, hashlib.sha256(text).hexdigest()) for name, text in texts]
     makers = [_CORPUS_VERSION, FORMAT_VERSION, VOCAB_SIZE, version("tokenizers")]
     return canonical_sha256([contents, makers])[:16]

@@ -39,7 +39,7 @@ class EncodeSettings:
     tokenizer_file: Path
     """The token folder's `tokenizer.json`."""
     vocab_size: int
-    """Every id must be below it."""
+    """Exclusive upper bound of the token ids."""
     text_field: str
     """The field of a JSON object that holds the text."""
 
@@ -51,11 +51,11 @@ class EncodedDocument:
     ids: np.ndarray | None = None
     """1-D ids."""
     reason: Reason | None = None
-    """Why it cannot be used."""
+    """The reason why the document cannot be used."""
     message: str = ""
-    """The same for the user, with file and offset."""
+    """The reason as a message for the user, with file and offset."""
     input_bytes: int = 0
-    """Its length as it was read."""
+    """Length of the document as read, in bytes."""
 
 
 class DocumentEncoder:

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """What one rank reads for one optimizer step."""
+    """The micro-batches that one rank reads for one optimizer step."""
 
     step: int
     """The optimizer step, 0-based."""
@@ -132,7 +132,7 @@ class TrainLoader:
         return self._samples_at(start, self.global_batch_size)
 
     def epoch_of(self, step: int) -> float:
-        """How many epochs have been read when a step begins."""
+        """Epochs read when a step begins, as a fraction."""
         return step * self.global_batch_size / self.num_samples
 
     def steps(

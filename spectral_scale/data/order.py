@@ -19,7 +19,7 @@ _MIN_HALF_BITS = 3
 
 
 def sample_index(seed: int, epoch: int, index: np.ndarray | int, num_samples: int) -> np.ndarray:
-    """Which sample stands at place `index` of an epoch.
+    """The sample at position `index` of an epoch.
 
     Args:
         seed: any integer (taken modulo 2**64).
@@ -96,7 +96,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def _mix_int(value: int) -> int:
-    """The same on a Python integer."""
+    """Mix the bits of one Python integer, as `_mix` does for arrays."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
     return value ^ (value >> 31)

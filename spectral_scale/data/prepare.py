@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareResult:
-    """What `prepare` made, or found already made."""
+    """The folder that `prepare` wrote, or found complete."""
 
     folders: tuple[TokenFolder, ...]
     """The output folder; with a split, its `train` and `valid` folders."""

@@ -37,9 +37,9 @@ class Job:
     """One `prepare` under way."""
 
     settings: PrepareSettings
-    """What is asked for."""
+    """The checked request."""
     sources: Sequence[Source]
-    """What is read, in order."""
+    """The inputs in the order in which they are read."""
     parts: Mapping[str, Path]
     """The folder of each part of the documents."""
     streaming: bool

@@ -1,4 +1,4 @@
-"""What `prepare` is asked for: checked, named for the index, and the split into parts."""
+"""The settings of `prepare`: their checks, their names in the index, and the split into parts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class PrepareSettings:
     text_field: str = "text"
     """Field or column that holds the text."""
     on_bad: OnBad = "error"
-    """What to do with a document that cannot be used."""
+    """Treatment of a document that cannot be used."""
     shard_tokens: int = SHARD_TOKENS
     """A shard is closed once it holds this many tokens."""
     split_validation: float = 0.0

@@ -77,7 +77,7 @@ class ReadAhead:
         self.close()
 
     def items(self, while_waiting: WhileWaiting | None = None) -> Iterator[Any]:
-        """What `read` returned, in order; ends early if `while_waiting` says so.
+        """Yield the results of `read` in order; stop early if `while_waiting` asks for it.
 
         Raises:
             DataError: a worker's own, with its message.

@@ -45,11 +45,11 @@ class SourceEntry:
     """One input that was read."""
 
     file: str
-    """Its name, relative to what the user gave; `hf:...` for a dataset."""
+    """Name of the source, relative to the path that the user gave; `hf:...` for a data set."""
     bytes: int | None = None
-    """Its size on disk; None for a dataset."""
+    """Size of the source on disk; None for a data set."""
     sha256: str | None = None
-    """Its checksum; None for a dataset."""
+    """Checksum of the source; None for a data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class TokenIndex:
     """The content of `index.json`."""
 
     vocab_size: int
-    """Every token id is below it."""
+    """Exclusive upper bound of the token ids."""
     eos_token_id: int
     """The token that ends every document."""
     shards: tuple[ShardEntry, ...]
@@ -69,7 +69,7 @@ class TokenIndex:
     skipped: dict[str, int]
     """Documents left out, counted by reason."""
     request: dict[str, Any]
-    """What `prepare` was asked for; the same request on the same folder is already done."""
+    """The request to `prepare`; repeating it on the same folder is a no-op."""
     created_by: str
     """Name and version of the program that wrote the folder."""
 

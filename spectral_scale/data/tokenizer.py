@@ -30,18 +30,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFacts:
-    """What the token folder must know of its tokenizer."""
+    """The properties of a tokenizer that its token folder records."""
 
     vocab_size: int
     """The largest id it can produce, plus one."""
     eos_token_id: int
     """Ends every document."""
     sha256: str
-    """Of `tokenizer.json` in the token folder."""
+    """SHA-256 of `tokenizer.json` in the token folder."""
 
 
 def find_tokenizer(folder: str | Path) -> Path:
-    """The tokenizer's folder; a token folder stands for the tokenizer inside it.
+    """Find the folder of a tokenizer; a token folder refers to the tokenizer inside it.
 
     Raises:
         DataError: no such folder, or no tokenizer in it.
@@ -94,7 +94,7 @@ def install_tokenizer(source: Path, target: Path) -> TokenizerFacts:
 
 
 def is_same_tokenizer(source: Path, installed: Path) -> bool:
-    """Whether a tokenizer folder encodes as the one of a token folder, however it is written.
+    """True if a tokenizer folder encodes like that of a token folder, regardless of file layout.
 
     Raises:
         DataError: `source` cannot be loaded.

@@ -1,4 +1,4 @@
-"""Whether token ids mean to a model what they mean in the data."""
+"""Checks that a model and its data assign the same meaning to token ids."""
 
 import logging
 from pathlib import Path
@@ -11,7 +11,7 @@ from spectral_scale.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 TokenizerCheck = Literal["same", "not checked"]
-"""Whether a model's tokenizer was held against the data's; a different one is an error."""
+"""Result of comparing the model's tokenizer with the data's; a different one is an error."""
 
 
 def require_tokenizer(tokens: TokenFolder, sha256: str | None, *, owner: str) -> None:

@@ -51,7 +51,7 @@ class TokenFolder:
 
     @property
     def vocab_size(self) -> int:
-        """Every token id is below it."""
+        """Exclusive upper bound of the token ids."""
         return self.index.vocab_size
 
     @property
@@ -100,7 +100,7 @@ class TokenFolder:
 
     @cached_property
     def document_starts(self) -> np.ndarray:
-        """Where each document starts in the stream: int64, shape (documents,), ascending.
+        """Start of each document in the stream: int64, shape (documents,), ascending.
 
         Raises:
             DataError: a file of document ends is corrupt.

@@ -58,7 +58,7 @@ def _clocks(collective: Collective) -> Iterator[Finding]:
 
 
 def _all_reduce(collective: Collective, device: torch.device) -> Iterator[Finding]:
-    """Sum known numbers, and time it: bytes over each link as a ring moves them."""
+    """All-reduce known numbers and measure the bandwidth per link of a ring all-reduce."""
     if collective.world_size == 1:
         return
     elements = (64 if device.type == "cuda" else 1) << 20

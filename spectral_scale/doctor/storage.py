@@ -22,7 +22,7 @@ def existing_parent(folder: Path) -> Path:
 def examine_storage(
     folder: Path, collective: Collective, *, checkpoint_bytes: int, kept: int
 ) -> Iterator[Finding]:
-    """Write as a checkpoint is written, measure, and look whether the other hosts see it.
+    """Write a file as a checkpoint does, measure the speed, and check that other hosts see it.
 
     Collective. Nothing stays behind.
 

@@ -1,4 +1,4 @@
-"""What a run measures, where it is written, and the page that shows it.
+"""Measurements of a run, the sinks that store them, and the report page.
 
 `measures` (which needs torch) and `report` (which needs matplotlib) are imported by those who
 use them; this package by itself imports neither.

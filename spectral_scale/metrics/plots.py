@@ -65,7 +65,7 @@ class Line:
     color: str
     """Any matplotlib colour."""
     label: str | None = None
-    """Text of the legend; None: not in it."""
+    """Text in the legend; None omits the entry."""
     width: float = 1.8
     """Line width in points; 0: points only."""
     alpha: float = 1.0
@@ -174,7 +174,7 @@ def rolling(
 
 
 def thin(x: Array, y: Array, limit: int = MAX_POINTS) -> tuple[Array, Array]:
-    """At most `limit` points: the lowest and highest of each stretch, so that no spike is lost."""
+    """Keep at most `limit` points: the lowest and highest of each interval, so spikes remain."""
     if len(x) <= limit:
         return x, y
     keep: set[int] = {0, len(x) - 1}

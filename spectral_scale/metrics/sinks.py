@@ -1,4 +1,4 @@
-"""Where measurements go: `metrics.jsonl` and tensorboard. A sink that fails never stops a run."""
+"""Sinks of measurements: `metrics.jsonl` and TensorBoard. A failing sink never stops a run."""
 
 import json
 import logging

@@ -28,7 +28,7 @@ class Graph:
         return zeros.index_add_(0, self.edges[0], self.weights)
 
     def num_isolated(self) -> int:
-        """Nodes without an edge; every filter leaves them as they are."""
+        """Number of nodes without an edge, which every filter leaves unchanged."""
         return int((self.degrees() == 0).sum())
 
     def adjacency(self) -> Tensor:
@@ -99,7 +99,7 @@ def permuted(graph: Graph, permutation: Tensor) -> Graph:
 
 
 def _symmetric(num_nodes: int, start: Tensor, end: Tensor, weights: Tensor) -> Graph:
-    """Both directions of each pair, once, with the largest of the weights given for it."""
+    """Symmetric edges: each pair once per direction, with the largest weight given for it."""
     low, high = torch.minimum(start, end), torch.maximum(start, end)
     key, place = torch.unique(low * num_nodes + high, return_inverse=True)
     weight = torch.zeros(len(key), dtype=torch.float64)

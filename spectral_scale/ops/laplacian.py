@@ -63,7 +63,7 @@ def eigenbasis(laplacian: Tensor) -> Eigenbasis:
 
 
 def spectral_bound(graph: Graph, kind: LaplacianKind) -> float:
-    """At least the largest frequency: 2, or by Gershgorin twice the largest degree."""
+    """Upper bound of the frequencies: 2, or by Gershgorin twice the largest degree."""
     if kind == "normalized":
         return 2.0
     return max(2.0 * float(graph.degrees().max()), 1e-300)

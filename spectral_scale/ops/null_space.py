@@ -1,4 +1,4 @@
-"""Directions of singular values that are zero: a choice of ours, not of rounding.
+"""Chooses the directions of zero singular values deterministically, independent of rounding.
 
 Where singular values of a matrix vanish (training clamps them at zero), any basis of the null
 spaces is a valid part of its SVD, and drivers return one that the last bits decide: runs that

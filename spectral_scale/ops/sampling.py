@@ -1,4 +1,4 @@
-"""Which singular triplets train next: keyed sampling without replacement.
+"""Draws the singular triplets to train next: keyed sampling without replacement.
 
 SST (arXiv 2405.15481) draws r of k triplets by p_i = (1/k + sigma_i / sum sigma) / 2.
 """

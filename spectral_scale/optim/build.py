@@ -17,7 +17,7 @@ class OwnState(Protocol):
         """State of a parameter of a group before the first step; `step` is a part of it."""
 
     def kept_apart(self) -> Iterable[Tensor]:
-        """What it keeps on this rank besides `state`."""
+        """State that the optimizer keeps on this rank besides `state`."""
 
 
 def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:

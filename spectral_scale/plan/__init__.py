@@ -1,1 +1,1 @@
-"""What a run needs and costs, computed before it starts. Nothing here is measured."""
+"""Computes the memory and traffic of a run before it starts. Nothing is measured."""

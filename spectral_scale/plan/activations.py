@@ -71,7 +71,7 @@ def master_itemsize(config: RunConfig) -> int:
 
 
 def _cuts(config: RunConfig) -> tuple[int, bool]:
-    """Tensor-parallel ranks, and whether they divide sequences, too."""
+    """Number of tensor-parallel ranks, and whether sequences are sharded as well."""
     parallel = config.parallel
     return parallel.tensor_parallel, parallel.sequence_parallel and parallel.tensor_parallel > 1
 

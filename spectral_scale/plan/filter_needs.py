@@ -40,7 +40,7 @@ class _Sharding:
     ranks: int
     """Ranks over which the model is sharded."""
     aligned: bool
-    """Whether a rank holds the same entries of every layer."""
+    """True if a rank holds the same entries of every layer."""
     tensor_parallel: int = 1
     """Tensor-parallel ranks among them, which all hold what tensor parallelism leaves whole."""
 

@@ -25,7 +25,7 @@ class Item:
     numel: int
     """Elements."""
     trainable: bool
-    """Whether the optimizer sees it."""
+    """True if the optimizer trains the parameter."""
     role: str
     """Part that it plays in a layer; see `parallel.table.Role`."""
     itemsize: int

@@ -34,13 +34,13 @@ class Memory:
     gathered: int
     """Blocks that are gathered for a pass, whole gradients and communication buffers."""
     svd_workspace: int
-    """Of the largest re-decomposition; not at the same time as a step's activations."""
+    """Workspace of the largest re-decomposition, which never coincides with activations."""
     filter_workspace: int
-    """Of the spectral filter, beside gradients; not at the same time as activations."""
+    """Workspace of the filter besides gradients, which never coincides with activations."""
     host: int = 0
     """In the host's memory instead."""
     notes: tuple[str, ...] = field(default=())
-    """What was assumed."""
+    """Assumptions behind the figures."""
 
 
 def memory_of(run: ResolvedRun, inventory: Inventory) -> Memory:

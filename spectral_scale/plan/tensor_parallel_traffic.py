@@ -76,7 +76,7 @@ class _Passes:
     blocks: int
     """Transformer blocks."""
     learned_positions: bool
-    """Whether the embeddings of positions are parameters."""
+    """True if position embeddings are parameters."""
     recomputed: bool
     """Whether blocks are computed again in the backward pass; that of a block ends with the last
     thing that it keeps, before the sum over ranks that is its output."""

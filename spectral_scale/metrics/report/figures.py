@@ -1,4 +1,4 @@
-"""How runs become charts: one colour a run when several are compared, one a curve when not."""
+"""Draws runs as charts: one colour per run in comparisons, otherwise one per curve."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ SMALL = (5.0, 3.1)
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """What runs share as their horizontal axis."""
+    """The common horizontal axis of several runs."""
 
     label: str
-    """Its text."""
+    """Label of the axis."""
     in_tokens: bool
     """Training tokens instead of optimizer steps."""
 
     def positions(self, run: RunRecord, steps: Array) -> Array:
-        """Where the run's `steps` lie on the axis."""
+        """Positions of the run's `steps` on the axis."""
         if not self.in_tokens:
             return steps
         tokens = run.series("train/tokens").finite()
@@ -164,7 +164,7 @@ def family_figures(
 
 
 def _is_repeated(run: RunRecord, prefix: str, keys: Sequence[str]) -> bool:
-    """Whether what is logged under `prefix` itself is also logged under one of the others."""
+    """True if the values logged under `prefix` itself are also logged under another key."""
     if prefix not in keys:
         return False
     own = run.series(prefix)
@@ -176,6 +176,6 @@ def _is_repeated(run: RunRecord, prefix: str, keys: Sequence[str]) -> bool:
 
 
 def family_label(key: str, prefix: str, total: str) -> str:
-    """The part of `key` under `prefix` as people say it."""
+    """The part of `key` under `prefix` as a readable label."""
     tail = key.removeprefix(prefix).strip("/")
     return GROUP_LABELS.get(tail, tail) or total

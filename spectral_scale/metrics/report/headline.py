@@ -65,7 +65,7 @@ def headline(run: RunRecord) -> dict[str, Any]:
 
 
 def state(run: RunRecord) -> str:
-    """How the run stands: by status.json, else by the last event it logged."""
+    """State of the run according to status.json, or to the last logged event."""
     for key in ("state", "status"):
         if isinstance(run.status.get(key), str):
             found: str = run.status[key]

@@ -1,4 +1,4 @@
-"""HTML of the report: escaping, tables, figures, the page around them. No scripts, no network."""
+"""HTML of the report: escaping, tables, figures and the page. No scripts, no network access."""
 
 import html
 import math

@@ -40,7 +40,7 @@ _SECTIONS: list[tuple[Builder, str | None]] = [
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A page and the numbers on it."""
+    """The rendered page and the numbers that it shows."""
 
     html: str
     """The whole document; needs no other file and no network."""

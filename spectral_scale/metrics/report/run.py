@@ -40,7 +40,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a run folder says about itself."""
+    """The records of a run folder."""
 
     name: str
     """Unique among the runs of one report."""
@@ -83,7 +83,7 @@ class RunRecord:
         return values.get(key) if isinstance(values, dict) else None
 
     def fact(self, key: str) -> Any:
-        """`key` of environment.json, else status.json, else the first logged line that has it."""
+        """Value of `key` in environment.json, status.json, or the first logged line with it."""
         for source in (self.environment, self.status, *self.lines):
             if source.get(key) is not None:
                 return source[key]
@@ -112,7 +112,7 @@ def load_runs(run_dirs: Sequence[Path], *, allow_different_data: bool = False) -
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The folders' names, with as many parents as make them different."""
+    """Names of the folders, with enough parent folders to make them unique."""
     for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
         if len(set(names)) == len(names):

@@ -304,7 +304,7 @@ def _spectrum(values: object) -> np.ndarray | None:
 
 
 def _time_color(fraction: float) -> str:
-    """From pale to dark blue as time goes on."""
+    """Colour of a point in time, from pale to dark blue."""
     pale, dark = (166, 200, 255), (15, 40, 110)
     mixed = (round(a + (b - a) * fraction) for a, b in zip(pale, dark, strict=True))
     return "#" + "".join(f"{channel:02x}" for channel in mixed)

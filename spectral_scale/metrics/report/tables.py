@@ -48,7 +48,7 @@ def headline_section(runs: Runs) -> Section:
 
 
 def attempts_section(runs: Runs) -> Section | None:
-    """What happened to runs that were killed and resumed; None when none was."""
+    """Section on runs that were killed and resumed; None if there are none."""
     interrupted = [run for run in runs if len(run.history.attempts()) > 1]
     if not interrupted:
         return None
@@ -67,7 +67,7 @@ def attempts_section(runs: Runs) -> Section | None:
 
 
 def comparison_section(runs: Runs) -> Section | None:
-    """Whether the other runs' training losses equal the first run's; None for one run."""
+    """Section comparing the training losses of other runs with the first; None for a single run."""
     if len(runs) == 1:
         return None
     rows = []

@@ -78,7 +78,7 @@ class SpectralFilterAdamW(torch.optim.AdamW):
         return loss
 
     def _require_own_parameters(self) -> None:
-        """Hosts that put other tensors into the groups would make the filter miss every step."""
+        """Refuse groups with tensors of a backend, which would make the filter miss every step."""
         ours = {id(tensor) for _, tensor in self._named.values()}
         if any(id(p) not in ours for group in self.param_groups for p in group["params"]):
             raise ConfigError(
@@ -151,6 +151,6 @@ def _named(groups: list[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], Tens
 
 
 def _role(group: dict[str, Any], tensor: Tensor) -> str:
-    """As the group's name says; of groups that someone else named, by the number of dimensions."""
+    """Role from the group's name; for unknown names, from the number of dimensions."""
     plain = "matrix" if tensor.ndim >= 2 else "vector"
     return ROLES.get(group_kind(group.get("name", "dense")), plain)

@@ -1,4 +1,4 @@
-"""Where parameters stood when the joint loss began to count their change."""
+"""Anchors: the parameter values relative to which the joint loss measures change."""
 
 from collections.abc import Iterable, Iterator
 
@@ -37,7 +37,7 @@ class Anchors:
                 yield from range_chunks(f"filter/anchor/{fqn}", kept, self._start(fqn), order)
 
     def load_state(self, read: ReadTensor) -> None:
-        """Overwrite them from a checkpoint."""
+        """Overwrite the anchors from a checkpoint."""
         for fqn, kept in self._kept.items():
             name, order = f"filter/anchor/{fqn}", self._shards.order(fqn)
             kept.copy_(read_range(read, name, self._start(fqn), kept.numel(), order))

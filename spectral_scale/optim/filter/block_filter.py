@@ -132,7 +132,7 @@ class BlockFilter:
 
     @property
     def speaks(self) -> bool:
-        """Whether this rank writes what all ranks of the group know."""
+        """True if this rank saves the state that all ranks of the group hold."""
         return self._sample.first == 0 and bool(self._mean.shape[1])
 
     @property
@@ -191,7 +191,7 @@ def _add(sums: Sums, operator: GraphOperator, block: Tensor, result: Tensor, *, 
 
 
 def _add_graph(sums: Sums, operator: GraphOperator) -> None:
-    """What every rank knows; added by one of them."""
+    """Add the graph, which every rank knows, on one rank."""
     sums.add("isolated", operator.graph.num_isolated())
     if operator.basis is not None:
         sums.set_spectrum(operator.basis.values.to(sums.flat.device))

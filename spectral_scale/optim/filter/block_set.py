@@ -19,7 +19,7 @@ from spectral_scale.parallel.flat_shards import ParameterShards
 
 
 class BlockSet:
-    """Runs every group where `place` puts it. All ranks call every method alike.
+    """Runs each group where `place` assigns it. All ranks must call every method.
 
     Args:
         groups: the same on every rank.
@@ -46,7 +46,7 @@ class BlockSet:
             wanted = [p.wanted or [] for p in self._moved for _ in p.group.fqns]
             self._exchange = Exchange(held, wanted, shards.group)
         self.counts_here = [p.counts_here for p in self._placements]
-        """By group, whether no earlier rank measures the same."""
+        """By group, True if no earlier rank measures the same features."""
 
     def _block_filter(self, placement: GraphPlacement) -> BlockFilter | None:
         """None where another rank filters the group."""

@@ -1,4 +1,4 @@
-"""What a filter did to one step's gradients: sums that add up over ranks, and their metrics."""
+"""Measures the effect of a filter on one step's gradients: sums over ranks, and their metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,11 +67,11 @@ class Measured:
     kind: str
     """Name of its metrics."""
     scalars: dict[str, float]
-    """By the names of SCALARS."""
+    """Sums by the names in SCALARS."""
     energies: list[float]
     """|phi_k^T X|^2 by ascending frequency; empty for graphs without an eigenbasis."""
     spectrum: list[float]
-    """Those frequencies."""
+    """Graph frequencies to which the energies belong."""
 
 
 def measured(kind: str, flat: Tensor) -> Measured:

@@ -1,4 +1,4 @@
-"""What is a node: which parameters are filtered together, along which axis, and which are not."""
+"""Plans the nodes: which parameters are filtered together, along which axis, and which are not."""
 
 import fnmatch
 import logging
@@ -32,7 +32,7 @@ class Member:
     shape: Shape
     """Logical shape."""
     role: str
-    """Its part: see `parallel.table.Role`."""
+    """Role of the parameter; see `parallel.table.Role`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class NodeGroup:
 
     @property
     def kind(self) -> str:
-        """What its metrics are called: q_proj, fc1, q_proj.sigma, ..."""
+        """Name of the group's kind in metrics: q_proj, fc1, q_proj.sigma, ..."""
         parts = self.name.removesuffix(".weight").split(".")
         return parts[-1] if self.name.endswith(".weight") else ".".join(parts[-2:])
 

@@ -19,7 +19,7 @@ from spectral_scale.ops.laplacian import (
 )
 
 EXACT_NODES = 256
-"""Up to so many nodes a filter is a dense matrix; beyond, a polynomial costs less."""
+"""Largest number of nodes with a dense filter matrix; above it, a polynomial costs less."""
 
 
 def check_filter(config: FilterConfig, num_nodes: int, name: str) -> None:

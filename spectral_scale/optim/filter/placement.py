@@ -1,4 +1,4 @@
-"""Where a group is filtered: where its gradients are, in slices on all ranks, or on one rank."""
+"""Places each group: on the ranks that hold its gradients, in slices on all ranks, or on one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ from spectral_scale.parallel.shard_geometry import FlatOrder, Range
 
 @dataclass(frozen=True, kw_only=True)
 class GraphPlacement:
-    """Who filters what of a group."""
+    """Assignment of one group's work to ranks."""
 
     group: NodeGroup
     """The nodes."""
     order: FlatOrder
-    """Of a node's features, over all ranks."""
+    """Flat order of a node's features over all ranks."""
     span: Range
     """Features that this rank has at hand when it filters."""
     wanted: list[Range] | None
-    """By rank, the range of each parameter that it filters; None: those that it holds."""
+    """Range of each parameter that each rank filters; None if it is the range that it holds."""
     is_cut: bool = False
     """Ranks filter parts of each node."""
     counts_here: bool = True
-    """Whether this rank is the first of those that filter the same features."""
+    """True if no earlier rank filters the same features."""
     is_owned: bool = False
     """One rank filters the whole group."""
 
     @property
     def works_here(self) -> bool:
-        """Whether this rank filters any of it."""
+        """True if this rank filters a part of the group."""
         return not self.is_owned or self.span[1] > 0
 
 
@@ -59,7 +59,7 @@ def owners_by_size(numels: Sequence[int], ranks: int) -> list[int]:
 
 
 def _is_whole(group: NodeGroup, shards: ParameterShards) -> bool:
-    """Whether every rank holds all of it."""
+    """True if every rank holds the whole parameter."""
     numel = shards.order(group.fqns[0]).numel
     return all(range_ == (0, numel) for fqn in group.fqns for range_ in shards.ranges(fqn))
 
@@ -96,7 +96,7 @@ def _place(group: NodeGroup, shards: ParameterShards, owner: int) -> GraphPlacem
 
 
 def _require_one_order(group: NodeGroup, shards: ParameterShards) -> None:
-    """Equal ranges must be equal entries."""
+    """Require that equal ranges address equal entries."""
     blocks = {shards.order(fqn).column_blocks for fqn in group.fqns}
     if len(blocks) > 1:
         raise ConfigError(

@@ -58,7 +58,7 @@ class Sample:
 
 
 def held_part(places: Tensor, span: Range) -> tuple[int, Tensor]:
-    """Of ascending places those in a range: number of the first, and all relative to it."""
+    """Positions within a range: index of the first, and all relative to the range's start."""
     start, numel = span
     inside = (places >= start) & (places < start + numel)
     first = int((places < start).sum())
@@ -66,7 +66,7 @@ def held_part(places: Tensor, span: Range) -> tuple[int, Tensor]:
 
 
 class Drift:
-    """How far parameters are from where they started, estimated from sampled entries.
+    """Estimates the distance of parameters from their start, using sampled entries.
 
     Args:
         shards: where the values are.
@@ -107,7 +107,7 @@ class Drift:
                 yield TensorChunk(f"filter/drift/{fqn}", value, (sample.total,), (sample.first,))
 
     def load_state(self, read: ReadTensor, column_blocks: Mapping[str, int]) -> None:
-        """Overwrite them from a checkpoint whose parameters lay in so many blocks of columns."""
+        """Overwrite the starting values from a checkpoint with its numbers of column blocks."""
         for fqn, value in self._start.items():
             if value.numel():
                 name, blocks = f"filter/drift/{fqn}", column_blocks[fqn]

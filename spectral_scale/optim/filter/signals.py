@@ -27,7 +27,7 @@ class Signal(Protocol):
         """Units [start, stop) of all nodes as (n, (stop - start) * unit), float32 or float64."""
 
     def write(self, start: int, stop: int, block: Tensor) -> None:
-        """Overwrite them."""
+        """Overwrite units from `start` on with the given values."""
 
     def sample(self, index: Tensor) -> Tensor:
         """Features `index` (q,) of all nodes, (n, q), float32 or float64."""
@@ -52,7 +52,7 @@ class StackedSignal:
             part[start:stop].copy_(row)
 
     def sample(self, index: Tensor) -> Tensor:
-        """The same entries of every part."""
+        """Read the given entries of every part."""
         return _wide(torch.stack([part[index] for part in self._parts]))
 
 
@@ -71,12 +71,12 @@ class BlockedSignal:
         return _wide(part.reshape(self.num_nodes, -1))
 
     def write(self, start: int, stop: int, block: Tensor) -> None:
-        """Copy it back."""
+        """Write a slice back to every node."""
         part = self._cube.narrow(self._axis, start, stop - start)
         part.copy_(block.view(part.shape))
 
     def sample(self, index: Tensor) -> Tensor:
-        """The same entries of every node; feature f is entry f % after of slice f // after."""
+        """Read entries of every node; feature f is entry f % after of slice f // after."""
         after = self._cube.shape[2]
         return _wide(self._cube[:, index // after, index % after])
 

@@ -30,7 +30,7 @@ class SpectralFilter:
     """Filters gradients in place; the order of a step is filter, clip, AdamW.
 
     Call `apply` between the last backward pass and clipping, and `commit` once the optimizer step
-    was applied (not if it was skipped). All ranks call every method alike.
+    was applied (not if it was skipped). All ranks must call every method.
 
     Args:
         shards: the backend's gradients and values.
@@ -162,7 +162,7 @@ class SpectralFilter:
 
     @torch.no_grad()
     def after_swap(self) -> None:
-        """Singular values now belong to other triplets: forget what was known of them."""
+        """Discard the state of singular values, which now belong to other triplets."""
         if not self._swapped:
             return
         if self._blocks is not None:

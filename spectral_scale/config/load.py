@@ -125,7 +125,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """A decimal number; YAML 1.1 would make 64 of 0100 and 90 of 1:30."""
-        if _LEADING_ZERO.fullmatch(node.value) or ":" in node.value:
+        if _LEADING_ZERO.fullmatch(str(node.value)) or ":" in node.value:
             problem = f"{node.value}: {_ZERO_REMEDY}"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return int(super().construct_yaml_int(node))
@@ -133,6 +133,10 @@ class _PlainLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key must be a name", problem_mark=key.start_mark
+                )
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"{key.value} is given twice", problem_mark=key.start_mark

@@ -60,3 +60,10 @@ def test_leading_zeros_on_the_command_line() -> None:
     assert load_config([], ["--train.run_dir", "0100"]).config.train.run_dir == "0100"
     assert load_config([], ["--train.steps", "0"]).config.train.steps == 0
     assert load_config([], ["--train.seed", "10"]).config.train.seed == 10
+
+
+@pytest.mark.parametrize("key", ["[0.9, 0.95]", "{a: 1}"])
+def test_keys_that_are_no_names_are_refused(key: str) -> None:
+    Path("a.yaml").write_text(f"optimizer: {{{key}: 1}}\n")
+    with pytest.raises(ConfigError, match="not plain YAML: a key must be a name"):
+        load_config(["a.yaml"])

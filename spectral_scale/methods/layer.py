@@ -56,6 +56,8 @@ class FactoredLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.initial_weight: Tensor | None = None
         self.ready = False
+        self.sharded_forward: Callable[[Tensor], Tensor] | None = None
+        """The forward pass over tensor-parallel ranks, where they hold shards of the layer."""
 
     @property
     def weight(self) -> WeightFacts:

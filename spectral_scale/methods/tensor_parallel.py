@@ -1,23 +1,27 @@
-"""Layers in parts: which methods have a tensor-parallel form."""
+"""Which layers can be computed over tensor-parallel ranks, and by which forward pass."""
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from spectral_scale.errors import ConfigError
 from spectral_scale.methods.frod.layer import FRoDLinear
-from spectral_scale.methods.frod.tensor_parallel import TensorParallelFRoDLinear
+from spectral_scale.methods.frod.tensor_parallel import ShardedFRoDForward
 from spectral_scale.methods.layer import FactoredLinear
 from spectral_scale.methods.sst.layer import SpectralLinear
-from spectral_scale.methods.sst.tensor_parallel import TensorParallelSpectralLinear
+from spectral_scale.methods.sst.tensor_parallel import ShardedSpectralForward
 from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 
-_FORMS: dict[type[FactoredLinear], type[FactoredLinear]] = {
-    SpectralLinear: TensorParallelSpectralLinear,
-    FRoDLinear: TensorParallelFRoDLinear,
+ShardedForward = Callable[[Any, TensorParallelContext], Callable[[Tensor], Tensor]]
+_FORMS: dict[type[FactoredLinear], ShardedForward] = {
+    SpectralLinear: ShardedSpectralForward,
+    FRoDLinear: ShardedFRoDForward,
 }
 
 
-def share(layer: FactoredLinear, context: TensorParallelContext) -> None:
-    """Let a layer compute in parts, in place; its parameters must have been cut already.
+def compute_sharded(layer: FactoredLinear, context: TensorParallelContext) -> None:
+    """Let a layer compute over tensor-parallel ranks, in place; its parameters are sharded already.
 
     Raises ConfigError for a layer of another method.
     """
@@ -27,6 +31,4 @@ def share(layer: FactoredLinear, context: TensorParallelContext) -> None:
             f"{type(layer).__name__} has no tensor-parallel form; use spectral.method=sst, frod or "
             "full, or parallel.tensor_parallel=1"
         )
-    shared: Any = layer
-    shared.__class__ = form
-    shared.context = context
+    layer.sharded_forward = form(layer, context)

@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 from spectral_scale.errors import ConfigError, SpectralScaleError
 from spectral_scale.methods.layer import FactoredLinear, factored_layers
 from spectral_scale.methods.sst.product import Bottleneck
-from spectral_scale.methods.tensor_parallel import share
+from spectral_scale.methods.tensor_parallel import compute_sharded
 from spectral_scale.methods.tensor_parallel_context import SharedInput, TensorParallelContext
 from spectral_scale.ops.losses import negative_log_likelihood_sum
 from spectral_scale.parallel.tensor_parallel_regions import (
@@ -137,7 +137,7 @@ class _SharedLayer(ParallelStyle):
             device_mesh.get_local_rank(),
         )
         layer: Any = module
-        share(layer, context)
+        compute_sharded(layer, context)
         for leaf, dim in self.sharded_dims.items():
             if dim is not None:
                 whole = getattr(module, leaf)

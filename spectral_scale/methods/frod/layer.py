@@ -72,7 +72,12 @@ class FRoDLinear(FactoredLinear):
         self.inverse_lengths: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's."""
+        """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's.
+
+        Over tensor-parallel ranks: see `frod.tensor_parallel`.
+        """
+        if self.sharded_forward is not None:
+            return self.sharded_forward(x)
         basis, inverse_lengths = self.shared()
         x = in_product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):  # the weight is formed in V's precision

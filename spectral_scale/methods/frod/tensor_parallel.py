@@ -1,4 +1,4 @@
-"""A FRoD layer of which each tensor-parallel rank holds rows or columns of the frozen weight.
+"""The forward pass of a FRoD layer whose frozen weight is sharded over tensor-parallel ranks.
 
 The basis and the coefficients are whole on every rank. Column-parallel: U's rows are where W's are,
 and nothing but the gradients of the coefficients is summed. Row-parallel: U needs all columns of W,
@@ -13,34 +13,37 @@ from spectral_scale.methods.layer import in_product_dtype
 from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 
 
-class TensorParallelFRoDLinear(FRoDLinear):
-    """A FRoDLinear in parts; made by `share`, never directly.
+class ShardedFRoDForward:
+    """Computes a FRoDLinear over tensor-parallel ranks; set as its `sharded_forward`.
 
-    Logical sizes and shapes stay those of the whole layer.
+    The layer's own sizes and shapes stay those of the whole.
     """
 
-    context: TensorParallelContext
+    def __init__(self, layer: FRoDLinear, context: TensorParallelContext) -> None:
+        self._layer, self._context = layer, context
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Column-parallel: (..., in) -> (..., part of out); row-parallel: the other way round."""
-        basis, inverse_lengths = self.shared()
-        context, column_parallel = self.context, self.context.column_parallel
+        layer, context = self._layer, self._context
+        basis, inverse_lengths = layer.shared()
+        column_parallel = context.column_parallel
         x = context.copy_to_region(x) if column_parallel else in_product_dtype(x)
         width = x.shape[-1]
         columns = (
             None if column_parallel else slice(context.index * width, (context.index + 1) * width)
         )
+        bias = layer.bias
         with autocast(x.device.type, enabled=False):  # the weight is formed in V's precision
             y = FRoDProduct.apply(
                 x.reshape(-1, width),
-                *(context.local(p) for p in (self.base, self.mixing, self.value_delta)),
-                context.local(self.bias) if self.bias is not None and column_parallel else None,
+                *(context.local(p) for p in (layer.base, layer.mixing, layer.value_delta)),
+                context.local(bias) if bias is not None and column_parallel else None,
                 basis,
                 inverse_lengths,
                 WeightPart(columns, context.bottleneck.sum),
             )
             if not column_parallel:
                 y = context.reduce_from_region(y)
-                if self.bias is not None:
-                    y = y + context.local(self.bias).to(y.dtype)
+                if bias is not None:
+                    y = y + context.local(bias).to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -77,8 +77,13 @@ class SpectralLinear(FactoredLinear):
         self.v_fixed = frozen(in_features, self.num_fixed) if holds_fixed else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's."""
-        x = self._prepared(x)
+        """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's.
+
+        Over tensor-parallel ranks: see `sst.tensor_parallel`.
+        """
+        if self.sharded_forward is not None:
+            return self.sharded_forward(x)
+        x = self.prepared(x)
         y = SpectralProduct.apply(
             x.reshape(-1, self.in_features),
             self.residual,
@@ -93,7 +98,7 @@ class SpectralLinear(FactoredLinear):
         )
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _prepared(self, x: Tensor) -> Tensor:
+    def prepared(self, x: Tensor) -> Tensor:
         """The input in the dtype of the product. Raises SpectralError before there are values."""
         if not self.ready:
             raise SpectralError(

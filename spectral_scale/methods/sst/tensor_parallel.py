@@ -1,4 +1,4 @@
-"""An SST layer of which each tensor-parallel rank holds a part, whoever those ranks are.
+"""The forward pass of an SST layer of which each tensor-parallel rank holds a shard.
 
 Column-parallel: a rank holds rows of u and residual and gives its part of the outputs.
 Row-parallel: it holds rows of v and columns of the residual and takes its part of the inputs.
@@ -11,31 +11,32 @@ from spectral_scale.methods.sst.product import SpectralProduct
 from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 
 
-class TensorParallelSpectralLinear(SpectralLinear):
-    """A SpectralLinear in parts; made by `share`, never directly.
+class ShardedSpectralForward:
+    """Computes a SpectralLinear over tensor-parallel ranks; set as its `sharded_forward`.
 
-    Logical sizes and shapes stay those of the whole layer.
+    The layer's own sizes and shapes stay those of the whole.
     """
 
-    context: TensorParallelContext
+    def __init__(self, layer: SpectralLinear, context: TensorParallelContext) -> None:
+        self._layer, self._context = layer, context
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Column-parallel: (..., in) -> (..., part of out); row-parallel: the other way round."""
-        context, local = self.context, self.context.local
+        layer, context, local = self._layer, self._context, self._context.local
         column_parallel = context.column_parallel
-        x = self._prepared(context.copy_to_region(x) if column_parallel else x)
+        x = layer.prepared(context.copy_to_region(x) if column_parallel else x)
         y = SpectralProduct.apply(
             x.reshape(-1, x.shape[-1]),
-            *(None if p is None else local(p) for p in (self.residual, self.u, self.v)),
-            *(None if p is None else local(p) for p in (self.u_fixed, self.v_fixed)),
-            local(self.sigma),
-            local(self.bias) if self.bias is not None and column_parallel else None,
-            self.enhanced,
-            self.active_sigma_only,
+            *(None if p is None else local(p) for p in (layer.residual, layer.u, layer.v)),
+            *(None if p is None else local(p) for p in (layer.u_fixed, layer.v_fixed)),
+            local(layer.sigma),
+            local(layer.bias) if layer.bias is not None and column_parallel else None,
+            layer.enhanced,
+            layer.active_sigma_only,
             context.bottleneck,
         )
         if not column_parallel:
             y = context.reduce_from_region(y)
-            if self.bias is not None:
-                y = y + local(self.bias).to(y.dtype)
+            if layer.bias is not None:
+                y = y + local(layer.bias).to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])

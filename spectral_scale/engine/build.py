@@ -28,9 +28,8 @@ from spectral_scale.engine.backends import (
     require_backend_model,
 )
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
-from spectral_scale.engine.filter_run import open_filter
 from spectral_scale.engine.identity import base_identity, check_identity, run_identity
-from spectral_scale.engine.methods import METHODS, convert_model, open_controller
+from spectral_scale.engine.methods import METHODS, convert_model, open_controller, open_filter
 from spectral_scale.errors import SpectralError
 from spectral_scale.methods.base import Method, MethodController
 from spectral_scale.methods.layer import factored_layers

@@ -1,10 +1,11 @@
-"""The table of training methods, and how a run opens the one that it uses."""
+"""The table of training methods, and how a run opens its method and its gradient filter."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 from spectral_scale.methods.base import ControllerParts, Method, MethodController
 from spectral_scale.methods.convert import freeze_dense
@@ -14,8 +15,10 @@ from spectral_scale.methods.layer import factored_layers
 from spectral_scale.methods.lora.method import METHOD as LORA
 from spectral_scale.methods.sst.method import METHOD as SST
 from spectral_scale.models.weights import InitialWeights
+from spectral_scale.optim.filter.spectral_filter import SpectralFilter
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
+from spectral_scale.parallel.table import ParameterTable
 
 METHODS: Mapping[str, Method] = {
     "full": Method(),
@@ -25,7 +28,7 @@ METHODS: Mapping[str, Method] = {
     "galore": GALORE,
     "frod": FROD,
 }
-"""By the name that `spectral.method` gives; each has a specification of that name."""
+"""Every method by the name that `spectral.method` gives; a specification has the same name."""
 
 
 def convert_model(
@@ -39,7 +42,7 @@ def convert_model(
     Args:
         model: converted.
         config: the method's settings.
-        frozen_dtype: of frozen weights.
+        frozen_dtype: the dtype of frozen weights.
         method: the method itself; by default the shipped one that `config` names.
     """
     (method or METHODS[config.method]).convert(model, config, frozen_dtype)
@@ -80,4 +83,27 @@ def open_controller(
             dtype=dtype,
             fresh=fresh,
         )
+    )
+
+
+def open_filter(
+    config: RunConfig,
+    architecture: Architecture,
+    table: ParameterTable,
+    store: ParameterStore,
+) -> SpectralFilter | None:
+    """The run's spectral filter of gradients, or None if the run has none. Collective.
+
+    Call it after the method gave all parameters their values: anchors copy them.
+    Raises ConfigError if gradients are not reached, or if nothing can be filtered.
+    """
+    if not config.filter.enabled:
+        return None
+    shards = store.shards()
+    return SpectralFilter(
+        shards,
+        {fqn: table[fqn].role for fqn in shards.shapes},
+        config.filter,
+        seed=config.train.seed,
+        head_size=architecture.head_size,
     )

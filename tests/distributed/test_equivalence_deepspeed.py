@@ -153,10 +153,10 @@ def average_the_gradients(store: Any) -> None:
 
 
 def sample_by_rank(store: Any) -> None:
-    from spectral_scale.methods.sst import drawing
+    from spectral_scale.methods.sst import bank
 
-    plain, rank = drawing.sample_triplets, store.collective.rank
-    drawing.sample_triplets = lambda *a, **k: plain(*a, **(k | {"seed": k["seed"] + rank}))
+    plain, rank = bank.sample_triplets, store.collective.rank
+    bank.sample_triplets = lambda *a, **k: plain(*a, **(k | {"seed": k["seed"] + rank}))
 
 
 TWINS = [

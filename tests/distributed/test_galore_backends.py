@@ -234,27 +234,27 @@ def updates_are_lost(patch: pytest.MonkeyPatch) -> None:
 def a_matrix_is_left_out(patch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from spectral_scale.methods.galore.sharded_optimizer import DividedGaLoreAdamW
+    from spectral_scale.methods.galore.sharded_optimizer import ShardedGaLoreAdamW
 
-    plain = DividedGaLoreAdamW._update
+    plain = ShardedGaLoreAdamW._update
 
     def update(optimizer: Any, fqn: str, gradient: Any, *rest: Any) -> Any:
         if "layers.0.fc" in fqn:
             return torch.zeros_like(gradient)
         return plain(optimizer, fqn, gradient, *rest)
 
-    patch.setattr(DividedGaLoreAdamW, "_update", update)
+    patch.setattr(ShardedGaLoreAdamW, "_update", update)
 
 
 def a_gradient_is_not_finite(patch: pytest.MonkeyPatch) -> None:
     """On one owner, where it is decomposed."""
     import torch.distributed as dist
 
-    from spectral_scale.methods.galore import sharded_optimizer as galore_divided
+    from spectral_scale.methods.galore import sharded_optimizer
 
-    plain = galore_divided.leading_subspace
+    plain = sharded_optimizer.leading_subspace
     factor = float("nan") if dist.get_rank() else 1.0
-    patch.setattr(galore_divided, "leading_subspace", lambda g, r: plain(g * factor, r))
+    patch.setattr(sharded_optimizer, "leading_subspace", lambda g, r: plain(g * factor, r))
 
 
 TWINS: dict[Callable[[pytest.MonkeyPatch], None], str] = {

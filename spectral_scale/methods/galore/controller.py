@@ -11,7 +11,7 @@ from spectral_scale.config.schema import OptimizerConfig, SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.convert import find_targets
 from spectral_scale.methods.galore.optimizer import ProjectedAdamW, ProjectionStats, is_projected
-from spectral_scale.methods.galore.sharded_optimizer import DividedGaLoreAdamW
+from spectral_scale.methods.galore.sharded_optimizer import ShardedGaLoreAdamW
 from spectral_scale.optim.groups import param_groups
 
 PROJECTED = "projected"
@@ -124,11 +124,11 @@ class GaLoreController:
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Projectors and moments of matrices that this rank owns; nothing where the optimizer's
         host saves them."""
-        if isinstance(self.optimizer, DividedGaLoreAdamW):
+        if isinstance(self.optimizer, ShardedGaLoreAdamW):
             yield from self.optimizer.state_tensors()
 
     def load_state(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
         """Take over the step count and those tensors. Raises CheckpointError."""
         self.applied_steps = applied_steps
-        if isinstance(self.optimizer, DividedGaLoreAdamW):
+        if isinstance(self.optimizer, ShardedGaLoreAdamW):
             self.optimizer.load_state_tensors(read)

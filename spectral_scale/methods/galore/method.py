@@ -7,7 +7,7 @@ from spectral_scale.config.schema import RunConfig
 from spectral_scale.methods.base import ControllerParts, Method
 from spectral_scale.methods.galore.controller import GaLoreController, galore_groups
 from spectral_scale.methods.galore.optimizer import GaLoreAdamW
-from spectral_scale.methods.galore.sharded_optimizer import DividedGaLoreAdamW
+from spectral_scale.methods.galore.sharded_optimizer import ShardedGaLoreAdamW
 from spectral_scale.parallel.collective import Collective
 
 
@@ -15,7 +15,7 @@ def _optimizer(
     model: nn.Module, config: RunConfig, collective: Collective
 ) -> torch.optim.Optimizer:
     """Where ranks hold whole gradients, each needs no more than the projectors of others."""
-    kind = GaLoreAdamW if config.parallel.backend == "torch" else DividedGaLoreAdamW
+    kind = GaLoreAdamW if config.parallel.backend == "torch" else ShardedGaLoreAdamW
     return kind(
         galore_groups(model, config.spectral, config.optimizer),
         lr=config.optimizer.lr,
@@ -27,9 +27,9 @@ def _optimizer(
 
 def _controller(parts: ControllerParts) -> GaLoreController:
     optimizer = parts.optimizer
-    if not isinstance(optimizer, GaLoreAdamW | DividedGaLoreAdamW):
+    if not isinstance(optimizer, GaLoreAdamW | ShardedGaLoreAdamW):
         raise TypeError(f"galore needs its own optimizer, not {type(optimizer).__name__}")
-    if isinstance(optimizer, DividedGaLoreAdamW):
+    if isinstance(optimizer, ShardedGaLoreAdamW):
         optimizer.bind(parts.store.shards())
     return GaLoreController(optimizer)
 

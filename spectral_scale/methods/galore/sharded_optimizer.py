@@ -36,7 +36,7 @@ from spectral_scale.parallel.shard_geometry import Range
 from spectral_scale.parallel.store import MOMENTS
 
 
-class DividedGaLoreAdamW(ProjectedAdamW):
+class ShardedGaLoreAdamW(ProjectedAdamW):
     """GaLore whose matrices are cut over ranks, or lie in flat buffers.
 
     The host's optimizer state holds the step counts of projected parameters and all state of

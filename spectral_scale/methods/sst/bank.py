@@ -1,7 +1,16 @@
 """The truth of every converted matrix: all k triplets in full precision, owned by one rank.
 
-Pure storage and mathematics: what is collected goes in, what is installed comes out. The bank lies
-outside the module tree, so no host gathers, casts or saves it.
+Pure storage and mathematics: trained values that were gathered go in, and the values to scatter
+come out. The bank lies outside the module tree, so no backend shards, casts or saves it.
+
+An example with k = 4 triplets of which r = 2 train, in residual storage:
+
+    active = [0, 2]        the layer holds u[:, [0, 2]], sigma[[0, 2]], v[:, [0, 2]]
+    residual               u[:, [1, 3]] diag(sigma[[1, 3]]) v[:, [1, 3]]^T
+
+Invariant: right after a swap, residual plus the trained product is the matrix itself, whichever
+indices are active. So a swap changes what trains and never what the model computes. While the
+layer trains, the bank's active columns are out of date; `commit` brings them up to date.
 """
 
 from collections.abc import Iterator
@@ -10,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.ops.decomposition import compose, svd
+from spectral_scale.ops.sampling import sample_triplets
 
 NOTHING = torch.empty(0, dtype=torch.int64)
 """No active triplets."""
@@ -47,7 +58,7 @@ class SpectralBank:
     """Triplets of the matrices this rank owns.
 
     Args:
-        device: where triplets rest (the model's, or pinned host memory).
+        device: where triplets are kept (the model's, or the CPU's memory, pinned).
         compute_device: where decompositions and rebuilds run.
         dtype: float32, or float64 for tests.
     """
@@ -81,11 +92,11 @@ class SpectralBank:
         active: Tensor,
         extra: Tensor = NOTHING,
     ) -> None:
-        """Take a matrix over, at rest on the bank's device."""
+        """Take a matrix over, onto the bank's device."""
         self._entries[name] = Triplets(
-            u=self._rest(u),
-            sigma=self._rest(sigma),
-            v=self._rest(v),
+            u=self._offloaded(u),
+            sigma=self._offloaded(sigma),
+            v=self._offloaded(v),
             active=active.to(self.device),
             extra=extra.to(self.device),
         )
@@ -104,6 +115,49 @@ class SpectralBank:
         entry = self._entries[name]
         u, sigma, v = (t.to(self.compute_device) for t in (entry.u, entry.sigma, entry.v))
         self.put(name, *svd(compose(u, sigma, v)), active=NOTHING)
+
+    def draw(
+        self, name: str, config: SpectralConfig, *, seed: int, position: tuple[int, int]
+    ) -> int:
+        """Choose the active and extra triplets of a matrix; returns how many were not active.
+
+        The draw is a pure function of the spectrum and of (seed, name, round, iteration): noise
+        keyed by these four is added to log p (Gumbel-top-r), and the r largest sums win. So a
+        resumed run, or one with another number of ranks, draws the same triplets without a
+        generator's state in the checkpoint, and the owner draws alone.
+
+        Args:
+            name: the matrix, which must be in the bank.
+            config: how many triplets train, and by which rule they are drawn.
+            seed: the run's seed.
+            position: (round, iteration within the round).
+        """
+        entry = self._entries[name]
+        round_, iteration = position
+        drawn = sample_triplets(
+            entry.sigma,
+            config.spectral_rank,
+            config.sampling,
+            seed=seed,
+            layer=name,
+            round=round_,
+            iteration=iteration,
+        )
+        before = set(entry.active.tolist())
+        entry.active = drawn.to(entry.sigma.device)
+        if config.extra_sigma:
+            others = entry.complement()
+            extra = sample_triplets(
+                entry.sigma[others],
+                config.extra_sigma,
+                "uniform",
+                seed=seed,
+                layer=f"{name}/extra",
+                round=round_,
+                iteration=iteration,
+            )
+            entry.extra = others[extra.to(others.device)]
+        return len(set(drawn.tolist()) - before)
 
     def commit(self, name: str, u_a: Tensor, sigma: Tensor, v_a: Tensor) -> None:
         """Write trained values back, in place.
@@ -147,8 +201,8 @@ class SpectralBank:
             values |= {"u_fixed": entry.u[:, entry.extra], "v_fixed": entry.v[:, entry.extra]}
         return values
 
-    def _rest(self, tensor: Tensor) -> Tensor:
-        resting = tensor.detach().to(self.device, self.dtype).contiguous()
+    def _offloaded(self, tensor: Tensor) -> Tensor:
+        kept = tensor.detach().to(self.device, self.dtype).contiguous()
         if self.device.type == "cpu" and self.compute_device.type == "cuda":
-            return resting.pin_memory()
-        return resting
+            return kept.pin_memory()
+        return kept

@@ -23,7 +23,6 @@ from spectral_scale.methods.sst.buckets import (
     scattered_leaves,
 )
 from spectral_scale.methods.sst.checks import check_counts, prove_scattered
-from spectral_scale.methods.sst.drawing import draw_triplets
 from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.methods.sst.moments import Change, Held, held, update_all_moments
 from spectral_scale.methods.sst.phases import OwnerWork, PhaseClock
@@ -162,9 +161,7 @@ class Swap:
 
     def _draw(self, name: str, iteration: int) -> int:
         position = self.schedule.position(iteration, self._offset(name))
-        return draw_triplets(
-            self.bank[name], self.config, seed=self.seed, layer=name, position=position
-        )
+        return self.bank.draw(name, self.config, seed=self.seed, position=position)
 
     def _build(self, name: str, trained: bool) -> dict[str, Tensor]:
         """What a layer shall hold, by fqn; frozen values in the precision that they travel in."""

@@ -10,7 +10,7 @@ from torch import nn
 from spectral_scale.errors import ConfigError
 from spectral_scale.methods.galore.optimizer import GaLoreAdamW
 from spectral_scale.methods.galore.rounds import plan_rounds
-from spectral_scale.methods.galore.sharded_optimizer import DividedGaLoreAdamW
+from spectral_scale.methods.galore.sharded_optimizer import ShardedGaLoreAdamW
 from spectral_scale.optim.build import create_state, state_tensors
 from spectral_scale.parallel.collective import SingleProcess
 from spectral_scale.parallel.flat_shards import ShardGroup, TensorShards
@@ -32,24 +32,24 @@ def test_one_rank_takes_the_steps_of_whole_parameters() -> None:
     torch.manual_seed(0)
     ours = {fqn: nn.Parameter(torch.randn(shape).double()) for fqn, shape in SHAPES.items()}
     theirs = {fqn: nn.Parameter(p.detach().clone()) for fqn, p in ours.items()}
-    divided = DividedGaLoreAdamW(groups_of(ours), collective=SingleProcess(), lr=1e-2)
+    sharded = ShardedGaLoreAdamW(groups_of(ours), collective=SingleProcess(), lr=1e-2)
     whole = GaLoreAdamW(groups_of(theirs), lr=1e-2)
-    create_state(divided)
-    divided.bind(TensorShards(ours))
+    create_state(sharded)
+    sharded.bind(TensorShards(ours))
     for _ in range(5):
         for fqn, parameter in ours.items():
             parameter.grad = torch.randn_like(parameter)
             theirs[fqn].grad = parameter.grad.clone()
-        divided.step()
+        sharded.step()
         whole.step()
     for fqn, parameter in ours.items():
         torch.testing.assert_close(parameter, theirs[fqn], rtol=1e-12, atol=1e-14)
-    names = {name for name, _ in divided.state_tensors()}
+    names = {name for name, _ in sharded.state_tensors()}
     assert len(names) == 3 * 3 and "optimizer/a/projector" in names
     count = sum(tensor.numel() for tensor in state_tensors(whole))
-    assert sum(tensor.numel() for tensor in state_tensors(divided)) == count
-    assert divided.stats.renewed == 3 * 3  # steps 1, 3 and 5, since nobody has taken the counts
-    torch.testing.assert_close(torch.stack(divided.stats.overlaps[-3:]).double(),
+    assert sum(tensor.numel() for tensor in state_tensors(sharded)) == count
+    assert sharded.stats.renewed == 3 * 3  # steps 1, 3 and 5, since nobody has taken the counts
+    torch.testing.assert_close(torch.stack(sharded.stats.overlaps[-3:]).double(),
                                torch.stack(whole.stats.overlaps))  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def test_copies_share_the_decompositions() -> None:
 
 def test_matrices_in_columns_are_refused() -> None:
     parameters = {fqn: nn.Parameter(torch.zeros(shape)) for fqn, shape in SHAPES.items()}
-    divided = DividedGaLoreAdamW(groups_of(parameters), collective=SingleProcess(), lr=1e-2)
+    sharded = ShardedGaLoreAdamW(groups_of(parameters), collective=SingleProcess(), lr=1e-2)
     piece = FlatBuffers({}, ShardGroup(shards=Silent(0, 2)), SHAPES, blocks=2)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="owner of a needs ranges of its rows"):
-        divided.bind(piece)  # type: ignore[arg-type]
+        sharded.bind(piece)  # type: ignore[arg-type]

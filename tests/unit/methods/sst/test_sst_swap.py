@@ -12,7 +12,6 @@ from spectral_scale import SpectralConfig, SpectralController, convert, merge, p
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.convert import spectral_layers
 from spectral_scale.methods.sst.bank import SpectralBank
-from spectral_scale.methods.sst.drawing import draw_triplets
 from spectral_scale.methods.sst.phases import PHASES
 
 LR = 1e-2
@@ -251,9 +250,9 @@ def test_ramp_multiplies_and_restores_the_learning_rate() -> None:
 def test_draws_depend_on_the_seed_alone() -> None:
     def active(seed: int) -> list[int]:
         trainer = Trainer()
-        entry = trainer.controller.bank["0"]
-        draw_triplets(entry, trainer.config, seed=seed, layer="0", position=(1, 1))
-        return entry.active.tolist()
+        bank = trainer.controller.bank
+        bank.draw("0", trainer.config, seed=seed, position=(1, 1))
+        return bank["0"].active.tolist()
 
     assert active(1) == active(1)
     assert active(1) != active(2)

@@ -43,7 +43,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(
     def spoil(chosen: SpectralFilter, *, measure: bool = False) -> None:
         if chosen.steps == 2 and not spoiled:
             spoiled.append(chosen.steps)
-            chosen._pieces.gradient(chosen.fqns[0])[0] = float("nan")  # type: ignore[index]
+            chosen._shards.gradient(chosen.fqns[0])[0] = float("nan")  # type: ignore[index]
         plain(chosen, measure=measure)
 
     monkeypatch.setattr(SpectralFilter, "apply", spoil)

@@ -349,16 +349,16 @@ def costs(configs: list[Any]) -> list[dict[str, Any]]:
                     run.backend.step(clip_grad_norm=0.0)
                 found["sent"].append(counter.payload_bytes)
                 run.controller.after_step()
-            pieces, owners = optimizer._pieces, optimizer._owners
+            shards, owners = optimizer._shards, optimizer._owners
             found |= {
                 "foreign": sum(
-                    pieces.ranges(fqn)[pieces.group.index][1]
+                    shards.ranges(fqn)[shards.group.index][1]
                     for fqn, owner in owners.items()
-                    if owner != pieces.group.index
+                    if owner != shards.group.index
                 ),
                 "owned": tensor_bytes(optimizer.kept_apart()),
                 "states": memory(run)["memory/states_bytes"],
-                "rest": sum(prod(shape) for f, shape in pieces.shapes.items() if f not in owners),
+                "rest": sum(prod(shape) for f, shape in shards.shapes.items() if f not in owners),
                 "peak": peak.peak_bytes,
             }
             results.append(found)

@@ -53,7 +53,7 @@ def galore_groups(
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionReport:
-    """A renewal of the projectors."""
+    """Counts of one renewal of the projectors."""
 
     projections: int
     """Matrices whose projector was renewed."""
@@ -71,7 +71,7 @@ class ProjectionReport:
 class GaLoreController:
     """Holds every step of GaLore's optimizer against the number of matrices it must project.
 
-    All state is the optimizer's own: saved here is what its host does not save.
+    All state is the optimizer's own; the controller saves the tensors that the backend does not.
     """
 
     def __init__(self, optimizer: ProjectedAdamW) -> None:
@@ -122,13 +122,12 @@ class GaLoreController:
         )
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Projectors and moments of matrices that this rank owns; nothing where the optimizer's
-        host saves them."""
+        """Projectors and moments of matrices that this rank owns, unless the backend saves them."""
         if isinstance(self.optimizer, ShardedGaLoreAdamW):
             yield from self.optimizer.state_tensors()
 
     def load_state(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
-        """Take over the step count and those tensors. Raises CheckpointError."""
+        """Take over the step count and the tensors of `state_tensors`. Raises CheckpointError."""
         self.applied_steps = applied_steps
         if isinstance(self.optimizer, ShardedGaLoreAdamW):
             self.optimizer.load_state_tensors(read)

@@ -14,7 +14,8 @@ from spectral_scale.parallel.collective import Collective
 def _optimizer(
     model: nn.Module, config: RunConfig, collective: Collective
 ) -> torch.optim.Optimizer:
-    """Where ranks hold whole gradients, each needs no more than the projectors of others."""
+    """GaLore's AdamW in the form that fits the backend: ranks with whole gradients exchange only
+    projectors, all others gather gradients on owners."""
     kind = GaLoreAdamW if config.parallel.backend == "torch" else ShardedGaLoreAdamW
     return kind(
         galore_groups(model, config.spectral, config.optimizer),

@@ -29,12 +29,12 @@ from spectral_scale.optim.build import adamw_state
 from spectral_scale.parallel.collective import Collective, SingleProcess
 
 ADVICE = "restart from the last checkpoint, lower learning rates"
-"""After a projection that failed."""
+"""Advice in the error after a projection that failed."""
 
 
 @dataclass(kw_only=True)
 class ProjectionStats:
-    """What the latest step touched."""
+    """Counts of what the latest step touched."""
 
     projected: int = 0
     """Matrices that this rank updated through a projection."""
@@ -77,7 +77,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     @property
     @abstractmethod
     def matrices_here(self) -> int:
-        """Of those, the ones that this rank updates."""
+        """The number of projected matrices that this rank updates."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -119,7 +119,7 @@ class GaLoreAdamW(ProjectedAdamW):
     Args:
         params: groups, see `ProjectedAdamW`.
         collective: all ranks that hold the same gradients; each matrix is decomposed on one of
-            them and broadcast, so that the work is shared and no two ranks can differ.
+            them and broadcast, so that the work is split and no two ranks can differ.
         adamw: `lr`, `betas`, `eps`, `weight_decay` of the groups that hold none.
     """
 
@@ -138,7 +138,7 @@ class GaLoreAdamW(ProjectedAdamW):
 
     @property
     def matrices_here(self) -> int:
-        """All of them: every rank updates its copy."""
+        """All projected matrices: every rank updates its replica."""
         return self.matrices
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -164,7 +164,7 @@ class GaLoreAdamW(ProjectedAdamW):
             parameter.addmm_(state["projector"], update, alpha=group["scale"])
 
     def _renew(self, group: dict[str, Any], *, first: bool) -> None:
-        """Each rank decomposes its share of the gradients; then all receive every projector."""
+        """Each rank decomposes the gradients that it owns; then every projector is broadcast."""
         parameters = group["params"]
         shapes = {str(i): tuple(p.shape) for i, p in enumerate(parameters)}
         owners = list(assign_owners(shapes, self.collective.world_size).values())
@@ -191,7 +191,7 @@ class GaLoreAdamW(ProjectedAdamW):
 
 
 def is_projected(group: dict[str, Any]) -> bool:
-    """Whether a parameter group's matrices are updated through projections."""
+    """True for a parameter group whose matrices are updated through projections."""
     return "galore_rank" in group
 
 
@@ -218,7 +218,7 @@ def _require_gradients(group: dict[str, Any]) -> None:
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """The gradient, of whose presence `step` has made sure."""
+    """The gradient of a parameter, which `step` has checked to be there."""
     if parameter.grad is None:
         raise RuntimeError("a projected parameter has lost its gradient inside the step")
     return parameter.grad

@@ -10,7 +10,7 @@ from spectral_scale.ops.decomposition import svd
 
 
 def projects_right(shape: tuple[int, ...]) -> bool:
-    """Whether the input side of a matrix (out, in) is projected: it is not the longer one."""
+    """True if the input side of a matrix (out, in) is projected: it is not the longer one."""
     return shape[0] >= shape[1]
 
 

@@ -1,9 +1,19 @@
-"""GaLore on hosts that cut or flatten parameters: every matrix has one owner among the ranks.
+"""GaLore on backends that shard or flatten parameters: every matrix has one owner among the ranks.
 
-In a step the reduced gradient of a matrix comes together on its owner, which keeps the projector
-and the moments and sends the update back to whoever keeps the weight. So no formula needs to know
-how a host cuts, and state is divided over ranks. A matrix that one rank holds whole is that rank's,
-and does not travel.
+In a step the owner gathers the reduced gradient of its matrix, keeps projector and moments, and
+scatters the update to the ranks that hold the weight. Formulas therefore see whole matrices,
+whatever the sharding, and the low-rank state is sharded by matrix.
+
+An example: two ranks, matrix A (4, 3) with rows 0-1 on rank 0 and rows 2-3 on rank 1, owner 0, and
+matrix B (2, 2) that lies whole in rank 1's flat buffer, owner 1 because it is there already.
+
+    gather     rank 1 sends 6 entries, A's rows 2-3 of the gradient; B does not travel
+    update     rank 0: A's update (4, 3) = projected AdamW; rank 1: B's update (2, 2)
+    scatter    rank 0 returns the 6 entries of A's update that belong to rows 2-3
+    apply      each rank: weight = keep * weight + its entries of the update
+
+Invariant: the update of a matrix is made once, from the whole gradient, with the arithmetic of
+`GaLoreAdamW`, so a run's bits depend neither on the sharding nor on which rank owns the matrix.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,11 +47,11 @@ from spectral_scale.parallel.store import MOMENTS
 
 
 class ShardedGaLoreAdamW(ProjectedAdamW):
-    """GaLore whose matrices are cut over ranks, or lie in flat buffers.
+    """GaLore whose matrices are sharded over ranks, or lie in flat buffers.
 
-    The host's optimizer state holds the step counts of projected parameters and all state of
-    others; projectors and moments are the owners' (`state_tensors`). Call `bind` when the host has
-    taken the parameters over. A host may step groups, and parts of them, one by one.
+    The backend's optimizer state holds the step counts of projected parameters and all state of
+    others; projectors and moments are the owners' (`state_tensors`). Call `bind` when the backend
+    has taken the parameters over. A backend may step groups, and subsets of them, one by one.
 
     Args:
         params: groups, see `ProjectedAdamW`, with the `fqns` of their parameters.
@@ -54,40 +64,43 @@ class ShardedGaLoreAdamW(ProjectedAdamW):
     ) -> None:
         super().__init__(params, **adamw)
         self._collective = collective
-        self._pieces: ParameterShards
+        self._shards: ParameterShards
         self._owners: dict[str, int] = {}
         self._states: dict[str, dict[str, Tensor]] = {}
         self._rounds: dict[tuple[str, ...], list[ProjectionRound]] = {}
 
-    def bind(self, pieces: ParameterShards) -> None:
-        """Reach parameters through the host's pieces, and create the state of owned matrices.
+    def bind(self, shards: ParameterShards) -> None:
+        """Reach parameters through the backend's shards, and create the state of owned matrices.
 
-        Raises ConfigError for matrices that are cut into columns.
+        Raises ConfigError for matrices that are sharded by columns.
         """
-        self._pieces = pieces
+        self._shards = shards
         ranks = {
             fqn: group["galore_rank"]
             for group in filter(is_projected, self.param_groups)
             for fqn in group["fqns"]
         }
-        shapes = {fqn: (pieces.shapes[fqn][0], pieces.shapes[fqn][1]) for fqn in ranks}
-        _require_rows(pieces, ranks)
-        holders = {fqn: _holders(pieces.ranges(fqn)) for fqn in ranks}
+        shapes = {fqn: (shards.shapes[fqn][0], shards.shapes[fqn][1]) for fqn in ranks}
+        _require_rows(shards, ranks)
+        holders = {fqn: _holders(shards.ranges(fqn)) for fqn in ranks}
         at_one = {fqn: found[0] for fqn, found in holders.items() if len(found) == 1}
-        self._owners = assign_owners(shapes, pieces.group.size, settled=at_one)
+        self._owners = assign_owners(shapes, shards.group.size, settled=at_one)
         self._states = {
-            fqn: low_rank_state(shapes[fqn], ranks[fqn], like=pieces.value(fqn))
+            fqn: low_rank_state(shapes[fqn], ranks[fqn], like=shards.value(fqn))
             for fqn, owner in self._owners.items()
-            if owner == pieces.group.index
+            if owner == shards.group.index
         }
 
     @property
     def matrices_here(self) -> int:
-        """The matrices that this rank owns."""
+        """The number of matrices that this rank owns."""
         return len(self._states)
 
     def initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """For hosts: a projected parameter has a step count, on the CPU, and no more."""
+        """The state that a backend keeps for a parameter: of a projected one a step count alone.
+
+        The count lies on the CPU, where it is read in every step.
+        """
         if is_projected(group):
             return {"step": torch.zeros((), dtype=torch.float32)}
         return adamw_state(parameter)
@@ -98,12 +111,12 @@ class ShardedGaLoreAdamW(ProjectedAdamW):
             yield from state.values()
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The same by checkpoint name, from the copy of the model that is saved."""
-        if self._pieces.group.writes:
+        """Projectors and moments of owned matrices by checkpoint name, from the saved replica."""
+        if self._shards.group.writes:
             yield from self._named_state()
 
     def load_state_tensors(self, read: ReadTensor) -> None:
-        """Overwrite them, in place. Raises CheckpointError for one of another shape."""
+        """Overwrite projectors and moments, in place. Raises CheckpointError for another shape."""
         overwrite(self._named_state(), read)
 
     def _named_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -114,11 +127,11 @@ class ShardedGaLoreAdamW(ProjectedAdamW):
     # -- a step -------------------------------------------------------------------------------
 
     def _step_projected(self, group: dict[str, Any]) -> None:
-        pieces = self._pieces
-        holders = {fqn: p for p in group["params"] for fqn in pieces.members(p)}
+        shards = self._shards
+        holders = {fqn: p for p in group["params"] for fqn in shards.members(p)}
         fqns = tuple(holders)
         if fqns not in self._rounds:
-            self._rounds[fqns] = plan_rounds(fqns, self._owners, pieces)
+            self._rounds[fqns] = plan_rounds(fqns, self._owners, shards)
         steps = [self.state[parameter]["step"] for parameter in group["params"]]
         taken = int(steps[0])
         renewed: dict[str, Tensor] | None = None
@@ -139,9 +152,10 @@ class ShardedGaLoreAdamW(ProjectedAdamW):
         taken: int,
         renewed: dict[str, Tensor] | None,
     ) -> None:
-        """Gradients to the owners, updates back, and into the weights. Collective.
+        """Gather gradients on owners, scatter the updates, and apply them. Collective.
 
-        `renewed` gets the overlaps of this rank's new projectors; None: they stay.
+        The projectors are renewed unless `renewed` is None; it then receives the overlaps of this
+        rank's new projectors with the old ones.
         """
         gradients = self._gather(round_, holders)
         if renewed is not None:
@@ -150,21 +164,21 @@ class ShardedGaLoreAdamW(ProjectedAdamW):
             (fqn, self._update(fqn, gradient, group, taken)) for fqn, gradient in gradients.items()
         )
         keep = 1.0 - group["lr"] * group["weight_decay"]
-        self._deliver(round_, holders, changes, keep=keep)
+        self._scatter(round_, holders, changes, keep=keep)
 
     def _gather(self, round_: ProjectionRound, holders: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of the matrices that this rank owns."""
-        pieces = self._pieces
-        parts = [
-            pieces.local_view(fqn, gradient_of(holders[fqn]).contiguous()).to(pieces.device)
+        """Whole gradients of the matrices that this rank owns, gathered from all ranks."""
+        shards = self._shards
+        flat = [
+            shards.local_view(fqn, gradient_of(holders[fqn]).contiguous()).to(shards.device)
             for fqn in round_.fqns
         ]
         if round_.exchange is not None:
-            parts = round_.exchange.forward(parts, dtype=parts[0].dtype)
-        together = zip(round_.fqns, parts, strict=True)
-        return {fqn: p.view(pieces.shapes[fqn]) for fqn, p in together if fqn in round_.mine}
+            flat = round_.exchange.forward(flat, dtype=flat[0].dtype)
+        gathered = zip(round_.fqns, flat, strict=True)
+        return {fqn: g.view(shards.shapes[fqn]) for fqn, g in gathered if fqn in round_.mine}
 
-    def _deliver(
+    def _scatter(
         self,
         round_: ProjectionRound,
         holders: Mapping[str, Tensor],
@@ -172,32 +186,32 @@ class ShardedGaLoreAdamW(ProjectedAdamW):
         *,
         keep: float,
     ) -> None:
-        """Decay weights to `keep` of what they are, and add what they change by."""
-        pieces, exchange = self._pieces, round_.exchange
+        """Scatter the updates, decay weights by the factor `keep`, and add this rank's entries."""
+        shards, exchange = self._shards, round_.exchange
         updates: Iterable[tuple[str, Tensor]]
         updates = ((fqn, change.reshape(-1)) for fqn, change in changes)
         if exchange is not None:
-            known, nothing = dict(updates), torch.empty(0, device=pieces.device)
-            parts = [known.get(fqn, nothing) for fqn in round_.fqns]
-            dtype = pieces.value(round_.fqns[0]).dtype
-            back = exchange.backward(parts, dtype=dtype)
+            known, nothing = dict(updates), torch.empty(0, device=shards.device)
+            flat = [known.get(fqn, nothing) for fqn in round_.fqns]
+            dtype = shards.value(round_.fqns[0]).dtype
+            back = exchange.backward(flat, dtype=dtype)
             updates = zip(round_.fqns, back, strict=True)
         for fqn, update in updates:
-            value = pieces.local_view(fqn, holders[fqn])
+            value = shards.local_view(fqn, holders[fqn])
             value.mul_(keep).add_(update.to(value.device))
 
     def _update(self, fqn: str, gradient: Tensor, group: dict[str, Any], taken: int) -> Tensor:
-        """What the whole matrix changes by, decay apart; moments follow.
+        """The update of the whole matrix without weight decay; its moments are updated in place.
 
-        Where state rests on the CPU, it visits the device of the gradient.
+        State that is offloaded to the CPU is copied to the gradient's device and back.
         """
-        resting = self._states[fqn]
-        state = {key: tensor.to(gradient.device) for key, tensor in resting.items()}
+        kept = self._states[fqn]
+        state = {key: tensor.to(gradient.device) for key, tensor in kept.items()}
         count = {"step": torch.tensor(float(taken))}
         update, projector = low_rank_update(gradient, state | count, group), state["projector"]
         for key in MOMENTS:
-            if state[key] is not resting[key]:
-                resting[key].copy_(state[key])
+            if state[key] is not kept[key]:
+                kept[key].copy_(state[key])
         self.stats.projected += 1
         right = projects_right(gradient.shape)
         change = update @ projector.t() if right else projector @ update
@@ -206,12 +220,15 @@ class ShardedGaLoreAdamW(ProjectedAdamW):
     def _renew(
         self, round_: ProjectionRound, gradients: Mapping[str, Tensor], rank: int
     ) -> dict[str, Tensor]:
-        """One copy of the model decomposes a matrix and the others take the projector over, so that
-        none can differ; the overlaps with those replaced. Collective."""
-        copies, fresh, problem = self._pieces.group, {}, None
+        """New projectors of owned matrices; returns their overlaps with the old ones. Collective.
+
+        One replica of the model decomposes a matrix and broadcasts the projector to the owner's
+        counterparts in the other replicas, so that no two replicas can differ by a bit.
+        """
+        group, fresh, problem = self._shards.group, {}, None
         try:
-            for fqn, copy in round_.mine.items():
-                if copy == copies.replica:
+            for fqn, replica in round_.mine.items():
+                if replica == group.replica:
                     fresh[fqn] = leading_subspace(gradients[fqn], rank)
         except (ValueError, torch.linalg.LinAlgError) as error:
             problem = f"gradient of {fqn}: {error}"
@@ -219,28 +236,28 @@ class ShardedGaLoreAdamW(ProjectedAdamW):
         if agreed is not None:
             raise SpectralError(f"{agreed}; {ADVICE}")
         overlaps = {}
-        for fqn, copy in round_.mine.items():
-            resting = self._states[fqn]["projector"]
-            old = resting.to(self._pieces.device)
+        for fqn, replica in round_.mine.items():
+            kept = self._states[fqn]["projector"]
+            old = kept.to(self._shards.device)
             new = fresh[fqn] if fqn in fresh else torch.empty_like(old)
-            copies.broadcast_from_replica(new, copy)
+            group.broadcast_from_replica(new, replica)
             overlaps[fqn] = subspace_overlap(old, new)
-            resting.copy_(new)
+            kept.copy_(new)
         return overlaps
 
     def _count(self, fqns: Sequence[str], renewed: Mapping[str, Tensor], *, first: bool) -> None:
-        """All owners' renewals and overlaps: one all-reduce of a number a matrix."""
-        nothing = torch.zeros((), device=self._pieces.device)
+        """Add all owners' renewals and overlaps to `stats`: one all-reduce, a number a matrix."""
+        nothing = torch.zeros((), device=self._shards.device)
         overlaps = [renewed.get(fqn, nothing).to(nothing) for fqn in fqns]
-        *overlaps, count = self._pieces.group.sum(torch.stack([*overlaps, nothing + len(renewed)]))
+        *overlaps, count = self._shards.group.sum(torch.stack([*overlaps, nothing + len(renewed)]))
         self.stats.renewed += int(count)
         self.stats.overlaps += [] if first else overlaps
 
 
-def _require_rows(pieces: ParameterShards, fqns: Iterable[str]) -> None:
-    """Owners put ranges of rows together."""
+def _require_rows(shards: ParameterShards, fqns: Iterable[str]) -> None:
+    """Raise ConfigError for a matrix whose shards are not ranges of rows."""
     for fqn in fqns:
-        if pieces.order(fqn).column_blocks > 1:
+        if shards.order(fqn).column_blocks > 1:
             raise ConfigError(
                 f"GaLore's owner of {fqn} needs ranges of its rows, but ranks hold columns; shard "
                 "along rows, without tensor parallelism"
@@ -248,5 +265,5 @@ def _require_rows(pieces: ParameterShards, fqns: Iterable[str]) -> None:
 
 
 def _holders(ranges: Sequence[Range]) -> list[int]:
-    """The ranks that hold anything of a matrix."""
+    """The ranks that hold a non-empty shard of a matrix."""
     return [rank for rank, (_, numel) in enumerate(ranges) if numel]

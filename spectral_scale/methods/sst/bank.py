@@ -184,9 +184,10 @@ class SpectralBank:
         }
 
     def frozen_values(self, name: str, *, factored: bool) -> dict[str, Tensor]:
-        """What does not train: residual (m, n), or u_fixed (m, k - r) and v_fixed (n, k - r).
+        """Values that do not train: residual (m, n), or u_fixed (m, k - r) and v_fixed (n, k - r).
 
-        With extra triplets, the residual and their u_fixed (m, s) and v_fixed (n, s). The residual
+        With s extra triplets, there is their u_fixed (m, s) and v_fixed (n, s) beside the residual,
+        from which they are left out. The residual
         is always rebuilt from the full-precision triplets, so no rounding accumulates.
         """
         entry = self._entries[name]

@@ -1,4 +1,4 @@
-"""What every boundary must have touched, counted; and that the first one arrived in the model."""
+"""Checks of a swap: the counts of what every swap must touch, and that the first one arrived."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def check_counts(
     report: SwapReport, layers: Mapping[str, SpectralLinear], spectral_rank: int
 ) -> None:
-    """Raise SpectralError if a boundary touched less or more than it should have.
+    """Raise SpectralError if a swap touched less or more than it should have.
 
     A method that is silently off is the field's worst defect: count, every time.
     """
@@ -51,17 +51,17 @@ def prove_scattered(
     collective: Collective,
     device: torch.device,
 ) -> None:
-    """Read every installed direction back, and log what was touched. Collective.
+    """Read every scattered direction back, and log what was touched. Collective.
 
-    Raises SpectralError if the model holds other ones.
+    Raises SpectralError if the model holds other directions than the bank.
     """
     found = torch.zeros((), dtype=torch.int64, device=device)
     for name, owner in owners.items():
-        installed = store.gather(f"{name}.u", owner=owner)
-        if installed is not None:
+        in_model = store.gather(f"{name}.u", owner=owner)
+        if in_model is not None:
             entry = bank[name]
-            expected = entry.u[:, entry.active].to(installed)
-            found += torch.isclose(installed, expected, atol=1e-2, rtol=0).all(dim=0).sum()
+            expected = entry.u[:, entry.active].to(in_model)
+            found += torch.isclose(in_model, expected, atol=1e-2, rtol=0).all(dim=0).sum()
     count = int(collective.all_reduce_sum(found))
     if count != report.active_triplets:
         raise SpectralError(

@@ -1,6 +1,6 @@
 """When triplets swap, and what a training loop sees of it.
 
-The controller decides when; the boundary protocol does it; the bank holds the truth; the store
+The controller decides when; the swap protocol does it; the bank holds the truth; the store
 reaches the parameters. Every rank calls the same methods in the same order; only owners compute.
 """
 
@@ -31,13 +31,13 @@ WeightSource = Callable[[str], Tensor]
 class SpectralController:
     """Owns the bank and swaps triplets in and out of a converted model.
 
-    Creating it decomposes every converted weight and installs the first triplets. Call
+    Creating it decomposes every converted weight and scatters the first triplets. Call
     `after_step()` after every applied optimizer step.
 
     Args:
         model: converted by `convert()`; unwrapped (no DDP prefix in the names).
         optimizer: the torch optimizer with groups of `param_groups`; None leaves learning rates
-            alone (a host's optimizer is then given to `ramp_learning_rates`).
+            alone (a backend's optimizer is then given to `ramp_learning_rates`).
         config: the method's settings.
         seed: with layer, round and iteration it determines every draw.
         collective: all ranks that train this model; by default those of the store.
@@ -105,7 +105,7 @@ class SpectralController:
         """Retract the trained factors and, when an iteration is complete, swap triplets.
 
         Call it once after every *applied* optimizer step, never inside gradient accumulation.
-        Returns the boundary's report when one took place. Raises SpectralError on all ranks alike.
+        Returns the swap's report when one took place. Raises SpectralError on all ranks alike.
         """
         self.applied_steps += 1
         directions = [f"{n}.{leaf}" for n in self.layers for leaf in ("u", "v")]
@@ -144,7 +144,7 @@ class SpectralController:
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors this rank saves, by checkpoint name: the triplets it owns.
 
-        The active ones are as of the last boundary; their present values are the model's.
+        Active triplets are as of the last swap; their present values are the model's.
         """
         for name, entry in self.bank.items():
             for leaf in self._saved_leaves():

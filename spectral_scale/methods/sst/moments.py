@@ -1,7 +1,17 @@
-"""What becomes of Adam's moments at a boundary: `spectral.boundary_moments`.
+"""Adam's moments at a swap, as `spectral.boundary_moments` says.
 
-A moment belongs to its triplet, not to the column that holds it. At a swap the columns change
-hands, so whatever is kept moves with its triplet and the newcomers start from zero.
+A moment belongs to its triplet, not to the column that holds it. At a swap a column gets another
+triplet, so a moment that is kept moves to its triplet's new column, and newcomers start from zero.
+
+An example with k = 5 and r = 3, where triplet 3 trains before and after:
+
+    before   column 0 1 2 holds triplets [0, 2, 3]
+    after    column 0 1 2 holds triplets [1, 3, 4]
+    source   [-1, 2, -1]: column 1 takes the moments of old column 2; the others become zero
+
+Triplet 3 stands in column 2 before and in column 1 after. Without the permutation its moments would
+drive triplet 4. After a decomposition all triplets are new, so every source is -1: index 3 then
+names another direction. Invariant: moments zeroed plus moments kept are all moments of the layer.
 """
 
 import math
@@ -20,27 +30,30 @@ from spectral_scale.parallel.store import ParameterStore
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Which triplet stood behind each column and each singular value of a layer."""
+    """Indices of the triplets behind the columns and singular values of a layer."""
 
     directions: Tensor
-    """Indices (r,) behind u's and v's columns; empty if no moment may be kept."""
+    """Indices (r,) of the triplets behind u's and v's columns; empty if no moment may be kept."""
     sigma: Tensor
-    """Indices behind the singular values."""
+    """Indices of the triplets behind the singular values; empty if no moment may be kept."""
 
 
 Change = tuple[Held, Held, int]
-"""What was held before a swap and is held after it, of how many triplets."""
+"""Triplets before a swap, triplets after it, and the number k of the matrix's triplets."""
 
 
 def held(entry: Triplets, *, all_sigma: bool) -> Held:
-    """As the entry stands now; nothing after a decomposition, whose triplets are new ones."""
+    """The triplets that a layer holds now; none after a decomposition, which makes new ones."""
     if not entry.active.numel():
         return Held(directions=entry.active, sigma=entry.active)
     return Held(directions=entry.active, sigma=entry.held_sigma(all_sigma=all_sigma))
 
 
 def positions(before: Tensor, after: Tensor, size: int) -> Tensor:
-    """Where in `before` each index of `after` (all below `size`) stands, -1 where it does not."""
+    """Position in `before` of each index of `after` (all below `size`); -1 for a newcomer.
+
+    positions([0, 2, 3], [1, 3, 4], 5) is [-1, 2, -1].
+    """
     place = torch.full((size,), -1, dtype=torch.int64, device=after.device)
     place[before.to(after.device)] = torch.arange(before.numel(), device=after.device)
     return place[after]
@@ -63,9 +76,9 @@ def update_all_moments(
 
     Args:
         owners: layer -> rank.
-        shapes: of each layer's trained parameters.
-        changes: by layer, of those that this rank owns.
-        device: of the parameters.
+        shapes: layer -> shapes of its trained parameters.
+        changes: layer -> change of its triplets, for the layers that this rank owns.
+        device: the device of the parameters.
     """
     if config.boundary_moments == "reset":
         return store.reset_moments(
@@ -108,9 +121,9 @@ def update_moments(
     Collective. Returns how many moments were zeroed and how many kept.
 
     Args:
-        shapes: of the layer's trained parameters u, v and sigma.
-        change: what was held before and is held now, of k triplets; given on the owner.
-        device: of the parameters.
+        shapes: shapes of the layer's trained parameters u, v and sigma.
+        change: the change of the layer's triplets; given on the owner.
+        device: the device of the parameters.
     """
     zeroed = kept = 0
     for leaf, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""The phases of a boundary: how long each takes, and where one breaks off."""
+"""The phases of a swap: the seconds of each, and the phase in which a swap broke off."""
 
 import contextlib
 import logging
@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 logger = logging.getLogger(__name__)
 
 PHASES = ("collect", "commit", "decompose", "sample", "rebuild", "agree", "deliver", "reset")
-"""In this order; collect and commit alternate matrix by matrix, rebuild to deliver bucket by
-bucket."""
+"""The phases of a swap in their order, under the names that metrics give them.
+
+"collect" and "commit" alternate matrix by matrix, "rebuild" to "deliver" bucket by bucket.
+"""
 COLLECTIVE_PHASES = frozenset({"collect", "agree", "deliver", "reset"})
 """Phases in which ranks wait for one another."""
 
@@ -18,7 +20,7 @@ Listener = Callable[[str, int], None]
 
 
 class PhaseClock:
-    """Times the phases of the boundary in progress on this rank."""
+    """Times the phases of the swap in progress on this rank."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -27,7 +29,7 @@ class PhaseClock:
         self.listeners: list[Listener] = []
 
     def start(self, iteration: int) -> None:
-        """Begin a boundary: every phase back to zero seconds."""
+        """Begin a swap: every phase is back at zero seconds."""
         self.iteration, self.seconds = iteration, dict.fromkeys(PHASES, 0.0)
 
     @contextlib.contextmanager
@@ -56,8 +58,8 @@ class PhaseClock:
 class OwnerWork:
     """An owner's work on its matrices: an error is kept for all ranks to agree on.
 
-    An owner that raised at once would leave the others waiting. After an error nothing more is to
-    be begun; see `problem`.
+    An owner that raised at once would leave the others waiting. After an error, which `problem`
+    holds, an owner begins no further work.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What one boundary touched: counted by the controller, logged by the loop."""
+"""The report of a swap: its counts, made by the protocol, checked and logged."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from spectral_scale.methods.sst.spectrum import LayerSpectrum, spectra_by_kind
 
 @dataclass(kw_only=True)
 class SwapReport:
-    """What one boundary touched; the counts are checked against `expected` ones."""
+    """Counts of what one swap touched; `check_counts` holds them against the expected ones."""
 
     iteration: int
     """The iteration that begins."""
@@ -17,19 +17,19 @@ class SwapReport:
     active_triplets: int = 0
     """Triplets that train now, over all matrices."""
     swapped_triplets: int = 0
-    """Of those, the ones that did not train before."""
+    """Active triplets that did not train before."""
     moments_reset: int = 0
     """Entries of exp_avg and exp_avg_sq set to zero."""
     moments_kept: int = 0
     """Entries that stayed with their triplets (`boundary_moments`)."""
     redecomposed: int = 0
-    """Matrices whose round ended."""
+    """Matrices that were decomposed again because their round ended."""
     kept_factors: int = 0
     """Matrices whose SVD did not converge and that kept their old, still exact, factors."""
     seconds: float = 0.0
     """Wall time on this rank."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
-    """Of which in each phase of the protocol."""
+    """Seconds in each phase of the protocol on this rank."""
     spectra: dict[str, LayerSpectrum] = field(default_factory=dict)
     """Spectrum and orthogonality by matrix, on rank 0."""
 

@@ -1,4 +1,4 @@
-"""Summary of one matrix's spectrum, taken on its owner at a boundary."""
+"""Summary of one matrix's spectrum, taken on its owner at a swap."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ NUM_QUANTILES = 17
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpectrum:
-    """What a person wants to know of one matrix at a boundary."""
+    """The spectrum and orthogonality of one matrix at a swap."""
 
     effective_rank: float
     """exp of the spectrum's entropy."""

@@ -1,7 +1,20 @@
-"""The boundary protocol: collect, commit, decompose, sample, rebuild, agree, deliver, reset.
+"""The swap protocol, whose phases are named in `phases.PHASES`.
+
+    collect    gather each matrix's trained u, sigma, v on its owner
+    commit     the owner writes them into its bank
+    decompose  at the end of a round the owner decomposes the matrix again
+    sample     the owner draws which triplets train next
+    rebuild    the owner forms the frozen values that go with them
+    agree      all ranks learn whether any owner failed
+    deliver    scatter trained and frozen values into every rank's layers
+    reset      zero Adam's moments, or move them with their triplets
 
 Every rank runs the same phases in the same order; only owners compute, and all of them at the same
 time: nothing that waits for another rank comes between two decompositions.
+
+Invariant: a swap leaves the function of the model as it is, up to rounding; only the set of
+triplets that train changes. An owner's error is kept until `agree`, so that no rank waits in a
+collective that another will never enter.
 """
 
 import logging
@@ -36,22 +49,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Swap:
-    """Runs boundaries. All methods are collective, and raise SpectralError on all ranks alike."""
+    """Runs swaps. All methods are collective, and raise SpectralError on all ranks alike."""
 
     config: SpectralConfig
     """The method's settings."""
     seed: int
-    """Of every draw."""
+    """The run's seed, which enters the key of every draw."""
     schedule: SpectralSchedule
-    """Which matrices are decomposed when."""
+    """Tells when a swap is due, and when a matrix is decomposed again."""
     layers: Mapping[str, SpectralLinear]
     """Converted layers by name."""
     owners: Mapping[str, int]
     """Layer -> the rank that computes for it."""
     bank: SpectralBank
-    """This rank's triplets."""
+    """The triplets of the matrices that this rank owns."""
     store: ParameterStore
-    """How parameters are reached."""
+    """Access to the parameters, however the backend shards them."""
     collective: Collective
     """All ranks that train the model."""
     clock: PhaseClock
@@ -79,7 +92,7 @@ class Swap:
         return report
 
     def begin(self, iteration: int, report: SwapReport | None = None) -> None:
-        """Draw, build and install the triplets of `iteration`."""
+        """Draw the triplets of `iteration`, build their values and scatter them."""
         report = report or SwapReport(iteration=iteration)
         work = OwnerWork()
         changes: dict[str, Change] = {}
@@ -108,12 +121,12 @@ class Swap:
             self._sum_counts(report)
 
     def scatter(self, *, trained: bool) -> None:
-        """Bring the owners' factors (if `trained`) and frozen rest into every rank's layers."""
+        """Scatter the owners' frozen values, and factors if `trained`, into every rank's layers."""
         sizes = {name: scattered_bytes(layer) for name, layer in self.layers.items()}
         for buckets in plan_rounds(self.owners, sizes):
             work = OwnerWork()
             built: dict[str, Tensor] = {}
-            for name in (n for p in buckets if p.owner == self.collective.rank for n in p.names):
+            for name in (n for b in buckets if b.owner == self.collective.rank for n in b.names):
                 if work.problem is not None:
                     break
                 with self.clock.phase("rebuild"), work.on(name):
@@ -121,7 +134,7 @@ class Swap:
             self._agree(work.problem, "rebuild")
             for bucket in buckets:
                 with self.clock.phase("deliver"):
-                    self._install(bucket, built, trained)
+                    self._scatter_bucket(bucket, built, trained)
 
     # -- the owner's work -------------------------------------------------------------------
 
@@ -130,7 +143,7 @@ class Swap:
         return [name for name, owner in self.owners.items() if owner == self.collective.rank]
 
     def _commit_trained(self, work: OwnerWork) -> dict[str, LayerSpectrum]:
-        """Bank the trained values of every matrix on its owner; the owner's spectra."""
+        """Gather trained values into the owners' banks; returns the spectra of owned matrices."""
         spectra: dict[str, LayerSpectrum] = {}
         for name, owner in self.owners.items():
             with self.clock.phase("collect"):
@@ -164,7 +177,7 @@ class Swap:
         return self.bank.draw(name, self.config, seed=self.seed, position=position)
 
     def _build(self, name: str, trained: bool) -> dict[str, Tensor]:
-        """What a layer shall hold, by fqn; frozen values in the precision that they travel in."""
+        """The new values of a layer by fqn; frozen ones in the dtype in which they are sent."""
         layer = self.layers[name]
         factored = layer.residual is None
         found = self.bank.frozen_values(name, factored=factored)
@@ -175,7 +188,7 @@ class Swap:
 
     # -- what ranks do together -------------------------------------------------------------
 
-    def _install(self, bucket: Bucket, built: Mapping[str, Tensor], trained: bool) -> None:
+    def _scatter_bucket(self, bucket: Bucket, built: Mapping[str, Tensor], trained: bool) -> None:
         mine = bucket.owner == self.collective.rank
         fqns = [
             f"{name}.{leaf}"
@@ -197,7 +210,7 @@ class Swap:
         with self.clock.phase("agree"):
             raw = {name: spectrum.to_json() for name, spectrum in mine.items()}
             gathered = self.collective.gather_json(raw) or []
-        merged = {name: item for part in gathered for name, item in part.items()}
+        merged = {name: item for of_rank in gathered for name, item in of_rank.items()}
         report.spectra = {n: LayerSpectrum(**merged[n]) for n in self.layers if n in merged}
 
     def _agree(self, problem: str | None, what: str) -> None:
@@ -227,7 +240,7 @@ class Swap:
         return held(self.bank[name], all_sigma=self.layers[name].residual is None)
 
     def _offset(self, name: str) -> int:
-        """By how many iterations the rounds of this matrix are shifted."""
+        """The number of iterations by which the rounds of this matrix are shifted."""
         if not self.config.stagger_rounds:
             return 0
         index = list(self.layers).index(name)

@@ -10,6 +10,7 @@ import pytest
 from spectral_scale.backends.megatron import gpt_config
 from spectral_scale.backends.megatron.gpt_weights import megatron_weights
 from spectral_scale.config.families import FAMILIES, family_of
+from spectral_scale.config.methods import method_spec
 from spectral_scale.config.presets import (
     PRESETS,
     architecture_of,
@@ -25,7 +26,7 @@ from spectral_scale.plan.tensor_parallel_traffic import _Passes
 
 OF_FAMILY = {"opt": PRESETS["opt-tiny"], "llama": PRESETS["llama-60m"]}
 UNKNOWN = replace(PRESETS["opt-tiny"], family="gpt2")
-NOTHING = Inventory(items=(), matrices={}, architecture=UNKNOWN)
+NOTHING = Inventory(items=(), matrices={}, architecture=UNKNOWN, method=method_spec("full"))
 
 
 def test_every_table_has_every_family() -> None:

@@ -1,4 +1,4 @@
-"""What a training method is at run time: `Method`, and the controller that it may open.
+"""A training method at run time: `Method`, and the controller that it may open.
 
 Each method's folder exports one `METHOD`; `config.methods` holds its torch-free counterpart.
 """
@@ -18,14 +18,14 @@ from spectral_scale.parallel.store import ParameterStore
 
 
 class ControllerReport(Protocol):
-    """What happened at a swap, merge or renewal."""
+    """The report of a swap, merge or renewal."""
 
     def metrics(self) -> dict[str, Any]:
-        """Its values by metric path."""
+        """The report's values by metric path."""
 
 
 class MethodController(Protocol):
-    """What the training loop sees of a method between two optimizer steps. Collective."""
+    """A method as the training loop sees it between two optimizer steps. Collective."""
 
     applied_steps: int
 
@@ -51,22 +51,22 @@ class MethodController(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerParts:
-    """What a controller may need of the run being built."""
+    """The parts of the run being built that a controller may need."""
 
     model: nn.Module
-    """Converted, with memory; not wrapped."""
+    """The converted model, with memory; not wrapped."""
     optimizer: torch.optim.Optimizer
-    """Already attached to the backend. A controller reads it, and registers no hook on it."""
+    """The optimizer, attached to the backend. A controller reads it and registers no hook on it."""
     config: RunConfig
-    """As resolved."""
+    """The resolved configuration."""
     collective: Collective
     """All ranks of the run."""
     store: ParameterStore
-    """How parameters are reached."""
+    """Access to the parameters, however the backend shards them."""
     dense_weight: Callable[[str], Tensor]
     """The initial dense weight (out, in) of a converted layer, by its name."""
     dtype: torch.dtype
-    """Of trained weights, moments and whatever must not be rounded."""
+    """The dtype of trained weights, moments and whatever must not be rounded."""
     fresh: bool
     """False when `load_state` follows."""
 
@@ -91,9 +91,9 @@ class Method:
     convert: Callable[[nn.Module, SpectralConfig, torch.dtype], object] = lambda *_: None
     """Replaces linear layers of the meta model; the dtype is that of frozen weights."""
     optimizer: Callable[[nn.Module, RunConfig, Collective], torch.optim.Optimizer] = adamw
-    """Its groups carry `name`, `fqns`, `base_lr`, `spectral`."""
+    """Builds the optimizer, whose groups carry `name`, `fqns`, `base_lr`, `spectral`."""
     controller: Callable[[ControllerParts], MethodController | None] = lambda _: None
-    """None if nothing happens between steps."""
+    """Opens the controller; returns None if nothing happens between steps."""
 
 
 def target_patterns(config: SpectralConfig) -> list[str] | None:

@@ -41,7 +41,7 @@ def convert(
         frozen_dtype: dtype of the frozen weights; None: that of the dense weight.
 
     Raises:
-        ConfigError: a pattern or the model yields no linear, a weight is shared, or r is too large.
+        ConfigError: a pattern or the model yields no linear, a weight is tied, or r is too large.
     """
 
     def make(linear: nn.Linear) -> SpectralLinear:
@@ -102,7 +102,7 @@ def replace_linears(
 def _say_what_stays_dense(
     model: nn.Module, converted: Mapping[str, FactoredLinear], *, chosen: bool
 ) -> None:
-    """Log the matrices inside numbered blocks that no converted layer holds, with their share.
+    """Log the matrices inside numbered blocks that no converted layer holds, and their fraction.
 
     Weights that are no nn.Linear (the experts of a mixture in one 3-D parameter, GPT-2's Conv1D)
     would otherwise stay dense without a word. A warning if they are the larger part and nobody
@@ -115,12 +115,12 @@ def _say_what_stays_dense(
         return
     names = sorted(dense, key=lambda name: -dense[name])
     listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-    share = left / (left + taken)
-    level = logging.WARNING if share > 0.5 and not chosen else logging.INFO
+    fraction = left / (left + taken)
+    level = logging.WARNING if fraction > 0.5 and not chosen else logging.INFO
     logger.log(
         level,
         "%.0f %% of the blocks' matrix weights stay dense (%d of %d): %s",
-        100 * share,
+        100 * fraction,
         left,
         left + taken,
         listed,
@@ -143,10 +143,10 @@ def dense_block_weights(
 
 
 def freeze_dense(model: nn.Module, frozen_dtype: torch.dtype) -> int:
-    """Freeze all parameters but the factors of converted layers, in place; how many they are.
+    """Freeze all parameters but the factors of converted layers, in place; returns their number.
 
-    Those of linears take `frozen_dtype` unless they are tied to an embedding: products cast them to
-    it anyway. Embeddings and norms stay in float32 at least.
+    Weights and biases of linears take `frozen_dtype` unless they are tied to an embedding: products
+    cast them to it anyway. Embeddings and norms stay in float32 at least.
     """
     kept = {
         id(getattr(layer, leaf))
@@ -173,7 +173,7 @@ def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> int:
-    """Replace converted layers by dense nn.Linear of the same function, in place; their number."""
+    """Replace converted layers by dense nn.Linear, in place; returns their number."""
     layers = factored_layers(model)
     for name, layer in layers.items():
         if layer.merged_by is not None:
@@ -217,18 +217,18 @@ def find_targets(model: nn.Module, targets: Sequence[str] | None = None) -> list
             f"name them with targets=[...]; the model's linears are: {linears}; the matrices of "
             f"its blocks, which belong to other kinds of modules, are: {blocks}"
         )
-    _refuse_shared(model, found)
+    _refuse_tied(model, found)
     return found
 
 
-def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
+def _refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
     holders: dict[int, list[str]] = {}
     for fqn, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(parameter), []).append(fqn)
     for name in names:
-        shared = holders[id(model.get_submodule(name).weight)]
-        if len(shared) > 1:
-            raise ConfigError(f"{name} shares its weight ({', '.join(shared)}); leave it dense")
+        tied = holders[id(model.get_submodule(name).weight)]
+        if len(tied) > 1:
+            raise ConfigError(f"{name} shares its weight ({', '.join(tied)}); leave it dense")
 
 
 def _check_rank(name: str, weight: torch.Tensor, spectral_rank: int) -> None:

@@ -1,4 +1,4 @@
-"""The short learning-rate ramp after a boundary, as hooks around `optimizer.step`."""
+"""The short learning-rate ramp after a swap, as hooks around `optimizer.step`."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Which rank decomposes which matrix: deterministic, recomputed at start, never saved."""
+"""Owners: the rank that decomposes a matrix; deterministic, recomputed at start, never saved."""
 
 from collections.abc import Mapping
 
@@ -7,16 +7,19 @@ def assign_owners(
     shapes: Mapping[str, tuple[int, int]],
     world_size: int,
     *,
-    settled: Mapping[str, int] | None = None,
+    fixed: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Owner rank by matrix name: largest job first, cost max(m, n) * min(m, n)^2.
 
-    A pure function of its arguments; ties go by name, then to the lowest rank. Those of `settled`
-    matrices stay.
+    A pure function of its arguments; ties go by name, then to the lowest rank. The owners in
+    `fixed` are kept, and their load counts.
+
+    assign_owners({"a": (8, 4), "b": (4, 4), "c": (4, 4)}, 2) costs 128, 64 and 64, and gives a to
+    rank 0, b and c to rank 1.
     """
     cost = {name: max(shape) * min(shape) ** 2 for name, shape in shapes.items()}
     load = [0] * world_size
-    owners = dict(settled or {})
+    owners = dict(fixed or {})
     for name, rank in owners.items():
         load[rank] += cost[name]
     for name in sorted(cost.keys() - owners.keys(), key=lambda n: (-cost[n], n)):

@@ -15,7 +15,7 @@ class SpectralSchedule:
     """Steps of the learning-rate ramp after each swap."""
 
     def is_swap(self, applied_steps: int) -> bool:
-        """Whether a swap follows the applied step of that count."""
+        """True if a swap follows the applied step of that count."""
         return applied_steps > 0 and applied_steps % self.steps_per_iteration == 0
 
     def iteration(self, applied_steps: int) -> int:
@@ -27,7 +27,7 @@ class SpectralSchedule:
         return divmod(iteration + offset, self.iterations_per_round)
 
     def starts_round(self, iteration: int, offset: int = 0) -> bool:
-        """Whether the matrix is decomposed again before `iteration` begins."""
+        """True if the matrix is decomposed again before `iteration` begins."""
         return iteration > 0 and self.position(iteration, offset)[1] == 0
 
     def ramp(self, applied_steps: int) -> float:

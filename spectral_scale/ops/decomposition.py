@@ -24,7 +24,14 @@ def compose(u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
 
 
 def fix_gauge(u: Tensor, sigma: Tensor, v: Tensor) -> SVDFactors:
-    """Flip each pair (u_i, v_i) so that u_i's largest-magnitude entry is positive."""
+    """Flip each pair (u_i, v_i) so that u_i's largest-magnitude entry is positive.
+
+    A matrix fixes each pair only up to a common sign: u_1 = (0.6, -0.8), v_1 = (1, 0) and
+    u_1 = (-0.6, 0.8), v_1 = (-1, 0) are the same triplet, and drivers return either. Factors are
+    trained and saved, so they must not depend on the driver, the device or the thread count: the
+    rule takes the second pair, whose entry of size 0.8 is positive. Both vectors are flipped
+    together, so the product u diag(sigma) v^T is unchanged to the bit.
+    """
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
     return u * signs, sigma, v * signs

@@ -4,6 +4,15 @@ Where singular values of a matrix vanish (training clamps them at zero), any bas
 spaces is a valid part of its SVD, and drivers return one that the last bits decide: runs that
 differ by rounding only would train different directions. Here the basis is a smooth function of
 the rest of the decomposition.
+
+An example: sigma = (2, 1, 0), and the first two columns of u (4, 3) are e_1 and e_2. Any unit
+vector (0, 0, a, b) completes u, and a driver's choice turns with the last bit. The keyed random
+vector (0.3, -0.1, 0.2, -0.4) without its part along e_1 and e_2 is (0, 0, 0.2, -0.4), and
+normalised (0, 0, 0.447, -0.894). A change of 1e-7 in e_1 moves this result by
+about 1e-7, not by a rotation.
+
+Such directions matter, because the draw gives every triplet, also one of value zero, a chance to
+train. Invariant: u and v stay orthonormal, and u diag(sigma) v^T changes by rounding alone.
 """
 
 import torch

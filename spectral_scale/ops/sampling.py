@@ -30,6 +30,10 @@ def sample_without_replacement(probabilities: Tensor, r: int, *key: object) -> T
     """r distinct indices, ascending int64, by Gumbel-top-r on log p (equal to sequential draws).
 
     Ties and zero probabilities are resolved by index, so the result is a function of its inputs.
+
+    With p = (0.5, 0.3, 0.2), r = 2 and keyed uniforms (0.2, 0.9, 0.5), the noise -log(-log u) is
+    (-0.48, 2.25, 0.37) and the scores log p + noise are (-1.17, 1.05, -1.24): [0, 1] are drawn. One
+    sort replaces r dependent draws, and the key replaces a generator's state in checkpoints.
     """
     uniform = keyed_uniform(probabilities.numel(), *key)
     with np.errstate(divide="ignore"):

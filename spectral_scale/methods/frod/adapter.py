@@ -32,9 +32,9 @@ exceed."""
 
 
 def save_adapter(model: nn.Module, folder: Path) -> int:
-    """Write the FRoD layers' coefficients and bases into a folder; the elements that train.
+    """Write the FRoD layers' coefficients and bases into a folder; returns how many train.
 
-    Raises ConfigError if the model holds none, and CheckpointError if weights are cut into pieces
+    Raises ConfigError if the model holds no FRoD layer, and CheckpointError if weights are sharded
     or the folder cannot be written.
     """
     layers = frod_layers(model)
@@ -138,7 +138,7 @@ def _linear(model: nn.Module, name: str, shape: list[int], folder: Path) -> nn.L
 def _require_base(
     name: str, weight: Tensor, basis: SharedBasis, tensors: dict[str, Tensor], folder: Path
 ) -> None:
-    """U of these weights must have the unit columns that it had in training."""
+    """Raise ConfigError unless U of these weights has the unit columns that it had in training."""
     inverse = tensors[f"{name}.inverse_lengths"].to(weight.device).double()
     alive = inverse > 0
     units = (column_lengths(weight, basis.v_inverse_t) * inverse)[alive]
@@ -167,7 +167,7 @@ def _read_facts(folder: Path) -> dict[str, list[int]]:
 
 
 def _read_tensors(folder: Path, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """All tensors, of the shapes that the facts ask for, finite, positions inside."""
+    """All tensors, checked: shapes as the facts say, finite values, positions inside S."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, (_, width, count) in shapes.items():
         category = category_of(name)

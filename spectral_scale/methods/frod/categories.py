@@ -1,12 +1,21 @@
-"""Which FRoD layers share a basis, and which rank reads which of their matrices."""
+"""FRoD's categories, whose layers have one common basis, and the owners of their matrices.
+
+An example: `model.layers.0.self_attn.q_proj` and `model.layers.1.self_attn.q_proj` are in category
+`self_attn.q_proj`; all layers of a category must have one width n, because V is n x n. With three
+layers and two ranks, rank 0 owns layers 0 and 2 of every category, and rank 1 owns layer 1.
+"""
 
 from spectral_scale.config.methods.frod import category_of
 from spectral_scale.errors import ConfigError
 from spectral_scale.methods.frod.layer import FRoDLinear
 
 
-def share_out(categories: dict[str, list[str]], world_size: int) -> dict[str, int]:
-    """Owner rank by layer: categories are decomposed one after another, each by all ranks."""
+def owners_by_category(categories: dict[str, list[str]], world_size: int) -> dict[str, int]:
+    """Owner rank by layer, dealt out anew in every category.
+
+    Categories are decomposed one after another, each by all ranks, so every category is balanced on
+    its own.
+    """
     return {n: i % world_size for names in categories.values() for i, n in enumerate(names)}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
-from spectral_scale.methods.frod.categories import group_by_category, share_out
+from spectral_scale.methods.frod.categories import group_by_category, owners_by_category
 from spectral_scale.methods.frod.joint_decomposition import (
     column_lengths,
     inverse_lengths,
@@ -43,12 +43,12 @@ class FRoDController:
         model: converted; unwrapped (no DDP prefix in the names).
         optimizer: the torch optimizer; its groups as `param_groups` builds them. None: nothing
             trains.
-        config: sparsity and ridge.
+        config: the sparsity of S and the ridge of the decomposition.
         seed: with the category it determines the positions of S.
         collective: all ranks that train this model; by default those of the store.
         store: how parameters are reached; by default as plain torch tensors.
         weights: dense weights by layer name; by default those set aside at conversion.
-        dtype: of V; float32, or float64 in tests.
+        dtype: dtype of V; float32, or float64 in tests.
         decompose: False when `load_state` follows.
 
     Collective: all ranks construct it and call its methods alike. Raises ConfigError for a category
@@ -72,7 +72,7 @@ class FRoDController:
         self.collective = collective or (store.collective if store else SingleProcess())
         self.layers = frod_layers(model)
         self.categories = group_by_category(self.layers)
-        self.owners = share_out(self.categories, self.collective.world_size)
+        self.owners = owners_by_category(self.categories, self.collective.world_size)
         self.store = store or TorchStore(model, optimizer, self.collective)
         self.applied_steps = 0
         self.dead_directions = 0
@@ -160,7 +160,7 @@ class FRoDController:
         logger.info("%s, decomposed in %.1f s", self.describe(), seconds)
 
     def _largest_norms(self) -> dict[str, float]:
-        """By category, the largest squared Frobenius norm of its matrices; NaN is the largest."""
+        """The largest squared Frobenius norm in each category; NaN counts as the largest."""
         mine = {n: float(self._weights(n).double().square().sum()) for n in self._owned()}
         every = self.collective.broadcast_json(self.collective.gather_json(mine))
         norms = {name: value for rank in every for name, value in rank.items()}

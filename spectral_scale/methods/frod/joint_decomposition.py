@@ -7,6 +7,19 @@ the n x n Gram matrices G_i = W_i^T W_i: R is the Cholesky factor of their sum a
 Q_i^T Q_i = R^-T G_i R^-1. So the stack never exists, and ranks that hold different matrices only
 add n x n sums, in float64 because G squares the condition number.
 
+An example with ridge 0: W_1 = diag(1, 2), W_2 = diag(1, 1).
+
+    G_1 = diag(1, 4), G_2 = diag(1, 1)          sum diag(2, 5), so R = diag(1.414, 2.236)
+    Q_i^T Q_i = R^-T G_i R^-1                   diag(0.5, 0.8) and diag(0.5, 0.2)
+    T = mean of the inverses                    diag(2, 3.125), so Z = I
+    V = R^T Z                                   diag(1.414, 2.236); V^-T = diag(0.707, 0.447)
+    lambda_i = column lengths of W_i V^-T       (0.707, 0.894) and (0.707, 0.447)
+
+Check: W_1 = U_1 diag(lambda_1) V^T = I diag(0.707, 0.894) diag(1.414, 2.236) = diag(1, 2).
+
+Invariant: the reconstruction is exact for any invertible V, whatever the ridge, which only takes
+part in choosing V. The columns of U_i have unit length, and are orthogonal only in special cases.
+
 Shape suffixes: O out_features (m_i), I in_features (n).
 """
 
@@ -18,15 +31,23 @@ import torch
 from torch import Tensor
 
 CONDITION_LIMIT = 1e5
-"""Of R, |R|_F |R^-1|_F / n; a stack beyond it is treated as singular."""
+"""Largest |R|_F |R^-1|_F / n of a stack; one beyond it is treated as singular."""
 DEAD = 1e-6
-"""Columns of W V^-T shorter than this share of the longest one count as zero."""
+"""Columns of W V^-T shorter than this fraction of the longest one count as zero."""
 _FIXED_POINT_BITS = 61
+"""Bits of a fixed-point sum.
+
+Floating-point sums depend on the order of their terms, and with it on the number of ranks. Here an
+entry is a multiple of 2^(e - 61), where 2^e exceeds the sum of all terms' bounds. So a total of all
+ranks stays within 2^61 and int64 cannot overflow, integer sums do not round, and the basis has the
+same bits on every number of ranks. With a bound of 3 and 2 matrices, e = 3 (6 < 8) and one unit is
+2^-58.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointBasis:
-    """What the matrices of a category share; columns of V carry no common scale."""
+    """The basis that all matrices of a category have in common; columns of V differ in length."""
 
     v: Tensor
     """(n, n) V, of full rank; orthogonal only for a singular stack."""
@@ -37,7 +58,7 @@ class JointBasis:
 
 
 def gram(weight_OI: Tensor) -> Tensor:
-    """W^T W (n, n) in float64. Gram matrices of pieces of rows add up to the whole one's."""
+    """W^T W (n, n) in float64. Gram matrices of shards of rows add up to the whole one's."""
     exact = weight_OI.detach().double()
     return exact.t() @ exact
 
@@ -79,7 +100,7 @@ def shared_basis(mean_inverse_II: Tensor, r_II: Tensor, r_inverse_II: Tensor) ->
 
 
 def orthogonal_basis(total_II: Tensor) -> JointBasis:
-    """For a singular stack: V = V^-T = its right singular vectors, those of its null space last."""
+    """V = V^-T = the right singular vectors of a singular stack, those of its null space last."""
     z = _eigenvectors(total_II).flip(1)
     return _with_fixed_signs(z, z.clone(), singular=True)
 
@@ -106,17 +127,17 @@ def joint_basis(
     width: int,
     device: torch.device | str = "cpu",
 ) -> JointBasis:
-    """The basis of a category from this rank's share of its matrices. All ranks get the same.
+    """The basis of a category from the matrices that this rank owns. All ranks get the same.
 
     Each matrix is read twice and held alone; beside it live a few n x n matrices in float64. The
     sums are exact, so that the basis depends neither on the number of ranks nor on their order.
 
     Args:
-        weights: read one matrix (m_i, n) each; none on a rank without a share.
+        weights: read one matrix (m_i, n) each; empty on a rank that owns none.
         ridge: pi.
         sum_over_ranks: adds an int64 (n, n) tensor up over all ranks, in place.
-        largest: of all matrices of the category, the largest squared Frobenius norm.
-        count: matrices of the category, over all ranks.
+        largest: the largest squared Frobenius norm of the matrices of the category.
+        count: number of matrices of the category, over all ranks.
         width: n.
         device: where to compute.
 

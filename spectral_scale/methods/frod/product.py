@@ -22,33 +22,34 @@ from spectral_scale.ops.token_sums import column_sums
 
 @dataclass(frozen=True, kw_only=True)
 class SharedBasis:
-    """What all layers of a category hold in common, once on each rank; no host touches it."""
+    """The basis of all layers of a category, once on each rank; backends do not shard it."""
 
     category: str
-    """The last parts of the layers' names."""
+    """The category's name: the last parts of its layers' names."""
     v: Tensor
     """(n, n) V."""
     v_inverse_t: Tensor
     """(n, n) V^-T."""
     pattern: Pattern
-    """Where S has entries."""
+    """The positions of the entries of S."""
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors."""
+        """Bytes of V, V^-T and the positions."""
         return self.v.nbytes + self.v_inverse_t.nbytes + self.pattern.positions.nbytes
 
 
 @dataclass(frozen=True)
 class WeightPart:
-    """What a tensor-parallel rank holds of a weight: some of its rows, or some of its columns.
+    """The shard of a weight on a tensor-parallel rank: some of its rows, or some of its columns.
 
-    With rows here, U's rows are here, too. U's columns each need all columns of W: ranks that hold
-    some sum U, m n elements in each pass. The gradients of the coefficients are sums over both.
+    A rank with rows of W forms the same rows of U alone. Each entry of U needs all columns of W, so
+    ranks that are sharded by columns sum U over ranks, m n elements in each pass. The gradients of
+    the coefficients are summed over ranks in both cases.
     """
 
     columns: slice | None
-    """Those that are here; None: rows are cut, columns are whole."""
+    """The columns on this rank; None: the weight is sharded by rows."""
     sum: Callable[[Tensor], Tensor]
     """The sum over ranks, as a new tensor."""
 
@@ -56,7 +57,7 @@ class WeightPart:
 def directions(
     base_OI: Tensor, basis: SharedBasis, inverse_lengths: Tensor, part: WeightPart | None = None
 ) -> Tensor:
-    """U^T (n, m) = diag(1 / lambda) V^-1 W^T, in V's dtype. Collective if columns are cut."""
+    """U^T (n, m) = diag(1 / lambda) V^-1 W^T, in V's dtype. Collective if columns are sharded."""
     columns = None if part is None else part.columns
     v_inverse_t = basis.v_inverse_t if columns is None else basis.v_inverse_t[columns]
     u = v_inverse_t.t() @ base_OI.to(basis.v.dtype).t()
@@ -80,7 +81,7 @@ def adapted_weight(
 
 
 def _here(v: Tensor, part: WeightPart | None) -> Tensor:
-    """V's rows that stand for the weight's columns on this rank."""
+    """The rows of V that belong to the weight's columns on this rank."""
     return v if part is None or part.columns is None else v[part.columns]
 
 
@@ -99,8 +100,10 @@ class FRoDProduct(torch.autograd.Function):
         inverse_lengths: Tensor,
         part: WeightPart | None = None,
     ) -> Tensor:
-        """In x's dtype; the weight is formed in V's and rounded once. Of a part of the weight, the
-        part's outputs, or its inputs' share of them."""
+        """The output in x's dtype; the weight is formed in V's dtype and rounded once.
+
+        A shard of rows gives its rows' outputs, one of columns its inputs' summand of all outputs.
+        """
         u = directions(base_OI, basis, inverse_lengths, part)
         weight = adapted_weight(base_OI, u, basis, mixing, value_delta, part).to(x_TI.dtype)
         ctx.save_for_backward(x_TI, base_OI, mixing, value_delta)

@@ -1,4 +1,4 @@
-"""Where FRoD's sparse matrix S (n x n) has entries, and the two products with it.
+"""The positions of the entries of FRoD's sparse matrix S (n x n), and the two products with it.
 
 Entries are off the diagonal and stand in the order of columns, then rows. On the CPU the products
 are sparse; elsewhere dense ones are faster (tensor cores) and, unlike sparse ones, reproducible.

@@ -84,7 +84,7 @@ class ShardedGaLoreAdamW(ProjectedAdamW):
         _require_rows(shards, ranks)
         holders = {fqn: _holders(shards.ranges(fqn)) for fqn in ranks}
         at_one = {fqn: found[0] for fqn, found in holders.items() if len(found) == 1}
-        self._owners = assign_owners(shapes, shards.group.size, settled=at_one)
+        self._owners = assign_owners(shapes, shards.group.size, fixed=at_one)
         self._states = {
             fqn: low_rank_state(shapes[fqn], ranks[fqn], like=shards.value(fqn))
             for fqn, owner in self._owners.items()

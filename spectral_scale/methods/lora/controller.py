@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class MergeReport:
-    """What one merge touched; the counts are checked against the expected ones."""
+    """Counts of what one merge touched; they are checked against the expected ones."""
 
     merge: int
     """Merges so far, this one included."""
@@ -172,7 +172,7 @@ class LowRankController:
         for name, owner in self.owners.items():
             mine = owner == self.collective.rank
             base = self._keep(name, weights(name)) if mine else None
-            self._install(name, owner, base, merge=0)
+            self._scatter(name, owner, base, merge=0)
             self.layers[name].initial_weight = None
             self.layers[name].ready = True
 
@@ -182,7 +182,7 @@ class LowRankController:
         relative = torch.zeros((), dtype=torch.float64, device=self._device())
         for name, owner in self.owners.items():
             merged = self._merged(name, owner, relative)
-            self._install(name, owner, merged, merge)
+            self._scatter(name, owner, merged, merge)
             report.layers += 1
         trained = [f"{n}.{leaf}" for n, m in self.layers.items() for leaf in m.trained_shapes()]
         report.moments_reset = self.store.reset_moments(trained)
@@ -193,7 +193,7 @@ class LowRankController:
         return report
 
     def _merged(self, name: str, owner: int, relative: Tensor) -> Tensor | None:
-        """On the owner: the base with the factors' product in it, its relative size added up."""
+        """The merged base on the owner, None elsewhere; adds the product's relative size up."""
         a = self.store.gather(f"{name}.lora_a", owner=owner)
         b = self.store.gather(f"{name}.lora_b", owner=owner)
         base = self._base(name, owner)
@@ -222,8 +222,8 @@ class LowRankController:
     def _keeps_copy(self, name: str) -> bool:
         return self.merges and self.layers[name].base.dtype != self.base_dtype
 
-    def _install(self, name: str, owner: int, base: Tensor | None, merge: int) -> None:
-        """Deliver the base, a fresh lora_a and a zero lora_b to every rank's layer, in place."""
+    def _scatter(self, name: str, owner: int, base: Tensor | None, merge: int) -> None:
+        """Scatter the base, a fresh lora_a and a zero lora_b into every rank's layer, in place."""
         layer = self.layers[name]
         values: dict[str, Tensor | None] = dict.fromkeys(
             [f"{name}.base", f"{name}.lora_a", f"{name}.lora_b"]

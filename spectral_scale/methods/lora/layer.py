@@ -72,7 +72,7 @@ class LoRALinear(FactoredLinear):
         return F.linear(x, self.base, self.bias) + update
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Logical shapes of the factors, whatever a host did to the storage."""
+        """Logical shapes of the factors, however the backend shards them."""
         return {
             "lora_a": (self.rank, self.in_features),
             "lora_b": (self.out_features, self.rank),
@@ -93,7 +93,7 @@ class LoRALinear(FactoredLinear):
 
 
 def product_of_factors(a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
-    """What the factors add to the weight, (out, in)."""
+    """The product (out, in) that the factors add to the weight."""
     return scaling * (b_OR @ a_RI)
 
 
@@ -116,7 +116,7 @@ def convert_lora(
 ) -> dict[str, LoRALinear]:
     """Replace dense linears by LoRA layers, in place; returns the new layers by fqn.
 
-    The same linears, arguments and errors as `convert`; a LowRankController gives them values.
+    Linears, arguments and errors are those of `convert`; a LowRankController gives values.
     """
 
     def make(linear: nn.Linear) -> LoRALinear:

@@ -1,4 +1,4 @@
-"""How the ranks that each hold a part of a layer work together, whoever those ranks are."""
+"""The context in which the tensor-parallel ranks of a layer work together, on any backend."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +10,10 @@ from spectral_scale.methods.sst.product import Bottleneck
 
 
 class SharedInput:
-    """The input of the layers of one parent module, of which several may take the same: it enters
-    once, so that one sum over ranks completes the gradients of all of them.
+    """The common input of several layers of one parent module.
+
+    It enters the tensor-parallel region once, so that one sum over ranks completes the gradients of
+    all layers that take it.
 
     Args:
         copy_to_region: makes the gradient of a tensor a sum over ranks.
@@ -24,7 +26,7 @@ class SharedInput:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x in the product's precision, as a tensor that all who give the same x share."""
+        """x in the product's precision; calls with one x return one tensor."""
         if self._last is None or self._last[0] is not x:
             self._last = x, self._copy_to_region(in_product_dtype(x))
         return self._last[1]
@@ -36,21 +38,21 @@ class SharedInput:
 
 @dataclass(frozen=True)
 class TensorParallelContext:
-    """What a layer in parts needs of its ranks."""
+    """The operations over ranks that a sharded layer needs."""
 
     bottleneck: Bottleneck
-    """Which sharding it is, and the sum that completes what is partial inside the product."""
+    """The sharding, and the sum that completes what is partial inside the product."""
     copy_to_region: Callable[[Tensor], Tensor]
-    """The input, equal on all ranks, in the product's precision; its gradient is summed over
-    them."""
+    """Casts the input, equal on all ranks, to the product's precision, and sums its gradient over
+    ranks."""
     reduce_from_region: Callable[[Tensor], Tensor]
-    """The sum over ranks; its gradient, equal on all ranks, goes to each."""
+    """Sums a tensor over ranks; the gradient, equal on all ranks, goes to each."""
     local: Callable[[Tensor], Tensor]
-    """This rank's part of a parameter, differentiably."""
+    """Takes this rank's shard of a parameter, differentiably."""
     index: int = 0
-    """This rank's place among them."""
+    """This rank's index in the tensor-parallel group."""
 
     @property
     def column_parallel(self) -> bool:
-        """Whether ranks hold different outputs; otherwise the layer is row-parallel."""
+        """True if ranks hold different outputs; otherwise the layer is row-parallel."""
         return self.bottleneck.sharding == "column_parallel"

@@ -29,7 +29,7 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
     """Give an AdamW its exp_avg, exp_avg_sq and step, of each parameter's own kind and placement.
 
     State before the first step makes checkpoints symmetric across ranks and lets the first
-    boundary reset what it expects to reset. An optimizer that has state already is left alone.
+    swap reset what it expects to reset. An optimizer that has state already is left alone.
     """
     if optimizer.state:
         return

@@ -31,7 +31,7 @@ def param_groups(
     and the change of lambda of FRoD; `auto` is ten times spectral_lr) that the model has.
 
     Each holds `params`, their `fqns`, `name`, `lr`, `base_lr`, `weight_decay` (dense matrices only)
-    and `spectral` (whose lr the controller ramps after each boundary). With `width` scaling the
+    and `spectral` (whose lr the controller ramps after each swap). With `width` scaling the
     directions form one group for each number of rows m, at spectral_lr * sqrt(768 / m): an Adam
     step turns a unit vector by about lr * sqrt(m).
     """

@@ -223,10 +223,10 @@ def sample_by_rank(patch: pytest.MonkeyPatch) -> None:
 
     from spectral_scale.optim.filter import sampling
 
-    plain = sampling.held_part
+    plain = sampling.places_in_range
     patch.setattr(
         sampling,
-        "held_part",
+        "places_in_range",
         lambda entries, span: plain((entries + dist.get_rank()).clamp_max(entries[-1]), span),
     )
 

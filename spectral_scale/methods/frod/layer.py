@@ -37,7 +37,7 @@ class FRoDLinear(FactoredLinear):
         base (out, in), frozen: W.
 
     A controller gives `basis` (one object for all layers of a category) and `inverse_lengths` (n,),
-    1 / lambda; neither is a parameter or buffer, so that no host casts or shards it.
+    1 / lambda; neither is a parameter or buffer, so that no backend casts or shards it.
     """
 
     parameter_roles: ClassVar[dict[str, Role]] = {
@@ -103,7 +103,7 @@ class FRoDLinear(FactoredLinear):
         return self.basis, self.inverse_lengths
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Logical shapes of the coefficients, whatever a host did to the storage."""
+        """Logical shapes of the coefficients, however the backend shards them."""
         return {"mixing": (self.num_mixing,), "value_delta": (self.in_features,)}
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ def convert_frod(
 ) -> dict[str, FRoDLinear]:
     """Replace dense linears by FRoD layers, in place; returns the new layers by fqn.
 
-    The same linears, arguments and errors as `convert`; a FRoDController decomposes them.
+    Linears, arguments and errors are those of `convert`; a FRoDController decomposes them.
     """
 
     def make(linear: nn.Linear) -> FRoDLinear:

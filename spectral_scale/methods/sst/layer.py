@@ -108,13 +108,13 @@ class SpectralLinear(FactoredLinear):
         return in_product_dtype(x)
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Logical shapes of the factors the optimizer sees, whatever a host did to the storage."""
+        """Logical shapes of the factors the optimizer sees, however the backend shards them."""
         r = self.spectral_rank
         sigma = (r + self.num_fixed,)
         return {"u": (self.out_features, r), "v": (self.in_features, r), "sigma": sigma}
 
     def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Logical shapes of the frozen parameters, whatever a host did to the storage."""
+        """Logical shapes of the frozen parameters, however the backend shards them."""
         shapes: dict[str, tuple[int, ...]] = {}
         if self.u_fixed is not None:
             shapes["u_fixed"] = (self.out_features, self.num_fixed)

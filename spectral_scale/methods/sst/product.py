@@ -21,7 +21,7 @@ from spectral_scale.ops.token_sums import column_sums, sum_of_products
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Completes, over tensor-parallel ranks, what one rank's part of a layer leaves partial.
+    """Completes, over tensor-parallel ranks, what one rank's shard of a layer leaves partial.
 
     In a column-parallel layer ranks hold rows of u: h is partial, and must be complete in dL/dv and
     dL/dsigma, but partial in dL/dx, which is summed later. In a row-parallel one they hold rows of
@@ -30,7 +30,7 @@ class Bottleneck:
     """
 
     sharding: Literal["column_parallel", "row_parallel"]
-    """Whether the outputs or the inputs of the layer are sharded over ranks."""
+    """The sharding: by outputs (column_parallel) or by inputs (row_parallel) of the layer."""
     sum: Callable[[Tensor], Tensor]
     """The sum over ranks, as a new tensor."""
 
@@ -59,8 +59,11 @@ class SpectralProduct(torch.autograd.Function):
         active_sigma_only: bool,
         bottleneck: Bottleneck | None = None,
     ) -> Tensor:
-        """In x's dtype, to which every other argument is cast. Frozen weights are kept for backward
-        as they are and cast again there: a cast copy would live as long as the activations."""
+        """The output in x's dtype, to which every other argument is cast.
+
+        Frozen weights are kept for backward as they are and cast again there: a cast copy would
+        live as long as the activations.
+        """
         dtype = x_TI.dtype
         r = u_OR.shape[1]
         u, v, s = u_OR.to(dtype), v_IR.to(dtype), sigma.to(dtype)
@@ -128,7 +131,7 @@ def _backward_fixed(
     s_F: Tensor,
     z_TF: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The fixed directions' gradient of sigma (zero without z), and d_x with their part added."""
+    """The fixed directions' gradient of sigma (zero without z), and d_x with theirs added."""
     d_sigma = torch.zeros_like(s_F, dtype=ctx.dtypes[2])
     if d_x_TI is None and z_TF is None:
         return d_sigma, None

@@ -20,7 +20,7 @@ ROLES = {
     "frod_mixing": "mixing",
     "frod_value": "value_delta",
 }
-"""Kind of group, as `param_groups` names them, -> part of its parameters."""
+"""Kind of group, as `param_groups` names them, -> role of its parameters."""
 
 
 class SpectralFilterAdamW(torch.optim.AdamW):
@@ -93,8 +93,10 @@ class SpectralFilterAdamW(torch.optim.AdamW):
         return super().state_dict() | {"filter": saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take both over, on the same number of ranks. Raises CheckpointError if the filter's part
-        is missing or does not fit."""
+        """Take over the state of AdamW and of the filter, saved on as many ranks.
+
+        Raises CheckpointError if the filter's state is missing or does not fit.
+        """
         if not state_dict.get("filter"):
             raise CheckpointError(
                 "the state holds nothing of the spectral filter; load what "

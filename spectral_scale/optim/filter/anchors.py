@@ -9,7 +9,7 @@ from spectral_scale.parallel.flat_shards import ParameterShards, is_first_holder
 
 
 class Anchors:
-    """A full-precision copy of this rank's shards, as the backend shards them.
+    """Full-precision values of this rank's shards at the anchor, sharded as the backend does it.
 
     Args:
         shards: where the values are.
@@ -30,7 +30,7 @@ class Anchors:
         return self._shards.value(fqn) - self._kept[fqn]
 
     def state_chunks(self, *, own: bool) -> Iterator[TensorChunk]:
-        """The anchors of this rank's shards: all, or those that no earlier rank holds, too."""
+        """The anchors of this rank's shards: all, or those that no earlier rank holds as well."""
         for fqn, kept in self._kept.items():
             if own or is_first_holder(self._shards, fqn):
                 order = self._shards.order(fqn)

@@ -27,9 +27,9 @@ class BlockFilter:
         group: the nodes.
         config: graph, response, joint loss.
         seed: fixes sampled entries and the permutation.
-        order: of a node's features, over all ranks.
-        span: those that this rank has at hand.
-        device: of the gradients.
+        order: flat order of a node's features over all ranks.
+        span: the features that this rank filters.
+        device: the device of the gradients.
         dtype: float32 or float64, in which it computes.
     """
 
@@ -100,13 +100,13 @@ class BlockFilter:
     # -- mean gradients -----------------------------------------------------------------------
 
     def commit(self) -> None:
-        """The latest step was applied: its gradient enters the means."""
+        """Let the gradient of the latest step, which was applied, enter the means."""
         if self._latest is not None:
             self._mean.lerp_(self._latest, 1.0 - self._config.gradient_decay)
         self._latest = None
 
     def forget(self) -> None:
-        """The parameters became others (a swap): means start again from nothing."""
+        """Set the means to zero, after a swap gave the parameters another meaning."""
         self._mean.zero_()
 
     def mean_gradients(self) -> Tensor:
@@ -154,12 +154,12 @@ class BlockFilter:
             yield TensorChunk(f"{prefix}/graph", table, tuple(table.shape), (0, 0))
 
     def load_state(self, read: ReadTensor, column_blocks: int) -> None:
-        """Overwrite both from a checkpoint whose parameters lay in so many blocks of columns."""
+        """Overwrite graph and means from a checkpoint with `column_blocks` blocks of columns."""
         if not self._watches:
             return
         prefix = f"filter/{self.group.name}"
         if self._mean.numel():
-            name, blocks = f"{prefix}/mean_gradients", 1 if self.group.cut else column_blocks
+            name, blocks = f"{prefix}/mean_gradients", 1 if self.group.blocks else column_blocks
             self._mean.copy_(self._sample.read(read, name, blocks, self.group.num_nodes))
         self.operator, self._latest = None, None
         table = read(f"{prefix}/graph")

@@ -1,4 +1,4 @@
-"""All graphs of a filter whose nodes are blocks: which run where, and what they exchange."""
+"""All graphs of a filter whose nodes are blocks, on their ranks, with what they exchange."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -22,8 +22,8 @@ class BlockSet:
     """Runs each group where `place` assigns it. All ranks must call every method.
 
     Args:
-        groups: the same on every rank.
-        config: of the filter.
+        groups: the groups of nodes, equal on every rank.
+        config: the configuration of the filter.
         shards: the backend's gradients.
         seed: fixes sampled entries and permutations.
     """
@@ -46,14 +46,14 @@ class BlockSet:
             wanted = [p.wanted or [] for p in self._moved for _ in p.group.fqns]
             self._exchange = Exchange(held, wanted, shards.group)
         self.counts_here = [p.counts_here for p in self._placements]
-        """By group, True if no earlier rank measures the same features."""
+        """For each group, True if no earlier rank measures the same features."""
 
     def _block_filter(self, placement: GraphPlacement) -> BlockFilter | None:
-        """None where another rank filters the group."""
+        """The filter of a group, or None where another rank filters it."""
         if not placement.works_here:
             return None
         first = self._shards.value(placement.group.fqns[0])
-        stays = placement.wanted is None and first.numel() > 0  # where an offloading host rests it
+        stays = placement.wanted is None and first.numel() > 0  # where a backend offloads it
         return BlockFilter(
             placement.group,
             self._config,
@@ -95,7 +95,7 @@ class BlockSet:
         full: bool,
         needs_graph: bool,
     ) -> None:
-        """The others: one all-to-all there (one more for a joint loss), one back."""
+        """Filter groups whose nodes must move: one all-to-all (two with a joint loss), one back."""
         device = self._shards.device
         fqns = [fqn for p in self._moved for fqn in p.group.fqns]
         parts = [gradients[fqn].to(device) for fqn in fqns]
@@ -124,7 +124,7 @@ class BlockSet:
         return [next(parts) for _ in fqns]
 
     def _folded(self, placement: GraphPlacement, parts: list[Tensor]) -> list[Tensor]:
-        """The inverse."""
+        """A group's filtered tensors in the order of its shards: the inverse of `_unfolded`."""
         if not (placement.is_owned and placement.works_here):
             return parts
         orders = (self._shards.order(fqn) for fqn in placement.group.fqns)
@@ -152,7 +152,7 @@ class BlockSet:
             )
 
     def commit(self) -> None:
-        """The latest gradients enter the means."""
+        """Let the latest gradients enter the means."""
         for block, _ in self._here():
             block.commit()
 
@@ -163,19 +163,19 @@ class BlockSet:
                 block.forget()
 
     def renew_graphs(self) -> None:
-        """One all-reduce of the sampled mean gradients of all groups that lie on several ranks.
+        """Renew all graphs: one all-reduce of the sampled mean gradients of sharded groups.
 
-        Raises SpectralError on all ranks if those of any group are not finite.
+        Raises SpectralError on all ranks if the means of any group are not finite.
         """
         means = [block.mean_gradients() for block, _ in self._here()]
-        shared = []
+        sharded = []
         for mean, (_, placement) in zip(means, self._here(), strict=True):
-            if placement.is_cut:
-                shared.append(mean if placement.counts_here else mean.zero_())
-        if shared:
-            flat = torch.cat([mean.flatten().to(self._shards.device) for mean in shared])
+            if placement.is_sharded:
+                sharded.append(mean if placement.counts_here else mean.zero_())
+        if sharded:
+            flat = torch.cat([mean.flatten().to(self._shards.device) for mean in sharded])
             self._shards.group.sum(flat)
-            for mean, part in zip(shared, flat.split([m.numel() for m in shared]), strict=True):
+            for mean, part in zip(sharded, flat.split([m.numel() for m in sharded]), strict=True):
                 mean.copy_(part.view_as(mean))
         error = None
         try:
@@ -188,13 +188,13 @@ class BlockSet:
             raise error or SpectralError("another rank's graph cannot be renewed; see its error")
 
     def state_chunks(self, *, own: bool) -> Iterator[TensorChunk]:
-        """Of every group, each piece once in the group of ranks, or all that is here."""
+        """The state of all groups: each chunk from one rank, or (`own`) all chunks on this rank."""
         for block, placement in self._here():
             if own or placement.counts_here:
                 yield from block.state_chunks(own=own)
 
     def load_state(self, read: ReadTensor, column_blocks: Mapping[str, int]) -> None:
-        """Overwrite it from a checkpoint whose parameters lay in so many blocks of columns."""
+        """Overwrite the state from a checkpoint with these numbers of column blocks by fqn."""
         for block, _ in self._here():
             block.load_state(read, column_blocks[block.group.fqns[0]])
 
@@ -209,5 +209,5 @@ class BlockSet:
 
 
 def _signal(block: BlockFilter, parts: list[Tensor]) -> Signal:
-    cut = block.group.cut
-    return StackedSignal(parts) if cut is None else BlockedSignal(parts[0], cut)
+    shape = block.group.blocks
+    return StackedSignal(parts) if shape is None else BlockedSignal(parts[0], shape)

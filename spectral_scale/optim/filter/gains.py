@@ -20,7 +20,7 @@ class GainFilter:
     """Scales each block's gradient so that the root mean squares s of all become H s.
 
     A gain is never negative, and 1 for a block without a gradient. One all-reduce of a number a
-    block where blocks are cut over ranks.
+    block where blocks are sharded over ranks.
 
     Raises ConfigError for a knn graph or a joint loss, which need blocks of equal shape.
     """

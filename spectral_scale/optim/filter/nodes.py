@@ -1,4 +1,4 @@
-"""Plans the nodes: which parameters are filtered together, along which axis, and which are not."""
+"""Plans the nodes: the groups of parameters that are filtered together, along which axis."""
 
 import fnmatch
 import logging
@@ -37,15 +37,15 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeGroup:
-    """Parameters, or blocks of one parameter, on one graph."""
+    """The nodes of one graph: parameters, or blocks of one parameter."""
 
     name: str
     """Unique: the parameter's fqn, its layer number replaced by * where the nodes are layers."""
     fqns: tuple[str, ...]
     """`layers`, `block_gains`: one a node, by depth; `rows`, `heads`: the one matrix."""
     num_nodes: int
-    """At least 2."""
-    cut: tuple[int, int, int] | None = None
+    """Number of nodes, at least 2."""
+    blocks: tuple[int, int, int] | None = None
     """`rows`, `heads`: the matrix seen as (before, nodes, after) in row-major order."""
 
     @property
@@ -105,7 +105,7 @@ def _chosen(members: Mapping[str, Member], config: FilterConfig) -> list[str]:
 
 
 def _refusal(fqn: str, member: Member, nodes: str) -> str | None:
-    """Why a parameter cannot be filtered with these nodes, if so."""
+    """The reason why a parameter cannot be filtered with these nodes, or None."""
     if _layer(fqn) is None:
         return "it lies outside the numbered blocks (embeddings, output layer, last norm)"
     if member.role == "vector":
@@ -120,7 +120,7 @@ def _refusal(fqn: str, member: Member, nodes: str) -> str | None:
 
 
 def _layers(kept: Mapping[str, Member], refused: dict[str, str]) -> Iterator[NodeGroup]:
-    """The same-shape parameters of one name, ordered by depth."""
+    """Groups of the equally shaped parameters of one name, ordered by depth."""
     found: dict[tuple[str, Shape], list[tuple[int, str]]] = {}
     for fqn, member in kept.items():
         depth, pattern = _layer(fqn) or (0, fqn)
@@ -142,7 +142,7 @@ def _rows(kept: Mapping[str, Member], refused: dict[str, str]) -> Iterator[NodeG
         if m < 2:
             refused[fqn] = "it has one row"
         else:
-            yield NodeGroup(name=fqn, fqns=(fqn,), num_nodes=m, cut=(1, m, n))
+            yield NodeGroup(name=fqn, fqns=(fqn,), num_nodes=m, blocks=(1, m, n))
 
 
 def _heads(
@@ -158,8 +158,8 @@ def _heads(
             refused[fqn] = f"{size} is not at least two heads of {head_size}"
         else:
             heads = size // head_size
-            cut = (1, heads, head_size * n) if module in ROW_HEADS else (m, heads, head_size)
-            yield NodeGroup(name=fqn, fqns=(fqn,), num_nodes=heads, cut=cut)
+            blocks = (1, heads, head_size * n) if module in ROW_HEADS else (m, heads, head_size)
+            yield NodeGroup(name=fqn, fqns=(fqn,), num_nodes=heads, blocks=blocks)
 
 
 def _gains(kept: Mapping[str, Member], refused: dict[str, str]) -> Iterator[NodeGroup]:

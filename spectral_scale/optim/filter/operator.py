@@ -73,7 +73,7 @@ class GraphOperator:
     Args:
         graph: the nodes.
         config: the response and the kind of Laplacian.
-        device: of the gradients.
+        device: the device of the gradients.
         dtype: float32 or float64. H and L are computed in float64 and rounded once.
     """
 

@@ -19,19 +19,19 @@ class GraphPlacement:
     order: FlatOrder
     """Flat order of a node's features over all ranks."""
     span: Range
-    """Features that this rank has at hand when it filters."""
+    """Range of the features that this rank filters."""
     wanted: list[Range] | None
     """Range of each parameter that each rank filters; None if it is the range that it holds."""
-    is_cut: bool = False
-    """Ranks filter parts of each node."""
+    is_sharded: bool = False
+    """True if each rank filters some features of every node."""
     counts_here: bool = True
     """True if no earlier rank filters the same features."""
     is_owned: bool = False
-    """One rank filters the whole group."""
+    """True if one rank filters the whole group."""
 
     @property
     def works_here(self) -> bool:
-        """True if this rank filters a part of the group."""
+        """True if this rank filters some features of the group."""
         return not self.is_owned or self.span[1] > 0
 
 
@@ -40,9 +40,9 @@ def place(groups: Sequence[NodeGroup], shards: ParameterShards) -> list[GraphPla
 
     A filter mixes nodes, not features. Nodes that are layers need no communication where every rank
     holds the same range of each (whole parameters, ZeRO-3, FSDP2); elsewhere each rank gets a slice
-    of all. Nodes inside a matrix that is cut go to one rank, the one with the least to do so far.
+    of all. Nodes inside a sharded matrix go to one rank, the one with the least to do so far.
     """
-    moved = [group for group in groups if group.cut is not None and not _is_whole(group, shards)]
+    moved = [group for group in groups if group.blocks is not None and not _is_whole(group, shards)]
     numels = [shards.order(group.fqns[0]).numel for group in moved]
     owners = owners_by_size(numels, shards.group.size)
     owner_of = {group.name: owner for group, owner in zip(moved, owners, strict=True)}
@@ -68,7 +68,7 @@ def _place(group: NodeGroup, shards: ParameterShards, owner: int) -> GraphPlacem
     index, first = shards.group.index, group.fqns[0]
     order = shards.order(first)
     numel = order.numel
-    inside = group.cut is not None
+    inside = group.blocks is not None
     features = FlatOrder((numel // group.num_nodes,)) if inside else order
     held = [shards.ranges(fqn) for fqn in group.fqns]
     here = is_first_holder(shards, first)
@@ -79,13 +79,15 @@ def _place(group: NodeGroup, shards: ParameterShards, owner: int) -> GraphPlacem
         _require_one_order(group, shards)
         span = held[0][index]
         return GraphPlacement(
-            group=group, order=features, span=span, wanted=None, is_cut=True, counts_here=here
+            group=group, order=features, span=span, wanted=None, is_sharded=True, counts_here=here
         )
     if not inside:
         _require_one_order(group, shards)
         wanted = even_slices(numel, shards.group.size)
         span = wanted[index]
-        return GraphPlacement(group=group, order=features, span=span, wanted=wanted, is_cut=True)
+        return GraphPlacement(
+            group=group, order=features, span=span, wanted=wanted, is_sharded=True
+        )
     return GraphPlacement(
         group=group,
         order=features,

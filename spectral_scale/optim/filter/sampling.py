@@ -29,27 +29,32 @@ def sampled_entries(size: int, count: int, *key: object) -> Tensor:
 
 
 class Sample:
-    """Entries drawn from a flat tensor, in the order in which they lie there: those in a range.
+    """The sampled entries of a flat tensor that lie in one range of it, in their order there.
+
+    An example: 4 of 8 entries are drawn, at places 0, 3, 5 and 6, and this rank holds the range
+    [4, 8): `first` is 2, because two sampled entries come before, and `index` is [1, 2].
 
     Args:
-        order: of the tensor.
+        order: flat order of the tensor.
         span: the range.
-        count: entries to draw at most.
-        key: of the draw.
+        count: the most entries to draw from the whole tensor.
+        key: fixes the draw.
     """
 
     def __init__(self, order: FlatOrder, span: Range, count: int, *key: object) -> None:
         self._order = order
         self._drawn = sampled_entries(order.numel, count, *key)
         places, self._by_place = order.places(self._drawn).sort()
-        self.first, self.index = held_part(places, span)
-        """Number of the first one in the range, and all of those relative to its start (int64)."""
+        self.first, self.index = places_in_range(places, span)
+        """Number of sampled entries before the range, and places in it from its start (int64)."""
         self.total = len(places)
-        """Entries in the whole tensor."""
+        """Number of sampled entries in the whole tensor."""
 
     def read(self, read: ReadTensor, name: str, column_blocks: int, *rows: int) -> Tensor:
-        """Those in the range (last axis) of a checkpoint's (*rows, total), whose tensor lay in
-        another number of column blocks there."""
+        """The entries of this range from a checkpoint's tensor (*rows, total).
+
+        Where the checkpoint's tensors lay in another number of column blocks, they are reordered.
+        """
         size = len(self.index)
         if column_blocks == self._order.column_blocks:
             return read(name, offset=(*(0 for _ in rows), self.first), shape=(*rows, size))
@@ -57,7 +62,7 @@ class Sample:
         return read(name)[..., saved[self._by_place[self.first : self.first + size]]]
 
 
-def held_part(places: Tensor, span: Range) -> tuple[int, Tensor]:
+def places_in_range(places: Tensor, span: Range) -> tuple[int, Tensor]:
     """Positions within a range: index of the first, and all relative to the range's start."""
     start, numel = span
     inside = (places >= start) & (places < start + numel)

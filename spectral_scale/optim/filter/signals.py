@@ -15,11 +15,11 @@ BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 
 
 class Signal(Protocol):
-    """n nodes by d features; features are counted from 0 in this rank's part."""
+    """n nodes by d features; features are counted from 0 in this rank's range."""
 
     num_nodes: int
     num_units: int
-    """Slices along which blocks are cut; a unit is one or more features."""
+    """Slices, of one or more features each, between which blocks begin and end."""
     unit: int
     """Features a unit."""
 
@@ -34,7 +34,7 @@ class Signal(Protocol):
 
 
 class StackedSignal:
-    """Each node a flat tensor of its own: the matrices of different layers."""
+    """A signal with one flat tensor a node, such as the matrices of different layers."""
 
     unit = 1
 
@@ -57,11 +57,11 @@ class StackedSignal:
 
 
 class BlockedSignal:
-    """Nodes inside one flat tensor, seen as (before, nodes, after)."""
+    """A signal whose nodes lie inside one flat tensor, viewed as (before, nodes, after)."""
 
-    def __init__(self, flat: Tensor, cut: tuple[int, int, int]) -> None:
-        before, self.num_nodes, after = cut
-        self._cube = flat.view(cut).movedim(1, 0)  # (nodes, before, after)
+    def __init__(self, flat: Tensor, shape: tuple[int, int, int]) -> None:
+        before, self.num_nodes, after = shape
+        self._cube = flat.view(shape).movedim(1, 0)  # (nodes, before, after)
         self.num_units, self.unit = (after, 1) if before == 1 else (before, after)
         self._axis = 2 if before == 1 else 1
 
@@ -90,5 +90,5 @@ def blocks(signal: Signal, device: torch.device) -> Iterator[tuple[int, int]]:
 
 
 def _wide(block: Tensor) -> Tensor:
-    """In at least single precision, contiguous."""
+    """The block in at least single precision, contiguous."""
     return block.to(torch.promote_types(block.dtype, torch.float32)).contiguous()

@@ -34,8 +34,8 @@ class SpectralFilter:
 
     Args:
         shards: the backend's gradients and values.
-        roles: part of each trained parameter, by fqn (see `parallel.table.Role`).
-        config: with `kind` or `joint_loss_mu` set.
+        roles: role of each trained parameter by fqn (see `parallel.table.Role`).
+        config: the configuration, with `kind` or `joint_loss_mu` set.
         seed: fixes sampled entries and permutations.
         head_size: rows of an attention head; for `heads`.
 
@@ -127,7 +127,7 @@ class SpectralFilter:
         return [Sums(num_frequencies(g.num_nodes), self._shards.device) for g in self._groups]
 
     def _sum_over_ranks(self, sums: Sequence[Sums]) -> None:
-        """One all-reduce; what several ranks have counts once."""
+        """Sum over ranks by one all-reduce; what several ranks hold counts once."""
         group = self._shards.group
         if group.size == 1:
             return
@@ -141,8 +141,11 @@ class SpectralFilter:
             of_group.flat.copy_(part)
 
     def metrics(self) -> dict[str, Any]:
-        """Of the latest measured step, by metric path: removed (share of the gradient's energy),
-        rayleigh (mean frequency of the gradient), drift, energy by frequency, ..."""
+        """Values of the latest measured step by metric path.
+
+        They are removed (fraction of the gradient's energy), rayleigh (mean frequency of the
+        gradient), drift, energy by frequency and others.
+        """
         return self._metrics
 
     @torch.no_grad()
@@ -172,7 +175,7 @@ class SpectralFilter:
             self._anchors.renew(self._swapped)
 
     def state_chunks(self, *, own: bool = False) -> Iterator[TensorChunk]:
-        """Step count, graphs, mean gradients, anchors: each piece from one rank that has it, or
+        """Step count, graphs, mean gradients, anchors: each chunk from one rank that has it, or
         (`own`) everything that this rank needs to load itself again."""
         group = self._shards.group
         if not (group.writes or own):
@@ -186,7 +189,7 @@ class SpectralFilter:
 
     @torch.no_grad()
     def load_state(self, read: ReadTensor) -> None:
-        """Take over a checkpoint, of any number of ranks and any host."""
+        """Take over a checkpoint of any number of ranks and any backend."""
         self.steps = int(read("filter/steps"))
         blocks = dict(zip(sorted(self.fqns), read("filter/column_blocks").tolist(), strict=True))
         self._drift.load_state(read, blocks)

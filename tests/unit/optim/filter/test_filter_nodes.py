@@ -49,8 +49,8 @@ def test_shapes_are_not_mixed() -> None:
 
 def test_heads_are_rows_of_q_and_columns_of_the_output() -> None:
     groups = {g.name: g for g in plan(MODEL, nodes="heads")}
-    assert groups["layers.2.q_proj.weight"].cut == (1, 2, 4 * 8)
-    assert groups["layers.10.out_proj.weight"].cut == (6, 2, 4)
+    assert groups["layers.2.q_proj.weight"].blocks == (1, 2, 4 * 8)
+    assert groups["layers.10.out_proj.weight"].blocks == (6, 2, 4)
     assert "layers.0.first_only.weight" not in groups
 
 

@@ -118,7 +118,7 @@ def _sharding_of(config: RunConfig, world_size: int) -> _Sharding:
 def _sampled(group: NodeGroup, nodes: str, numels: dict[str, int]) -> int:
     """Entries of the mean gradients of all nodes."""
     first = numels[group.fqns[0]]
-    features = first if group.cut is None else first // group.num_nodes
+    features = first if group.blocks is None else first // group.num_nodes
     return group.num_nodes * min(features, SKETCH_ENTRIES[nodes])
 
 

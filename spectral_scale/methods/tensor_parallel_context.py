@@ -9,7 +9,7 @@ from spectral_scale.methods.layer import in_product_dtype
 from spectral_scale.methods.sst.product import Bottleneck
 
 
-class SharedInput:
+class CommonInput:
     """The common input of several layers of one parent module.
 
     It enters the tensor-parallel region once, so that one sum over ranks completes the gradients of

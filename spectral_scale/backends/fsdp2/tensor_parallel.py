@@ -26,7 +26,7 @@ from spectral_scale.errors import ConfigError, SpectralScaleError
 from spectral_scale.methods.layer import FactoredLinear, factored_layers
 from spectral_scale.methods.sst.product import Bottleneck
 from spectral_scale.methods.tensor_parallel import compute_sharded
-from spectral_scale.methods.tensor_parallel_context import SharedInput, TensorParallelContext
+from spectral_scale.methods.tensor_parallel_context import CommonInput, TensorParallelContext
 from spectral_scale.ops.losses import negative_log_likelihood_sum
 from spectral_scale.parallel.tensor_parallel_regions import (
     all_reduce,
@@ -71,7 +71,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
     tied = _tied_names(model)
     copy_to_group = partial(copy_to_region, group=mesh.get_group())
     parents = {name.rpartition(".")[0] for name in factored_layers(model)}
-    inputs = {parent: SharedInput(copy_to_group) for parent in parents}
+    inputs = {parent: CommonInput(copy_to_group) for parent in parents}
     plan = dict(_plan(model, inputs))
     _check_sizes(model, mesh.size())
     parallelize_module(model, mesh, plan, src_data_rank=None)
@@ -89,7 +89,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
 
 
 def _plan(
-    model: nn.Module, inputs: Mapping[str, SharedInput]
+    model: nn.Module, inputs: Mapping[str, CommonInput]
 ) -> Iterator[tuple[str, ParallelStyle]]:
     """A style for each module with parameters of its own that the table does not leave whole;
     `inputs` are those of the parents of converted layers."""
@@ -117,11 +117,11 @@ class _SharedLayer(ParallelStyle):
         self,
         column_parallel: bool,
         sharded_dims: dict[str, int | None],
-        shared_input: SharedInput,
+        common_input: CommonInput,
     ) -> None:
         super().__init__()
         self.column_parallel, self.sharded_dims = column_parallel, sharded_dims
-        self.shared_input = shared_input
+        self.common_input = common_input
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         group = device_mesh.get_group()
@@ -131,7 +131,7 @@ class _SharedLayer(ParallelStyle):
         )
         context = TensorParallelContext(
             shared,
-            self.shared_input,
+            self.common_input,
             partial(reduce_from_region, group=group),
             _local,
             device_mesh.get_local_rank(),

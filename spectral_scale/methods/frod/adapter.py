@@ -20,7 +20,7 @@ from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.files.json_text import parse_json
 from spectral_scale.methods.frod.joint_decomposition import column_lengths
 from spectral_scale.methods.frod.layer import FRoDLinear, convert_frod, frod_layers
-from spectral_scale.methods.frod.product import SharedBasis
+from spectral_scale.methods.frod.product import CategoryBasis
 from spectral_scale.methods.frod.sparsity import Pattern
 from spectral_scale.parallel.dtensor_collectives import is_sharded
 
@@ -93,7 +93,9 @@ def load_adapter(model: nn.Module, folder: Path) -> dict[str, FRoDLinear]:
     return {name: layers[name] for name in shapes}
 
 
-def _fill(layer: FRoDLinear, name: str, basis: SharedBasis, tensors: Mapping[str, Tensor]) -> None:
+def _fill(
+    layer: FRoDLinear, name: str, basis: CategoryBasis, tensors: Mapping[str, Tensor]
+) -> None:
     device = layer.base.device
     mixing, value_delta, inverse_lengths = (
         tensors[f"{name}.{leaf}"].to(device)
@@ -109,10 +111,10 @@ def _fill(layer: FRoDLinear, name: str, basis: SharedBasis, tensors: Mapping[str
 
 def _bases(
     categories: set[str], tensors: dict[str, Tensor], linears: dict[str, nn.Linear]
-) -> dict[str, SharedBasis]:
+) -> dict[str, CategoryBasis]:
     device = next(iter(linears.values())).weight.device
     return {
-        category: SharedBasis(
+        category: CategoryBasis(
             category=category,
             v=tensors[f"{category}/v"].to(device),
             v_inverse_t=tensors[f"{category}/v_inverse_t"].to(device),
@@ -136,7 +138,7 @@ def _linear(model: nn.Module, name: str, shape: list[int], folder: Path) -> nn.L
 
 
 def _require_base(
-    name: str, weight: Tensor, basis: SharedBasis, tensors: dict[str, Tensor], folder: Path
+    name: str, weight: Tensor, basis: CategoryBasis, tensors: dict[str, Tensor], folder: Path
 ) -> None:
     """Raise ConfigError unless U of these weights has the unit columns that it had in training."""
     inverse = tensors[f"{name}.inverse_lengths"].to(weight.device).double()

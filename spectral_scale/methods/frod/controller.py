@@ -20,7 +20,7 @@ from spectral_scale.methods.frod.joint_decomposition import (
     joint_basis,
 )
 from spectral_scale.methods.frod.layer import frod_layers
-from spectral_scale.methods.frod.product import SharedBasis
+from spectral_scale.methods.frod.product import CategoryBasis
 from spectral_scale.methods.frod.sparsity import Pattern, draw_positions
 from spectral_scale.methods.layer import weights_set_aside
 from spectral_scale.methods.lr_ramp import require_spectral_group
@@ -166,7 +166,7 @@ class FRoDController:
         norms = {name: value for rank in every for name, value in rank.items()}
         return {c: _largest([norms[n] for n in names]) for c, names in self.categories.items()}
 
-    def _decompose(self, category: str, names: list[str], largest: float) -> SharedBasis:
+    def _decompose(self, category: str, names: list[str], largest: float) -> CategoryBasis:
         width, owned = self.layers[names[0]].in_features, set(self._owned())
         mine = [n for n in names if n in owned]
         try:
@@ -196,7 +196,7 @@ class FRoDController:
         positions = draw_positions(width, self.config.sparsity, self.seed, "frod", category)
         return self._basis(category, v, inverse, positions)
 
-    def _inverse_lengths(self, name: str, basis: SharedBasis) -> Tensor:
+    def _inverse_lengths(self, name: str, basis: CategoryBasis) -> Tensor:
         owner = self.owners[name]
         value = torch.zeros(basis.v.shape[0], dtype=self.dtype, device=self._device)
         if owner == self.collective.rank:
@@ -204,16 +204,16 @@ class FRoDController:
             value.copy_(inverse_lengths(column_lengths(weight, basis.v_inverse_t)))
         return self.collective.broadcast(value, owner)
 
-    def _basis(self, category: str, v: Tensor, inverse: Tensor, positions: Tensor) -> SharedBasis:
+    def _basis(self, category: str, v: Tensor, inverse: Tensor, positions: Tensor) -> CategoryBasis:
         width = v.shape[0]
-        return SharedBasis(
+        return CategoryBasis(
             category=category,
             v=v.to(self._device, self.dtype),
             v_inverse_t=inverse.to(self._device, self.dtype),
             pattern=Pattern(positions.to(self._device), width),
         )
 
-    def _finish(self, name: str, basis: SharedBasis, lengths: Tensor) -> None:
+    def _finish(self, name: str, basis: CategoryBasis, lengths: Tensor) -> None:
         """Give a layer its frozen weight, its category's basis and its 1 / lambda. Collective."""
         owner, layer = self.owners[name], self.layers[name]
         base = self._weights(name) if owner == self.collective.rank else None

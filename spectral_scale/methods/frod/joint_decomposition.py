@@ -93,7 +93,7 @@ def ridge_inverse(gram_II: Tensor, r_inverse_II: Tensor, ridge: float) -> Tensor
     return torch.cholesky_inverse(torch.linalg.cholesky(inner))
 
 
-def shared_basis(mean_inverse_II: Tensor, r_II: Tensor, r_inverse_II: Tensor) -> JointBasis:
+def common_basis(mean_inverse_II: Tensor, r_II: Tensor, r_inverse_II: Tensor) -> JointBasis:
     """V = R^T Z and V^-T = R^-1 Z, from the mean of the ridge inverses."""
     z = _eigenvectors(mean_inverse_II)
     return _with_fixed_signs(r_II.t() @ z, r_inverse_II @ z, singular=False)
@@ -161,7 +161,7 @@ def joint_basis(
         return orthogonal_basis(total)
     r, r_inverse = factor
     mean = exact_sum(lambda g: ridge_inverse(g, r_inverse, ridge), 1.0 / ridge).div_(count)
-    return shared_basis(mean, r, r_inverse)
+    return common_basis(mean, r, r_inverse)
 
 
 def _to_fixed_point(values: Tensor, exponent: int) -> Tensor:

@@ -16,8 +16,8 @@ from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
 from spectral_scale.methods.convert import replace_linears
 from spectral_scale.methods.frod.product import (
+    CategoryBasis,
     FRoDProduct,
-    SharedBasis,
     adapted_weight,
     directions,
 )
@@ -68,7 +68,7 @@ class FRoDLinear(FactoredLinear):
         self.bias = trained(out_features) if bias else None
         base = torch.zeros(out_features, in_features, device=device, dtype=frozen_dtype or dtype)
         self.base = nn.Parameter(base, requires_grad=False)
-        self.basis: SharedBasis | None = None
+        self.basis: CategoryBasis | None = None
         self.inverse_lengths: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class FRoDLinear(FactoredLinear):
             )
         return y.view(*x.shape[:-1], self.out_features)
 
-    def shared(self) -> tuple[SharedBasis, Tensor]:
+    def shared(self) -> tuple[CategoryBasis, Tensor]:
         """The category's basis and this layer's 1 / lambda. Raises SpectralError before a
         controller has given them."""
         if not self.ready or self.basis is None or self.inverse_lengths is None:

@@ -21,7 +21,7 @@ from spectral_scale.ops.token_sums import column_sums
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedBasis:
+class CategoryBasis:
     """The basis of all layers of a category, once on each rank; backends do not shard it."""
 
     category: str
@@ -55,7 +55,7 @@ class WeightPart:
 
 
 def directions(
-    base_OI: Tensor, basis: SharedBasis, inverse_lengths: Tensor, part: WeightPart | None = None
+    base_OI: Tensor, basis: CategoryBasis, inverse_lengths: Tensor, part: WeightPart | None = None
 ) -> Tensor:
     """U^T (n, m) = diag(1 / lambda) V^-1 W^T, in V's dtype. Collective if columns are sharded."""
     columns = None if part is None else part.columns
@@ -69,7 +69,7 @@ def directions(
 def adapted_weight(
     base_OI: Tensor,
     u_IO: Tensor,
-    basis: SharedBasis,
+    basis: CategoryBasis,
     mixing: Tensor,
     value_delta: Tensor,
     part: WeightPart | None = None,
@@ -96,7 +96,7 @@ class FRoDProduct(torch.autograd.Function):
         mixing: Tensor,
         value_delta: Tensor,
         bias_O: Tensor | None,
-        basis: SharedBasis,
+        basis: CategoryBasis,
         inverse_lengths: Tensor,
         part: WeightPart | None = None,
     ) -> Tensor:
@@ -118,7 +118,7 @@ class FRoDProduct(torch.autograd.Function):
         """Gradients of x, S, delta and bias; the weight is formed again."""
         g = grads[0]
         x, base, mixing, value_delta = ctx.saved_tensors
-        basis: SharedBasis = ctx.basis
+        basis: CategoryBasis = ctx.basis
         part: WeightPart | None = ctx.part
         u = directions(base, basis, ctx.inverse_lengths, part)
         d_x = None

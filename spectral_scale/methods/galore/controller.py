@@ -90,10 +90,10 @@ class GaLoreController:
         stats, here = self.optimizer.stats, self.optimizer.matrices_here
         self.optimizer.stats = ProjectionStats()
         if stats.projected != here or stats.renewed not in (0, self.matrices):
-            share = "" if here == self.matrices else f", {here} of them here,"
+            owned = "" if here == self.matrices else f", {here} of them here,"
             raise SpectralError(
                 f"step {self.applied_steps} projected {stats.projected} matrices and renewed "
-                f"{stats.renewed} projectors; {self.matrices}{share} were expected: GaLore is "
+                f"{stats.renewed} projectors; {self.matrices}{owned} were expected: GaLore is "
                 "partly off"
             )
         if not stats.renewed:

@@ -22,7 +22,8 @@ from spectral_scale.methods.sst.layer import SpectralLinear
 BUCKET_BYTES = 256 * 2**20
 """The most bytes of a bucket, unless one matrix alone has more."""
 
-Round = list["Bucket"]
+BucketRound = list["Bucket"]
+"""Buckets of different owners that are built at the same time and sent one after another."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Bucket:
 
 def plan_rounds(
     owners: Mapping[str, int], sizes: Mapping[str, int], limit: int | None = None
-) -> list[Round]:
+) -> list[BucketRound]:
     """Plan rounds of at most one bucket an owner; every rank makes the same plan.
 
     Args:

@@ -8,7 +8,7 @@ from spectral_scale.config.methods.frod import FORMED
 from spectral_scale.config.presets import resolve_architecture
 from spectral_scale.engine.methods import convert_model
 from spectral_scale.methods.frod.controller import FRoDController
-from spectral_scale.methods.frod.product import FRoDProduct, SharedBasis
+from spectral_scale.methods.frod.product import CategoryBasis, FRoDProduct
 from spectral_scale.methods.frod.sparsity import Pattern, draw_positions
 from spectral_scale.models.build import build_model, materialise
 from spectral_scale.models.weights import KeyedWeights
@@ -58,7 +58,7 @@ def test_formed_matrices_are_counted(dtype: torch.dtype) -> None:
     width = 512
     pattern = Pattern(draw_positions(width, 0.01, 0), width)
     v = torch.eye(width)
-    basis = SharedBasis(category="q_proj", v=v, v_inverse_t=v, pattern=pattern)
+    basis = CategoryBasis(category="q_proj", v=v, v_inverse_t=v, pattern=pattern)
     base, lengths = torch.ones(width, width, dtype=dtype), torch.ones(width)
     mixing, delta = torch.zeros(pattern.positions.shape[1]), torch.zeros(width)
     x = torch.ones(4, width, requires_grad=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spectral_scale.errors import ConfigError
+from spectral_scale.files.shipped import shipped_folder
 
 SCRIPTS = {
     "srun": "pretrain.sbatch",
@@ -17,7 +18,7 @@ SCRIPTS = {
 ONE_TASK_A_NODE = frozenset(("torchrun", "deepspeed"))
 """Launchers that start a node's ranks themselves."""
 MARK = "# <settings of a rendered script>\n"
-FOLDER = Path(__file__).parents[2] / "slurm"
+FOLDER = shipped_folder("slurm")
 
 
 def render(
@@ -38,15 +39,15 @@ def render(
         folder: where the scripts are.
 
     Raises:
-        ConfigError: the folder is not there, as in an installation without its checkout.
+        ConfigError: the folder is not there.
     """
     path = folder / SCRIPTS[launcher]
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be read ({error.strerror}); run this in a checkout of spectral_scale "
-            "(pip install --editable)"
+            f"{path} cannot be read ({error.strerror}); install spectral_scale again, from its "
+            "wheel or its checkout"
         ) from None
     for option, value in header.items():
         text = _with_option(text, option, _one_line(option, value))

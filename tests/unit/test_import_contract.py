@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "metrics": frozenset({"errors", "config"}),
     "optim": frozenset({"errors", "config", "ops", "parallel"}),
     "models": frozenset({"errors", "files", "config", "ops"}),
-    "cluster": frozenset({"errors", "parallel"}),
+    "cluster": frozenset({"errors", "files", "parallel"}),
     "methods": BELOW_BACKENDS - {"methods", "models"},
     "doctor": frozenset({"files", "cluster", "parallel"}),
     "backends": BELOW_BACKENDS,

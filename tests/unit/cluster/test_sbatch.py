@@ -45,7 +45,7 @@ def test_a_rendered_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     config = tmp_path / "a run's.yaml"
     config.write_text("train: {global_batch_size: 64, micro_batch_size: 2}\n")
     options = ["--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu", "--time", "1:00:00"]
-    run_dir = str(tmp_path / "it's $HOME")
+    run_dir = str(tmp_path / "it's `HOME` $")
     words = ["--config", str(config), *options, "--train.run_dir", run_dir]
     text = submitted(words, capsys)
     for line in ("nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "cpus-per-task=16",
@@ -92,5 +92,5 @@ def test_values_stay_on_their_line(tmp_path: Path) -> None:
         render("srun", header={"account": "a\n#SBATCH --x"}, arguments=[], environment=nothing)
     with pytest.raises(ConfigError, match="one line"):
         render("srun", header={}, arguments=[], environment={"A": "b\nc"})
-    with pytest.raises(ConfigError, match="run this in a checkout"):
+    with pytest.raises(ConfigError, match="from its wheel or its checkout"):
         render("srun", header={}, arguments=[], environment=nothing, folder=tmp_path)

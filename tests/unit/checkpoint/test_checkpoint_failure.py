@@ -5,13 +5,12 @@ import io
 import multiprocessing
 import os
 import resource
-import shutil
-from collections import namedtuple
 
 import pytest
 import torch
 
 from spectral_scale.checkpoint import format as file_format
+from spectral_scale.checkpoint import writer
 from spectral_scale.checkpoint.format import create_file
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
@@ -98,9 +97,8 @@ def test_the_kernels_own_refusal_to_write_more(checkpoints):
 
 def test_a_full_disk_is_predicted_before_a_byte_is_written(checkpoints, monkeypatch):
     checkpoints.save(1)
-    usage = namedtuple("usage", "total used free")
     needed = sum(t.numel() * t.element_size() for t in checkpoints.content(2).values())
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, needed))
+    monkeypatch.setattr(writer, "free_bytes", lambda path: needed)
     opened = []
     manager = checkpoints.manager(open_new=lambda path: opened.append(path))
     with pytest.raises(CheckpointError) as error:
@@ -109,7 +107,7 @@ def test_a_full_disk_is_predicted_before_a_byte_is_written(checkpoints, monkeypa
         assert words in str(error.value)
     assert opened == []
     assert_untouched(checkpoints, ["step_00000001"])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 3 * needed + 10**4))
+    monkeypatch.setattr(writer, "free_bytes", lambda path: 3 * needed + 10**4)
     checkpoints.save(2)
 
 

@@ -35,7 +35,7 @@ def deliver_twice(config: Any) -> dict[str, Any]:
     create_run_folder(Path(config.train.run_dir))
     run = build_from_config(config, detect_rank_info())
     store = run.controller.swap.store
-    install = store.install
+    scatter = store.scatter
     calls: dict[str, Counter[str]] = {"single": Counter(), "packed": Counter()}
     sent: dict[str, Counter[str]] = {"single": Counter(), "packed": Counter()}
     different: list[str] = []
@@ -43,19 +43,19 @@ def deliver_twice(config: Any) -> dict[str, Any]:
     def both(values: Any, *, owner: int) -> None:
         with TrafficCounter() as counter:
             for fqn, value in values.items():
-                install({fqn: value}, owner=owner)
+                scatter({fqn: value}, owner=owner)
         calls["single"] += counter.calls
         sent["single"] += counter.payload_bytes
         first = {name: tensor.clone() for name, tensor in held(run, values)}
         for _, tensor in held(run, values):
             tensor.zero_()
         with TrafficCounter() as counter:
-            install(values, owner=owner)
+            scatter(values, owner=owner)
         calls["packed"] += counter.calls
         sent["packed"] += counter.payload_bytes
         different.extend(n for n, t in held(run, values) if not t.equal(first[n]))
 
-    store.install = both
+    store.scatter = both
     loop = TrainingLoop(run, NullLog(), None)
     for batch in run.loader.steps(0, 4):
         loop._one_step(batch)
@@ -105,13 +105,13 @@ def train_in_parcels(config: Any, limit: int) -> dict[str, Any]:
 
     buckets.BUCKET_BYTES = limit
     sizes: list[int] = []
-    install = TorchStore.install
+    scatter = TorchStore.scatter
 
     def counted(store: Any, values: Any, *, owner: int) -> None:
         sizes.append(len(values))
-        install(store, values, owner=owner)
+        scatter(store, values, owner=owner)
 
-    TorchStore.install = counted  # type: ignore[method-assign]
+    TorchStore.scatter = counted  # type: ignore[method-assign]
     return train_tiny(config) | {"sizes": sizes}
 
 

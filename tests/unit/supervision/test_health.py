@@ -138,8 +138,8 @@ def test_a_step_left_out_touches_nothing_but_the_data(
 
     original = TrainLoader.steps
 
-    def without(self: TrainLoader, start: int, stop: int) -> Any:
-        for batch in original(self, start, stop + 2):
+    def without(self: TrainLoader, start: int, stop: int, **options: Any) -> Any:
+        for batch in original(self, start, stop + 2, **options):
             if batch.step not in BAD_DATA_STEPS:
                 yield batch
 

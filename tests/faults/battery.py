@@ -427,10 +427,9 @@ SECTIONS: dict[str, list[Scenario]] = {
             "a file system without locks, without fsync of folders, or that tells no free space",
             "A warning before the first step; a marker file stands for the lock, and saves go on.",
             (
-                "tests/unit/files/test_limits_of_file_systems.py::test_a_marker_stands_for_a_lock",
-                "tests/unit/files/test_limits_of_file_systems.py"
-                "::test_folders_that_cannot_be_flushed",
-                "tests/unit/files/test_limits_of_file_systems.py"
+                "tests/unit/files/test_durable_limits.py::test_a_marker_stands_for_a_lock",
+                "tests/unit/files/test_durable_limits.py::test_folders_that_cannot_be_flushed",
+                "tests/unit/files/test_durable_limits.py"
                 "::test_free_space_that_is_unknown_stops_no_save",
             ),
         ),

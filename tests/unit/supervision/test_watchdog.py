@@ -2,8 +2,6 @@
 
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,39 +113,6 @@ def test_a_run_leaves_its_last_heartbeat_and_no_empty_file(tmp_path: Path) -> No
     ):
         raise ValueError("out of range")
     assert "ValueError: out of range" in str(read_beats(tmp_path)[0].verdict)
-
-
-WATCH = """
-import os, sys, time
-from spectral_scale.supervision.launcher_watch import LauncherWatch
-watch, parent = LauncherWatch(), os.getppid()
-print("ready", flush=True)
-while os.getppid() == parent:
-    time.sleep(0.01)
-print("gone" if watch.gone() else "goes on", flush=True)
-"""
-ENDS = """
-import subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=open(sys.argv[2], "w"))
-while not open(sys.argv[2]).read():
-    time.sleep(0.01)
-"""
-
-
-@pytest.mark.parametrize(("program", "says"), [("torchrun", "gone"), ("start.sh", "goes on")])
-def test_only_the_end_of_a_launcher_counts(program: str, says: str, tmp_path: Path) -> None:
-    """A script that starts a rank in the background and ends leaves the rank alone."""
-    starter = tmp_path / program
-    starter.write_text(ENDS)
-    output = tmp_path / "output"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    subprocess.run(
-        [sys.executable, str(starter), WATCH, str(output)], check=True, env=environment, timeout=60
-    )
-    deadline = time.monotonic() + 30
-    while len(output.read_text().split("\n")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert output.read_text().split("\n")[1] == says
 
 
 def test_a_straggler_is_named_once_and_only_if_it_matters(caplog: pytest.LogCaptureFixture) -> None:

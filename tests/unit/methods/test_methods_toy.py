@@ -75,7 +75,7 @@ SPEC = MethodSpec(
     memory=_memory,
     traffic=_traffic,
 )
-CAPABILITY: dict[str, Support] = {"method=toy": Yes("tests/unit/methods/test_toy_method.py")}
+CAPABILITY: dict[str, Support] = {"method=toy": Yes("tests/unit/methods/test_methods_toy.py")}
 
 
 # -- what would be methods/toy/ ---------------------------------------------------------------

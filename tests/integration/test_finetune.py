@@ -151,7 +151,7 @@ def test_runs_without_an_adapter(
     changes = FROD | {"spectral__train_dense": True, "train__steps": 1}
     assert finetune(corpus, run_dir, folder, **changes) == 0
     assert main(["export", str(run_dir), "--adapter", "--output", str(output)]) == 78
-    assert "trained embeddings, norms and biases, too" in capsys.readouterr().err
+    assert "also trained embeddings, norms and biases" in capsys.readouterr().err
     lora = folder.parent / "run"
     assert main(["export", str(lora), "--adapter", "--output", str(output)]) == 78
     assert "spectral.method=full, and adapters are FRoD's" in capsys.readouterr().err

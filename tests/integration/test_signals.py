@@ -80,7 +80,8 @@ def test_the_step_is_finished_saved_and_continued(
     number: signal.Signals,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = signal.getsignal(number)
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, before)  # tests may be run under nohup, which ignores SIGHUP
     words = ["train", *tiny_words(corpus, tmp_path, **CHANGES)]
     signal_self_in_step(SIGNALLED, [number])
     assert main(words) == 75

@@ -25,7 +25,7 @@ def count_products_in_place(model: nn.Module) -> None:
     """Let DeepSpeed's flops profiler see the products of SST layers that it misses.
 
     It counts by replacing torch's functions, among them the products `@` and `addmm`, but not
-    `addmm_`, by which `layers.sst_product` adds to an output in place. Only active while it runs.
+    `addmm_`, by which `methods.sst.product` adds to an output in place. Only active while it runs.
     """
     for layer in spectral_layers(model).values():
         layer.register_forward_hook(_add_missed)

@@ -50,7 +50,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_killed_runs_end_with_the_same_losses(corpus: Path, tmp_path: Path) -> None:
     straight = start(arguments(corpus, tmp_path / "straight"))
     straight.join()

@@ -35,7 +35,7 @@ class BlockLinear:
 
     @property
     def path(self) -> str:
-        """Its name within the block."""
+        """Dotted name of the linear within its block."""
         return f"{self.parent}.{self.name}" if self.parent else self.name
 
     @property

@@ -68,7 +68,7 @@ def keep_until_exit(group: dist.ProcessGroup | None) -> None:
 
 
 def separate(collective: Collective) -> Collective:
-    """The same ranks over a gloo group of their own. Collective.
+    """A second gloo group of the ranks of `collective`. Collective.
 
     Collectives of two threads on one group could meet in a different order on each rank.
     """

@@ -77,8 +77,8 @@ class ZeroShards(ParameterShards):
         return self._nothing if fragment is None else fragment.master
 
     def moments(self, fqn: str) -> Mapping[str, Tensor]:
-        """Those of the master; none where this rank keeps no master, or the owners of a method's
-        matrices keep them."""
+        """Moments of the master, by name; empty where this rank keeps no master, or where
+        the owners of a method's matrices keep them."""
         fragment = self.fragments[fqn]
         if fragment is None:
             return {}

@@ -25,13 +25,13 @@ from spectral_scale.backends.megatron.gpt_weights import megatron_weights
 from spectral_scale.backends.megatron.layers import (
     SpectralColumnParallelLinear,
     SpectralRowParallelLinear,
-    autocast,
 )
 from spectral_scale.backends.megatron.matrix import Completion
 from spectral_scale.backends.megatron.spec import spectral_gpt_block_spec
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
 from spectral_scale.methods.convert import spectral_layers
+from spectral_scale.methods.layer import in_product_dtype
 from spectral_scale.ops.labels import IGNORED_LABEL
 from spectral_scale.parallel.table import ParameterTable
 from spectral_scale.parallel.tensor_parallel_table import local_rectangle, sharded_dimension
@@ -155,7 +155,7 @@ def take_place(model: PreTrainedModel, gpt: nn.Module, table: ParameterTable) ->
 def _cast_as_autocast(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """megatron-core's dense linear scatters an input's gradient in the input's own precision, and
     fails under autocast if that is another one than the product's."""
-    return (autocast(inputs[0]), *inputs[1:])
+    return (in_product_dtype(inputs[0]), *inputs[1:])
 
 
 def _matrix(module: Any, target: str) -> nn.Module:

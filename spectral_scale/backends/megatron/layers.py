@@ -25,6 +25,7 @@ from torch import Tensor
 from spectral_scale.backends.megatron.fused import Fused, FusedLayout
 from spectral_scale.backends.megatron.matrix import MatrixSettings, SpectralMatrix
 from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.methods.layer import in_product_dtype
 from spectral_scale.parallel.tensor_parallel_table import factor_sharded_dim
 
 
@@ -86,7 +87,7 @@ class SpectralColumnParallelLinear(ColumnParallelLinear):
         """[s, b, in] (its part of s under sequence parallelism) -> output and bias, as the base."""
         if weight is not None:
             raise SpectralError("a spectral layer takes no weight from outside")
-        x = autocast(input_)
+        x = in_product_dtype(input_)
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
         else:
@@ -152,7 +153,7 @@ class SpectralRowParallelLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, this rank's part of in, or in] -> output and bias, as the base."""
-        x = autocast(input_)
+        x = in_product_dtype(input_)
         if not self.input_is_parallel:
             x = scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
         y = self.matrix(x, add_bias=False)
@@ -199,12 +200,6 @@ def _required(settings: MatrixSettings | None) -> MatrixSettings:
 
 def _device(config: Any) -> torch.device:
     return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
-
-
-def autocast(x: Tensor) -> Tensor:
-    """x in autocast's precision where autocast is on."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _mark(tensor: Any, **attributes: Any) -> None:

@@ -92,7 +92,7 @@ class MegatronShards(ParameterShards):
         return found[0].detach().view(-1)
 
     def moments(self, fqn: str) -> Mapping[str, Tensor]:
-        """Those of what is stepped; none where others step all of it."""
+        """Moments of the range that this rank steps, by name; empty where other ranks step it."""
         found = self._masters.stepped(self._parameters[fqn])
         return {} if found is None else {key: found[2][key].view(-1) for key in MOMENTS}
 

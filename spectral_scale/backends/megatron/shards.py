@@ -92,9 +92,12 @@ class MegatronShards(ParameterShards):
         return found[0].detach().view(-1)
 
     def moments(self, fqn: str) -> Mapping[str, Tensor]:
-        """Moments of the range that this rank steps, by name; empty where other ranks step it."""
+        """Moments of the range that this rank steps, by name; without elements where other ranks
+        step it, so that all ranks list the same names."""
         found = self._masters.stepped(self._parameters[fqn])
-        return {} if found is None else {key: found[2][key].view(-1) for key in MOMENTS}
+        if found is None:
+            return {key: torch.empty(0, device=self.device) for key in MOMENTS}
+        return {key: found[2][key].view(-1) for key in MOMENTS}
 
     def step_counts(self) -> Iterator[tuple[Tensor, Sequence[str]]]:
         """One of each parameter of which this rank steps anything."""

@@ -71,6 +71,10 @@ class FactoredLinear(nn.Module):
         """Logical shapes of the factors the optimizer sees, whatever a host did to the storage."""
         raise NotImplementedError
 
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical shapes of the frozen parameters that owners send, whatever a host did to them."""
+        raise NotImplementedError
+
     def effective_weight(self) -> Tensor:
         """The dense weight (out, in) this layer stands for, in the trained factors' dtype."""
         raise NotImplementedError

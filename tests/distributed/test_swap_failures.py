@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spectral_scale.methods.sst.phases import PHASES
+from spectral_scale.methods.phases import PHASES
 from spectral_scale.testing.distributed import RankError, run_distributed
 from spectral_scale.testing.tiny import tiny_config, train_tiny
 
@@ -39,7 +39,7 @@ def die_in(config: Any, victim: int, phase: str, iteration: int) -> dict[str, An
 
     import torch.distributed as dist
 
-    from spectral_scale.methods.sst.phases import PhaseClock
+    from spectral_scale.methods.phases import PhaseClock
 
     entered = PhaseClock.start
     here = int(os.environ["RANK"]) == victim

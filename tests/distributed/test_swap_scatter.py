@@ -99,7 +99,7 @@ def sum_of(ranks: list[dict[str, Any]], what: str, way: str) -> int:
 
 def train_in_parcels(config: Any, limit: int) -> dict[str, Any]:
     """Train with buckets of `limit` bytes; the calls of the store at each delivery."""
-    from spectral_scale.methods.sst import buckets as buckets
+    from spectral_scale.methods import buckets as buckets
     from spectral_scale.parallel.store import TorchStore
     from spectral_scale.testing.tiny import train_tiny
 

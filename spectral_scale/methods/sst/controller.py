@@ -16,9 +16,9 @@ from spectral_scale.methods.convert import spectral_layers
 from spectral_scale.methods.layer import weights_set_aside
 from spectral_scale.methods.lr_ramp import ramp_learning_rates
 from spectral_scale.methods.owners import assign_owners
+from spectral_scale.methods.phases import OwnerWork, PhaseClock
 from spectral_scale.methods.schedule import SpectralSchedule
 from spectral_scale.methods.sst.bank import SpectralBank
-from spectral_scale.methods.sst.phases import OwnerWork, PhaseClock
 from spectral_scale.methods.sst.report import SwapReport
 from spectral_scale.methods.sst.swap import Swap
 from spectral_scale.parallel.collective import Collective, SingleProcess

@@ -26,19 +26,13 @@ import torch
 from torch import Tensor
 
 from spectral_scale.config.schema import SpectralConfig
-from spectral_scale.errors import SpectralError
+from spectral_scale.methods.delivery import Delivery
+from spectral_scale.methods.phases import OwnerWork, PhaseClock
 from spectral_scale.methods.schedule import SpectralSchedule
 from spectral_scale.methods.sst.bank import SpectralBank
-from spectral_scale.methods.sst.buckets import (
-    Bucket,
-    plan_rounds,
-    scattered_bytes,
-    scattered_leaves,
-)
 from spectral_scale.methods.sst.checks import check_counts, prove_scattered
 from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.methods.sst.moments import Change, Held, held, update_all_moments
-from spectral_scale.methods.sst.phases import OwnerWork, PhaseClock
 from spectral_scale.methods.sst.report import SwapReport
 from spectral_scale.methods.sst.spectrum import LayerSpectrum, describe
 from spectral_scale.parallel.collective import Collective
@@ -82,7 +76,7 @@ class Swap:
             if work.problem is None and self.schedule.starts_round(iteration, self._offset(name)):
                 with self.clock.phase("decompose"), work.on(name):
                     self._redecompose(name, report)
-        self._agree(work.problem, "boundary")
+        self._delivery.agree(work.problem, "boundary")
         self._gather_spectra(spectra, report)
         self.begin(iteration, report)
         check_counts(report, self.layers, self.config.spectral_rank)
@@ -103,7 +97,7 @@ class Swap:
                 before = self._held(name)
                 report.swapped_triplets += self._draw(name, iteration)
                 changes[name] = before, self._held(name), self.bank[name].sigma.numel()
-        self._agree(work.problem, "sampling")
+        self._delivery.agree(work.problem, "sampling")
         self.scatter(trained=True)
         report.layers = len(self.layers)
         report.active_triplets = sum(x.trained_shapes()["u"][1] for x in self.layers.values())
@@ -122,19 +116,7 @@ class Swap:
 
     def scatter(self, *, trained: bool) -> None:
         """Scatter the owners' frozen values, and factors if `trained`, into every rank's layers."""
-        sizes = {name: scattered_bytes(layer) for name, layer in self.layers.items()}
-        for buckets in plan_rounds(self.owners, sizes):
-            work = OwnerWork()
-            built: dict[str, Tensor] = {}
-            for name in (n for b in buckets if b.owner == self.collective.rank for n in b.names):
-                if work.problem is not None:
-                    break
-                with self.clock.phase("rebuild"), work.on(name):
-                    built |= self._build(name, trained)
-            self._agree(work.problem, "rebuild")
-            for bucket in buckets:
-                with self.clock.phase("deliver"):
-                    self._scatter_bucket(bucket, built, trained)
+        self._delivery.scatter(self._build, trained=trained)
 
     # -- the owner's work -------------------------------------------------------------------
 
@@ -177,28 +159,16 @@ class Swap:
         return self.bank.draw(name, self.config, seed=self.seed, position=position)
 
     def _build(self, name: str, trained: bool) -> dict[str, Tensor]:
-        """The new values of a layer by fqn; frozen ones in the dtype in which they are sent."""
+        """The new values of a layer by leaf; frozen ones in the dtype in which they are sent."""
         layer = self.layers[name]
         factored = layer.residual is None
         found = self.bank.frozen_values(name, factored=factored)
         found = {leaf: v.to(getattr(layer, leaf).dtype) for leaf, v in found.items()}
         if trained:
             found |= self.bank.trained_values(name, all_sigma=factored)
-        return {f"{name}.{leaf}": value for leaf, value in found.items()}
+        return found
 
     # -- what ranks do together -------------------------------------------------------------
-
-    def _scatter_bucket(self, bucket: Bucket, built: Mapping[str, Tensor], trained: bool) -> None:
-        mine = bucket.owner == self.collective.rank
-        fqns = [
-            f"{name}.{leaf}"
-            for name in bucket.names
-            for leaf in scattered_leaves(self.layers[name], trained=trained)
-        ]
-        values = {fqn: built[fqn] if mine else None for fqn in fqns}
-        self.store.scatter(values, owner=bucket.owner)
-        for name in bucket.names:
-            self.layers[name].ready = True
 
     def _sum_counts(self, report: SwapReport) -> None:
         mine = [report.swapped_triplets, report.redecomposed, report.kept_factors]
@@ -213,12 +183,6 @@ class Swap:
         merged = {name: item for of_rank in gathered for name, item in of_rank.items()}
         report.spectra = {n: LayerSpectrum(**merged[n]) for n in self.layers if n in merged}
 
-    def _agree(self, problem: str | None, what: str) -> None:
-        with self.clock.phase("agree"):
-            agreed = self.collective.agree(problem, what=what)
-        if agreed is not None:
-            raise SpectralError(agreed)
-
     def _prove(self, report: SwapReport) -> None:
         prove_scattered(
             report,
@@ -231,6 +195,16 @@ class Swap:
         self._proven = True
 
     # -- small parts ------------------------------------------------------------------------
+
+    @property
+    def _delivery(self) -> Delivery:
+        return Delivery(
+            layers=self.layers,
+            owners=self.owners,
+            store=self.store,
+            collective=self.collective,
+            clock=self.clock,
+        )
 
     @property
     def _device(self) -> torch.device:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
 
-from spectral_scale.methods.sst.layer import SpectralLinear
+from spectral_scale.methods.layer import FactoredLinear
 
 BUCKET_BYTES = 256 * 2**20
 """The most bytes of a bucket, unless one matrix alone has more."""
@@ -60,13 +60,13 @@ def plan_rounds(
     return [[b for b in buckets if b is not None] for buckets in zip_longest(*by_owner)]
 
 
-def scattered_leaves(layer: SpectralLinear, *, trained: bool) -> list[str]:
+def scattered_leaves(layer: FactoredLinear, *, trained: bool) -> list[str]:
     """Names of the layer's parameters that a swap overwrites: the frozen ones, and the trained ones
     if `trained`."""
     return [*(layer.trained_shapes() if trained else ()), *layer.frozen_shapes()]
 
 
-def scattered_bytes(layer: SpectralLinear) -> int:
+def scattered_bytes(layer: FactoredLinear) -> int:
     """Bytes of the parameters that a swap overwrites, however the backend shards them."""
     shapes = layer.trained_shapes() | layer.frozen_shapes()
     return sum(prod(s) * getattr(layer, leaf).element_size() for leaf, s in shapes.items())

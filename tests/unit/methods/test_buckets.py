@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spectral_scale import SpectralConfig, SpectralController, convert, param_groups
-from spectral_scale.methods.sst import buckets as buckets
-from spectral_scale.methods.sst.buckets import plan_rounds, scattered_bytes
+from spectral_scale.methods import buckets as buckets
+from spectral_scale.methods.buckets import plan_rounds, scattered_bytes
 from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.testing.memory import PeakMemory
 

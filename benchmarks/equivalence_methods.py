@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "frod": {"spectral__targets": "[q_proj,k_proj,v_proj,out_proj,fc1]"},
 }
 CLIPPED = {"optimizer__clip_grad_norm": 0.1}
-OTHERS = ("residual", "tensor", "bf16")
+OTHERS = ("residual", "tensor", "bf16", "fp64")
 PLAIN = [name for name in BACKENDS if not any(word in name for word in OTHERS)]
 
 

@@ -9,10 +9,10 @@ On megatron-core, replicated tensors are also compared bit for bit after every s
 agree with those of one process within 1e-5; in bf16, where DeepSpeed computes everything in bf16
 and one process only products, within 1e-3.
 
-The rows in fp64 train for 45 steps that include two swaps and a re-SVD, and must agree within 1e-12:
-the backends compute the same, and what differs in fp32 is rounding alone. Rounding grows with
-steps, rates and width in any training: [equivalence_rounding.md](equivalence_rounding.md) measures
-how fast.
+The rows in fp64 train for 45 steps that include two swaps and a re-SVD, and must agree within
+1e-12: the backends compute the same, and what differs in fp32 is rounding alone. Rounding grows
+with steps, rates and width in any training: [equivalence_rounding.md](equivalence_rounding.md)
+measures how fast.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Trains an OPT of two blocks on two processes with 4 accumulation steps, and in one process with 2,
 on the same batches and with the same triplets drawn. Batches, blocks and vocabulary are small; the
-learning rates are those of a user, 1e-3 and for directions and singular values 2e-3. SST swaps after
-16 and 32 steps, the second time with a re-SVD.
+learning rates are those of a user: 1e-3, and 2e-3 for directions and singular values. SST swaps
+after 16 and 32 steps, the second time with a re-SVD.
 """
 
 import argparse

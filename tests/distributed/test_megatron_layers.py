@@ -56,7 +56,15 @@ def _cases() -> list[Case]:
     return found
 
 
-def _layer(case: Case, group: Any) -> Any:
+AUTOCAST = [
+    Case(kind=kind, tp=tp, storage=storage)
+    for kind in ("column", "row", "qkv", "gated")
+    for tp, storage in ((1, "factored"), (2, "residual"), (4, "factored"))
+]
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _layer(case: Case, group: Any, dtype: torch.dtype = torch.float64) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from spectral_scale.backends.megatron.layers import (
@@ -73,7 +81,7 @@ def _layer(case: Case, group: Any) -> Any:
         num_attention_heads=HEADS,
         num_query_groups=GROUPS,
         kv_channels=HEAD,
-        params_dtype=torch.float64,
+        params_dtype=dtype,
         use_cpu_initialization=True,
         tensor_model_parallel_size=case.tp,
         sequence_parallel=case.sequence_parallel,
@@ -206,6 +214,49 @@ def _compare(case: Case, group: Any) -> float:
     return float(max(errors))
 
 
+def _under_autocast(case: Case, precision: torch.dtype, group: Any) -> float:
+    """Largest distance from `nn.Linear` under autocast, in roundings of the largest entry: of the
+    output and the gradient of the input. Gradients of factors are compared with those of the plain
+    product in fp32. Infinite where a dtype is another."""
+    layer = _layer(case, group, torch.float32)
+    whole = {k: v.float().requires_grad_() for k, v in _whole_values(layer, 1).items()}
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(_part(parameter, whole[name], group))
+    for name in layer.matrix_names:
+        layer.get_submodule(name).ready = True
+    features = 16 if case.kind == "row" else WIDTH
+    x = torch.randn(SEQUENCE, BATCH, features, generator=torch.Generator().manual_seed(2))
+    plain = _reference(case, layer, whole, x)
+    g = torch.randn(plain.shape, generator=torch.Generator().manual_seed(3))
+    plain.backward(g)
+    linear = torch.nn.Linear(features, plain.shape[-1])
+    with torch.no_grad():
+        bias = _reference(case, layer, whole, torch.zeros(1, features))
+        linear.weight.copy_((_reference(case, layer, whole, torch.eye(features)) - bias).t())
+        linear.bias.copy_(bias[0])
+
+    def cut(t: Tensor) -> Tensor:
+        return t.chunk(group.size(), dim=-1)[group.rank()]
+
+    mine, expected_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    is_row = case.kind == "row"
+    with torch.autocast("cpu", precision):
+        output = layer(cut(mine) if is_row else mine)[0]
+        expected = linear(expected_x)
+    expected.backward(g.to(expected.dtype))
+    output.backward(g.to(output.dtype) if is_row else cut(g.to(output.dtype)))
+    grads = (cut(mine.grad), cut(expected_x.grad)) if is_row else (mine.grad, expected_x.grad)
+    pairs = [(output, expected if is_row else cut(expected)), grads]
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            pairs.append((parameter.grad, _part(parameter, whole[name].grad, group)))
+    if any(found.dtype != wanted.dtype for found, wanted in pairs):
+        return float("inf")
+    rounding = torch.finfo(precision).eps
+    return max(float((a - b).abs().max() / b.abs().max() / rounding) for a, b in pairs)
+
+
 def _misplaced_shards(case: Case, group: Any) -> list[str]:
     """Factors that megatron-core's own checkpoints would take for another part of the whole."""
     layer = _layer(case, group)
@@ -239,6 +290,13 @@ def _work(cases: list[dict[str, Any]]) -> list[Any]:
     shards = [Case(kind=kind, storage="factored") for kind in ("column", "row", "qkv")]
     errors.append([_misplaced_shards(case, groups[2]) for case in shards])
     errors.append(refusals.messages())
+    errors.append(
+        [
+            _under_autocast(case, precision, groups[case.tp])
+            for precision in PRECISIONS.values()
+            for case in AUTOCAST
+        ]
+    )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return errors
@@ -262,12 +320,12 @@ def ranks() -> list[list[Any]]:
 @pytest.fixture(scope="module")
 def errors(ranks: list[list[Any]]) -> dict[Case, float]:
     """Each case's largest error over all ranks."""
-    worst = [max(e) for e in zip(*(rank[:-2] for rank in ranks), strict=True)]
+    worst = [max(e) for e in zip(*(rank[:-3] for rank in ranks), strict=True)]
     return dict(zip([*_cases(), *FAULTY], worst, strict=True))
 
 
 def test_megatrons_own_checkpoints_know_the_parts(ranks: list[list[Any]]) -> None:
-    assert [rank[-2] for rank in ranks] == [[[], [], []]] * 4
+    assert [rank[-3] for rank in ranks] == [[[], [], []]] * 4
 
 
 @pytest.mark.parametrize("case", _cases(), ids=str)
@@ -275,6 +333,14 @@ def test_output_and_gradients_equal_the_plain_product(
     case: Case, errors: dict[Case, float]
 ) -> None:
     assert errors[case] < TOLERANCE
+
+
+def test_autocast_trains_them_as_it_trains_a_linear(ranks: list[list[Any]]) -> None:
+    """The same dtypes; values apart by few roundings of the precision, also those of gradients."""
+    worst = [max(e) for e in zip(*(rank[-1] for rank in ranks), strict=True)]
+    names = [(name, case) for name in PRECISIONS for case in AUTOCAST]
+    found = dict(zip(names, worst, strict=True))
+    assert {key: error for key, error in found.items() if error > 4} == {}
 
 
 @pytest.mark.parametrize("case", FAULTY, ids=str)
@@ -285,5 +351,5 @@ def test_a_broken_sum_is_seen(case: Case, errors: dict[Case, float]) -> None:
 @pytest.mark.parametrize("name", refusals.CASES)
 def test_what_cannot_be_is_refused_on_every_rank(name: str, ranks: list[list[Any]]) -> None:
     for rank in ranks:
-        assert name in rank[-1], "nothing was refused"
-        assert re.search(refusals.CASES[name][1], rank[-1][name], flags=re.DOTALL), rank[-1][name]
+        assert name in rank[-2], "nothing was refused"
+        assert re.search(refusals.CASES[name][1], rank[-2][name], flags=re.DOTALL), rank[-2][name]

@@ -152,7 +152,8 @@ class SpectralRowParallelLinear(RowParallelLinear):
             _mark(self.matrix.bias, sequence_parallel=self.sequence_parallel)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[s, b, this rank's part of in, or in] -> output and bias, as the base."""
+        """[s, b, this rank's part of in, or in] -> output and bias, as the base; under autocast an
+        output with its bias added keeps the product's dtype, as that of `nn.Linear` does."""
         x = in_product_dtype(input_)
         if not self.input_is_parallel:
             x = scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
@@ -164,7 +165,7 @@ class SpectralRowParallelLinear(RowParallelLinear):
         bias = self.matrix.bias
         if self.skip_bias_add:
             return y, bias
-        return (y if bias is None else y + bias), None
+        return (y if bias is None else y + bias.to(y.dtype)), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

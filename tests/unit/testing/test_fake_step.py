@@ -1,0 +1,36 @@
+"""A whole step of the training loop is counted on a CUDA device that is not there."""
+
+from typing import Any
+
+import pytest
+
+from spectral_scale.testing.fake_cuda import missing, on_fake_cuda
+
+needs_fake_cuda = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+def step(family: str, backend: str, world_size: int) -> dict[str, Any]:
+    """A step of one block."""
+    from spectral_scale.testing.fake_step import count_step
+
+    changes = {
+        "model.name": family,
+        "model.num_layers": 1,
+        "model.sequence_length": 64,
+        "train.micro_batch_size": 2,
+        "train.global_batch_size": 2 * world_size,
+        "parallel.backend": backend,
+    }
+    return count_step(changes, world_size)
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize(("backend", "world_size"), [("torch", 1), ("fsdp2", 8)])
+def test_an_opt_step_waits_for_the_device_once(backend: str, world_size: int) -> None:
+    found = on_fake_cuda(step, "opt-125m", backend, world_size)
+    assert found["step"]["waits"] <= 1
+    operators = found["step"]["by_operator"]
+    assert operators["_fused_adamw_"] >= 1, "the step was refused"
+    assert operators["_scaled_dot_product_flash_attention"] == 1
+    collectives = found["step"]["collectives"]
+    assert ("reduce_scatter_base" in collectives) == (backend == "fsdp2")

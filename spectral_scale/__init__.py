@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from spectral_scale.backends.fsdp2.store import FSDP2Store as FSDP2Store
     from spectral_scale.config.schema import FilterConfig as FilterConfig
     from spectral_scale.config.schema import SpectralConfig as SpectralConfig
-    from spectral_scale.methods.convert import convert as convert
     from spectral_scale.methods.convert import merge as merge
     from spectral_scale.methods.frod.adapter import load_adapter as load_adapter
     from spectral_scale.methods.frod.adapter import save_adapter as save_adapter
     from spectral_scale.methods.frod.controller import FRoDController as FRoDController
     from spectral_scale.methods.frod.layer import convert_frod as convert_frod
     from spectral_scale.methods.sst.controller import SpectralController as SpectralController
+    from spectral_scale.methods.sst.layer import convert as convert
     from spectral_scale.optim.filter.adamw import SpectralFilterAdamW as SpectralFilterAdamW
     from spectral_scale.optim.filter.spectral_filter import SpectralFilter as SpectralFilter
     from spectral_scale.optim.groups import param_groups as param_groups
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "SpectralConfig": "spectral_scale.config.schema",
-    "convert": "spectral_scale.methods.convert",
+    "convert": "spectral_scale.methods.sst.layer",
     "merge": "spectral_scale.methods.convert",
     "convert_frod": "spectral_scale.methods.frod.layer",
     "load_adapter": "spectral_scale.methods.frod.adapter",

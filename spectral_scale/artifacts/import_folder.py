@@ -22,8 +22,8 @@ from spectral_scale.data.tokens import TokenFolder, open_tokens
 from spectral_scale.engine.build import initialise_dense
 from spectral_scale.engine.data import check_vocabulary
 from spectral_scale.errors import ConfigError
-from spectral_scale.methods.convert import convert
 from spectral_scale.methods.sst.controller import SpectralController
+from spectral_scale.methods.sst.layer import convert
 from spectral_scale.models.build import build_model, materialise
 from spectral_scale.models.folder import (
     CONFIG_NAME,

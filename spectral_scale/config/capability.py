@@ -132,6 +132,10 @@ CAPABILITIES: dict[str, dict[str, Support]] = {
     **DEEPSPEED,
 }
 """Row (see `variant`) -> feature -> support; what a row does not name is refused."""
+NO_TENSOR_PARALLEL_FORM = No(
+    "its layers have no tensor-parallel form; leave parallel.tensor_parallel out"
+)
+"""The answer for a method whose specification has none, unless the row has its own reason."""
 
 
 def refusals(
@@ -145,7 +149,11 @@ def refusals(
     parallel = config.parallel
     yield from key_problems(parallel, world_size=world_size)
     row = variant(parallel, world_size=world_size)
-    supported = capabilities[row]
+    supported = dict(capabilities[row])
+    method = f"method={spec.name}"
+    if parallel.tensor_parallel > 1 and not spec.tensor_parallel:
+        told = supported.get(method)
+        supported[method] = told if isinstance(told, No) else NO_TENSOR_PARALLEL_FORM
     for feature in requested(config, spec):
         support = supported.get(feature, No("no test has shown it yet"))
         if isinstance(support, No):

@@ -1,4 +1,4 @@
-"""Dense linears to spectral layers and back, loudly: what was touched is returned and counted."""
+"""Dense linears to the layers of any method and back; what was touched is returned and counted."""
 
 import fnmatch
 import logging
@@ -8,65 +8,14 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from spectral_scale.config.methods.sst import trains_all_sigma
-from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.layer import FactoredLinear, factored_layers
-from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.parallel.dtensor_collectives import is_sharded
 
 logger = logging.getLogger(__name__)
 
 Layer = TypeVar("Layer", bound=FactoredLinear)
 _LISTED = 6
-
-
-def convert(
-    model: nn.Module,
-    config: SpectralConfig,
-    *,
-    targets: Sequence[str] | None = None,
-    frozen_dtype: torch.dtype | None = None,
-) -> dict[str, SpectralLinear]:
-    """Replace dense linears by spectral layers, in place; returns the new layers by fqn.
-
-    Works on meta models (weights are supplied later) and on real ones (each dense weight waits on
-    its layer until a SpectralController decomposes it).
-
-    Args:
-        model: converted in place.
-        config: rank, storage and gradient form.
-        targets: fnmatch patterns of module names; None takes every nn.Linear inside a numbered
-            block (`...layers.3.fc1`), which leaves embeddings and output layers dense.
-        frozen_dtype: dtype of the frozen weights; None: that of the dense weight.
-
-    Raises:
-        ConfigError: a pattern or the model yields no linear, a weight is tied, or r is too large.
-    """
-
-    def make(linear: nn.Linear) -> SpectralLinear:
-        return SpectralLinear(
-            linear.in_features,
-            linear.out_features,
-            config.spectral_rank,
-            storage=config.storage,
-            extra_sigma=config.extra_sigma,
-            enhanced=config.gradient == "enhanced",
-            active_sigma_only=not trains_all_sigma(config) and not config.extra_sigma,
-            bias=linear.bias is not None,
-            frozen_dtype=frozen_dtype,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
-
-    converted = replace_linears(model, config.spectral_rank, make, targets=targets)
-    logger.info(
-        "converted %d linear layers: %d triplets train at a time (%s storage)",
-        len(converted),
-        len(converted) * config.spectral_rank,
-        config.storage,
-    )
-    return converted
 
 
 def replace_linears(
@@ -76,10 +25,18 @@ def replace_linears(
     *,
     targets: Sequence[str] | None = None,
 ) -> dict[str, Layer]:
-    """Put `make(linear)` in the place of every targeted linear; the new layers by fqn.
+    """Put `make(linear)` in the place of every targeted linear; return the new layers by fqn.
 
-    The bias moves over, and a real (not meta) dense weight waits as `initial_weight`. Raises
-    ConfigError as `convert` does, before anything is changed.
+    The bias moves over, and a real (not meta) dense weight waits as `initial_weight`.
+
+    Args:
+        model: converted in place.
+        spectral_rank: the smallest side that a linear may have.
+        make: the layer of a method for a dense one, with its sizes, device and dtype.
+        targets: see `find_targets`.
+
+    Raises ConfigError as `find_targets` does, and for a linear that is smaller than the rank,
+    before anything is changed.
     """
     names = find_targets(model, targets)
     linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
@@ -166,11 +123,6 @@ def freeze_dense(model: nn.Module, frozen_dtype: torch.dtype) -> int:
     return len(frozen)
 
 
-def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
-    """Converted layers by fqn, in the model's order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, SpectralLinear)}
-
-
 @torch.no_grad()
 def merge(model: nn.Module) -> int:
     """Replace converted layers by dense nn.Linear, in place; returns their number."""
@@ -182,8 +134,8 @@ def merge(model: nn.Module) -> int:
             raise SpectralError(f"{name} cannot be merged: no controller gave it values")
         if any(map(is_sharded, layer.parameters())):
             raise SpectralError(
-                f"{name} cannot be merged: its weights are cut into pieces; save a checkpoint, "
-                "load it into a model that is whole, and merge that"
+                f"{name} cannot be merged: its weights are sharded; save a checkpoint, load "
+                "it into a model that is whole, and merge that"
             )
         weight = layer.effective_weight()
         dense = nn.Linear(
@@ -201,7 +153,16 @@ def merge(model: nn.Module) -> int:
 
 
 def find_targets(model: nn.Module, targets: Sequence[str] | None = None) -> list[str]:
-    """Names of the linears a method trains its way; see `convert` for `targets` and errors."""
+    """Names of the linears that a method takes.
+
+    Args:
+        model: dense; nothing is changed.
+        targets: fnmatch patterns of module names; None takes every nn.Linear inside a numbered
+            block (`...layers.3.fc1`), which leaves embeddings and output layers dense.
+
+    Raises ConfigError if a pattern matches no linear, if there is none at all, or if a weight is
+    tied to another parameter.
+    """
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     if targets is None:
         found = [name for name in linears if any(p.isdigit() for p in name.split("."))]

@@ -6,7 +6,11 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from spectral_scale.errors import SpectralError
+from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
+
+ShardedProduct = Callable[[Tensor, Tensor | None], Tensor]
+"""(inputs (tokens, in), bias or None) -> outputs (tokens, out), of a rank's shard of a layer."""
 
 
 class WeightFacts(Tensor):
@@ -68,7 +72,7 @@ class FactoredLinear(nn.Module):
         )
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Logical shapes of the factors the optimizer sees, whatever a host did to the storage."""
+        """Logical shapes of the factors the optimizer sees, however the backend shards them."""
         raise NotImplementedError
 
     def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -78,6 +82,20 @@ class FactoredLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         """The dense weight (out, in) this layer stands for, in the trained factors' dtype."""
         raise NotImplementedError
+
+    def sharded_product(self, context: TensorParallelContext) -> ShardedProduct:
+        """What a tensor-parallel rank computes of its shard; `methods.tensor_parallel` calls it.
+
+        Column-parallel: all inputs -> the rank's outputs; no bias is handed over if the layer has
+        none. Row-parallel: the rank's inputs -> its summand of all outputs, never with a bias. The
+        gradients of parameters that every rank holds whole must come out complete and equal.
+
+        Raises ConfigError if the method has no tensor-parallel form (`MethodSpec.tensor_parallel`).
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no tensor-parallel form; use another spectral.method, or "
+            "parallel.tensor_parallel=1"
+        )
 
 
 def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:

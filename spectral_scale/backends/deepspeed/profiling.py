@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectral_scale.methods.convert import spectral_layers
+from spectral_scale.methods.sst.layer import spectral_layers
 
 MEASURES = ("flops_profiler", "comms_logger")
 """Sections with a switch `enabled`."""

@@ -30,8 +30,8 @@ from spectral_scale.backends.megatron.matrix import Completion
 from spectral_scale.backends.megatron.spec import spectral_gpt_block_spec
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
-from spectral_scale.methods.convert import spectral_layers
 from spectral_scale.methods.layer import in_product_dtype
+from spectral_scale.methods.sst.layer import spectral_layers
 from spectral_scale.ops.labels import IGNORED_LABEL
 from spectral_scale.parallel.table import ParameterTable
 from spectral_scale.parallel.tensor_parallel_table import local_rectangle, sharded_dimension

@@ -19,7 +19,7 @@ from spectral_scale.backends.megatron.matrix import Completion, MatrixSettings, 
 from spectral_scale.backends.megatron.spec import unsupported
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError
-from spectral_scale.methods.convert import spectral_layers
+from spectral_scale.methods.sst.layer import spectral_layers
 from spectral_scale.ops.keyed_random import keyed_seed
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from spectral_scale.backends.megatron.optimizer import Masters
 from spectral_scale.backends.megatron.partitioning import sharded_dim_of
 from spectral_scale.backends.megatron.shards import MegatronShards
 from spectral_scale.errors import ConfigError
-from spectral_scale.methods.convert import spectral_layers
 from spectral_scale.methods.owners import assign_owners
+from spectral_scale.methods.sst.layer import spectral_layers
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into, unpack

@@ -112,7 +112,8 @@ class MethodSpec:
     """Nodes of the spectral filter for which it leaves nothing to filter -> why, and what to do.
     Methods that convert linears refuse them only where no dense linear of the blocks trains."""
     tensor_parallel: bool = True
-    """Whether its layers can be sharded over tensor-parallel ranks."""
+    """Whether its layers, if it has any, compute over tensor-parallel ranks
+    (`FactoredLinear.sharded_product`); otherwise every run that asks for it is refused."""
     own_optimizer: bool = False
     """Whether it steps with an optimizer of its own in the place of AdamW."""
 

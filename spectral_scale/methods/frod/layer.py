@@ -18,10 +18,12 @@ from spectral_scale.methods.convert import replace_linears
 from spectral_scale.methods.frod.product import (
     CategoryBasis,
     FRoDProduct,
+    WeightShard,
     adapted_weight,
     directions,
 )
-from spectral_scale.methods.layer import FactoredLinear, in_product_dtype
+from spectral_scale.methods.layer import FactoredLinear, ShardedProduct, in_product_dtype
+from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 from spectral_scale.parallel.table import Role
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class FRoDLinear(FactoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's.
 
-        Over tensor-parallel ranks: see `frod.tensor_parallel`.
+        Over tensor-parallel ranks: see `methods.tensor_parallel`.
         """
         if self.sharded_forward is not None:
             return self.sharded_forward(x)
@@ -101,6 +103,27 @@ class FRoDLinear(FactoredLinear):
                 "create the FRoDController after convert_frod() and before the first forward"
             )
         return self.basis, self.inverse_lengths
+
+    def sharded_product(self, context: TensorParallelContext) -> ShardedProduct:
+        """The basis and the coefficients are whole on every rank. Column-parallel: U's rows are
+        where W's are, and nothing but the gradients of the coefficients is summed. Row-parallel: U
+        needs all columns of W, so that each pass sums m n elements, once."""
+
+        def product(x: Tensor, bias: Tensor | None) -> Tensor:
+            basis, inverse_lengths = self.shared()
+            width = x.shape[-1]
+            columns = slice(context.index * width, (context.index + 1) * width)
+            y: Tensor = FRoDProduct.apply(
+                x,
+                *(context.local(p) for p in (self.base, self.mixing, self.value_delta)),
+                bias,
+                basis,
+                inverse_lengths,
+                WeightShard(None if context.column_parallel else columns, context.sum),
+            )
+            return y
+
+        return product
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical shapes of the coefficients, however the backend shards them."""

@@ -40,7 +40,7 @@ class CategoryBasis:
 
 
 @dataclass(frozen=True)
-class WeightPart:
+class WeightShard:
     """The shard of a weight on a tensor-parallel rank: some of its rows, or some of its columns.
 
     A rank with rows of W forms the same rows of U alone. Each entry of U needs all columns of W, so
@@ -55,14 +55,14 @@ class WeightPart:
 
 
 def directions(
-    base_OI: Tensor, basis: CategoryBasis, inverse_lengths: Tensor, part: WeightPart | None = None
+    base_OI: Tensor, basis: CategoryBasis, inverse_lengths: Tensor, shard: WeightShard | None = None
 ) -> Tensor:
     """U^T (n, m) = diag(1 / lambda) V^-1 W^T, in V's dtype. Collective if columns are sharded."""
-    columns = None if part is None else part.columns
+    columns = None if shard is None else shard.columns
     v_inverse_t = basis.v_inverse_t if columns is None else basis.v_inverse_t[columns]
     u = v_inverse_t.t() @ base_OI.to(basis.v.dtype).t()
-    if part is not None and columns is not None:
-        u = part.sum(u)
+    if shard is not None and columns is not None:
+        u = shard.sum(u)
     return u.mul_(inverse_lengths[:, None])
 
 
@@ -72,17 +72,17 @@ def adapted_weight(
     basis: CategoryBasis,
     mixing: Tensor,
     value_delta: Tensor,
-    part: WeightPart | None = None,
+    shard: WeightShard | None = None,
 ) -> Tensor:
     """W + U (S + diag(delta)) V^T (m, n), in V's dtype; exactly W if both are zero."""
     inner = basis.pattern.apply(mixing, u_IO)
     inner.addcmul_(u_IO, value_delta.to(u_IO.dtype)[:, None])
-    return torch.addmm(base_OI.to(u_IO.dtype), inner.t(), _here(basis.v, part).t())
+    return torch.addmm(base_OI.to(u_IO.dtype), inner.t(), _here(basis.v, shard).t())
 
 
-def _here(v: Tensor, part: WeightPart | None) -> Tensor:
+def _here(v: Tensor, shard: WeightShard | None) -> Tensor:
     """The rows of V that belong to the weight's columns on this rank."""
-    return v if part is None or part.columns is None else v[part.columns]
+    return v if shard is None or shard.columns is None else v[shard.columns]
 
 
 class FRoDProduct(torch.autograd.Function):
@@ -98,16 +98,16 @@ class FRoDProduct(torch.autograd.Function):
         bias_O: Tensor | None,
         basis: CategoryBasis,
         inverse_lengths: Tensor,
-        part: WeightPart | None = None,
+        shard: WeightShard | None = None,
     ) -> Tensor:
         """The output in x's dtype; the weight is formed in V's dtype and rounded once.
 
         A shard of rows gives its rows' outputs, one of columns its inputs' summand of all outputs.
         """
-        u = directions(base_OI, basis, inverse_lengths, part)
-        weight = adapted_weight(base_OI, u, basis, mixing, value_delta, part).to(x_TI.dtype)
+        u = directions(base_OI, basis, inverse_lengths, shard)
+        weight = adapted_weight(base_OI, u, basis, mixing, value_delta, shard).to(x_TI.dtype)
         ctx.save_for_backward(x_TI, base_OI, mixing, value_delta)
-        ctx.basis, ctx.inverse_lengths, ctx.part = basis, inverse_lengths, part
+        ctx.basis, ctx.inverse_lengths, ctx.shard = basis, inverse_lengths, shard
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         bias = None if bias_O is None else bias_O.to(x_TI.dtype)
         return torch.nn.functional.linear(x_TI, weight, bias)
@@ -119,15 +119,15 @@ class FRoDProduct(torch.autograd.Function):
         g = grads[0]
         x, base, mixing, value_delta = ctx.saved_tensors
         basis: CategoryBasis = ctx.basis
-        part: WeightPart | None = ctx.part
-        u = directions(base, basis, ctx.inverse_lengths, part)
+        shard: WeightShard | None = ctx.shard
+        u = directions(base, basis, ctx.inverse_lengths, shard)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = g @ adapted_weight(base, u, basis, mixing, value_delta, part).to(g.dtype)
-        h = _here(basis.v, part).t() @ (x.t() @ g).to(u.dtype)
+            d_x = g @ adapted_weight(base, u, basis, mixing, value_delta, shard).to(g.dtype)
+        h = _here(basis.v, shard).t() @ (x.t() @ g).to(u.dtype)
         d_mixing, d_delta = basis.pattern.products(u, h), (u * h).sum(1)
-        if part is not None:
-            both = part.sum(torch.cat([d_mixing, d_delta]))
+        if shard is not None:
+            both = shard.sum(torch.cat([d_mixing, d_delta]))
             d_mixing, d_delta = both.split([d_mixing.numel(), d_delta.numel()])
         d_mixing, d_delta = d_mixing.to(mixing.dtype), d_delta.to(value_delta.dtype)
         d_bias = column_sums(g, ctx.bias_dtype) if ctx.needs_input_grad[4] else None

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from spectral_scale.config.methods.sst import iterations_per_round
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.methods.convert import spectral_layers
 from spectral_scale.methods.layer import weights_set_aside
 from spectral_scale.methods.lr_ramp import ramp_learning_rates
 from spectral_scale.methods.owners import assign_owners
 from spectral_scale.methods.phases import OwnerWork, PhaseClock
 from spectral_scale.methods.schedule import SpectralSchedule
 from spectral_scale.methods.sst.bank import SpectralBank
+from spectral_scale.methods.sst.layer import spectral_layers
 from spectral_scale.methods.sst.report import SwapReport
 from spectral_scale.methods.sst.swap import Swap
 from spectral_scale.parallel.collective import Collective, SingleProcess

@@ -3,15 +3,23 @@
 Knows nothing of schedules, banks, optimizers or processes.
 """
 
+import logging
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from spectral_scale.config.methods.sst import trains_all_sigma
+from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
-from spectral_scale.methods.layer import FactoredLinear, in_product_dtype
-from spectral_scale.methods.sst.product import SpectralProduct
+from spectral_scale.methods.convert import replace_linears
+from spectral_scale.methods.layer import FactoredLinear, ShardedProduct, in_product_dtype
+from spectral_scale.methods.sst.product import Bottleneck, SpectralProduct
+from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 from spectral_scale.parallel.table import Role
+
+logger = logging.getLogger(__name__)
 
 
 class SpectralLinear(FactoredLinear):
@@ -79,7 +87,7 @@ class SpectralLinear(FactoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's.
 
-        Over tensor-parallel ranks: see `sst.tensor_parallel`.
+        Over tensor-parallel ranks: see `methods.tensor_parallel`.
         """
         if self.sharded_forward is not None:
             return self.sharded_forward(x)
@@ -106,6 +114,26 @@ class SpectralLinear(FactoredLinear):
                 "create the SpectralController after convert() and before the first forward"
             )
         return in_product_dtype(x)
+
+    def sharded_product(self, context: TensorParallelContext) -> ShardedProduct:
+        """Column-parallel: this rank's rows of u and of the residual; row-parallel: its rows of v
+        and columns of the residual."""
+        bottleneck, local = Bottleneck(context.sharding, context.sum), context.local
+
+        def product(x: Tensor, bias: Tensor | None) -> Tensor:
+            y: Tensor = SpectralProduct.apply(
+                self.prepared(x),
+                *(None if p is None else local(p) for p in (self.residual, self.u, self.v)),
+                *(None if p is None else local(p) for p in (self.u_fixed, self.v_fixed)),
+                local(self.sigma),
+                bias,
+                self.enhanced,
+                self.active_sigma_only,
+                bottleneck,
+            )
+            return y
+
+        return product
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical shapes of the factors the optimizer sees, however the backend shards them."""
@@ -142,3 +170,56 @@ class SpectralLinear(FactoredLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"spectral_rank={self.spectral_rank}, storage={storage}, bias={self.bias is not None}"
         )
+
+
+def convert(
+    model: nn.Module,
+    config: SpectralConfig,
+    *,
+    targets: Sequence[str] | None = None,
+    frozen_dtype: torch.dtype | None = None,
+) -> dict[str, SpectralLinear]:
+    """Replace dense linears by spectral layers, in place; returns the new layers by fqn.
+
+    Works on meta models (weights are supplied later) and on real ones (each dense weight waits on
+    its layer until a SpectralController decomposes it).
+
+    Args:
+        model: converted in place.
+        config: rank, storage and gradient form.
+        targets: fnmatch patterns of module names; None takes every nn.Linear inside a numbered
+            block (`...layers.3.fc1`), which leaves embeddings and output layers dense.
+        frozen_dtype: dtype of the frozen weights; None: that of the dense weight.
+
+    Raises:
+        ConfigError: a pattern or the model yields no linear, a weight is tied, or r is too large.
+    """
+
+    def make(linear: nn.Linear) -> SpectralLinear:
+        return SpectralLinear(
+            linear.in_features,
+            linear.out_features,
+            config.spectral_rank,
+            storage=config.storage,
+            extra_sigma=config.extra_sigma,
+            enhanced=config.gradient == "enhanced",
+            active_sigma_only=not trains_all_sigma(config) and not config.extra_sigma,
+            bias=linear.bias is not None,
+            frozen_dtype=frozen_dtype,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+
+    converted = replace_linears(model, config.spectral_rank, make, targets=targets)
+    logger.info(
+        "converted %d linear layers: %d triplets train at a time (%s storage)",
+        len(converted),
+        len(converted) * config.spectral_rank,
+        config.storage,
+    )
+    return converted
+
+
+def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
+    """Converted layers by fqn, in the model's order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SpectralLinear)}

@@ -5,8 +5,8 @@ from torch import nn
 
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.methods.base import ControllerParts, Method, target_patterns
-from spectral_scale.methods.convert import convert
 from spectral_scale.methods.sst.controller import SpectralController
+from spectral_scale.methods.sst.layer import convert
 
 
 def _convert(model: nn.Module, config: SpectralConfig, frozen_dtype: torch.dtype) -> object:

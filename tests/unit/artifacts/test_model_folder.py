@@ -13,7 +13,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from spectral_scale.artifacts import model_folder as export
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import CheckpointError, ConfigError
-from spectral_scale.methods.convert import convert
+from spectral_scale.methods.sst.layer import convert
 
 
 def make_opt() -> OPTForCausalLM:

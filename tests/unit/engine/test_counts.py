@@ -11,8 +11,8 @@ from spectral_scale.config.presets import PRESETS, Architecture
 from spectral_scale.config.schema import ModelConfig, RunConfig, SpectralConfig
 from spectral_scale.engine.counts import count_parameters, counts_of
 from spectral_scale.engine.measure import flops_per_token
-from spectral_scale.methods.convert import convert
 from spectral_scale.methods.lora.layer import convert_lora
+from spectral_scale.methods.sst.layer import convert
 from spectral_scale.metrics.flops import attention_flops_per_token, sst_linear_flops
 from spectral_scale.parallel.table import parameter_table
 

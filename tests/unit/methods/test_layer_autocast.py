@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from spectral_scale import FRoDController, SpectralConfig, SpectralController, param_groups
-from spectral_scale.methods.convert import convert
 from spectral_scale.methods.frod.layer import convert_frod
 from spectral_scale.methods.layer import factored_layers
 from spectral_scale.methods.lora.controller import LowRankController
 from spectral_scale.methods.lora.layer import convert_lora
+from spectral_scale.methods.sst.layer import convert
 
 WIDTH = 24
 METHODS: dict[str, tuple[Callable[..., object], Callable[..., object], SpectralConfig]] = {

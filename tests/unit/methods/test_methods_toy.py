@@ -228,6 +228,22 @@ def test_it_is_unknown_to_whoever_was_not_handed_it(corpus: Path, tmp_path: Path
         resolve(config, world_size=1, methods=SPECS)
 
 
+def test_its_specification_decides_whether_it_is_tensor_parallel(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """A row of the capability table that promises more is not believed."""
+    proved = {**CAPABILITIES["fsdp2+tp"], **CAPABILITY}
+    config = toy_config(corpus, tmp_path, parallel__backend="fsdp2", parallel__tensor_parallel=2)
+
+    def resolve_with(spec: MethodSpec) -> None:
+        tables = {**TABLES, "fsdp2+tp": proved}
+        resolve(config, world_size=2, methods={**SPECS, "toy": spec}, capabilities=tables)
+
+    resolve_with(replace(SPEC, tensor_parallel=True))
+    with pytest.raises(ConfigError, match=r"on fsdp2\+tp: its layers have no tensor-parallel form"):
+        resolve_with(SPEC)
+
+
 def test_what_a_new_method_touches() -> None:
     """The files that name a shipped method but are not its own are those that are listed."""
     root = Path(__file__).parents[3]

@@ -11,8 +11,8 @@ from torch import nn
 
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
-from spectral_scale.methods.convert import convert
 from spectral_scale.methods.sst.controller import SpectralController
+from spectral_scale.methods.sst.layer import convert
 from spectral_scale.models.build import build_model, compile_blocks, materialise
 from spectral_scale.models.weights import KeyedWeights
 from spectral_scale.optim.groups import param_groups

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from spectral_scale.config.presets import PRESETS, Architecture, resolve_architecture
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
 from spectral_scale.engine.build import initialise_dense
-from spectral_scale.methods.convert import convert
 from spectral_scale.methods.sst.controller import SpectralController
+from spectral_scale.methods.sst.layer import convert
 from spectral_scale.models.build import build_model, choose_attention, materialise
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
 from spectral_scale.parallel.table import parameter_table

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from spectral_scale.backends.torch.backend import TorchBackend
 from spectral_scale.config.schema import OptimizerConfig, SpectralConfig
-from spectral_scale.methods.convert import convert
 from spectral_scale.methods.sst.controller import SpectralController
+from spectral_scale.methods.sst.layer import convert
 from spectral_scale.optim.build import build_adamw, create_state
 from spectral_scale.optim.groups import kinds, param_groups
 from spectral_scale.parallel.rank_info import RankInfo

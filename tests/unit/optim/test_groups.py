@@ -10,8 +10,8 @@ from torch import nn
 from spectral_scale.config.presets import PRESETS
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
 from spectral_scale.errors import ConfigError
-from spectral_scale.methods.convert import convert
 from spectral_scale.methods.lora.layer import convert_lora
+from spectral_scale.methods.sst.layer import convert
 from spectral_scale.models.build import build_model
 from spectral_scale.optim.groups import group_kind, kinds, param_groups
 

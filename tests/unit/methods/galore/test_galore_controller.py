@@ -4,9 +4,9 @@ import pytest
 
 from spectral_scale.config.schema import OptimizerConfig, SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.methods.convert import convert
 from spectral_scale.methods.galore.controller import GaLoreController, galore_groups
 from spectral_scale.methods.galore.optimizer import GaLoreAdamW, ProjectionStats
+from spectral_scale.methods.sst.layer import convert
 
 GALORE = SpectralConfig(method="galore", spectral_rank=2, steps_per_iteration=3)
 OPTIMIZER = OptimizerConfig(lr=1e-3, spectral_lr=2e-3, weight_decay=0.1)

@@ -8,10 +8,10 @@ from torch import nn
 
 from spectral_scale.config.schema import OptimizerConfig, SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.methods.convert import convert
 from spectral_scale.methods.lora.controller import LowRankController
 from spectral_scale.methods.lora.layer import convert_lora, lora_layers
 from spectral_scale.methods.lr_ramp import ramp_learning_rates
+from spectral_scale.methods.sst.layer import convert
 from spectral_scale.optim.build import build_adamw, create_state
 from spectral_scale.optim.groups import param_groups
 

@@ -8,7 +8,7 @@ from spectral_scale import SpectralConfig, SpectralController, convert, param_gr
 from spectral_scale.config.check import check_config
 from spectral_scale.config.schema import ModelConfig, RunConfig
 from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.methods.convert import spectral_layers
+from spectral_scale.methods.sst.layer import spectral_layers
 from spectral_scale.methods.sst.moments import positions
 from spectral_scale.parallel.store import TorchStore
 

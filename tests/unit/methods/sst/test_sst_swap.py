@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from spectral_scale import SpectralConfig, SpectralController, convert, merge, param_groups
 from spectral_scale.errors import ConfigError, SpectralError
-from spectral_scale.methods.convert import spectral_layers
 from spectral_scale.methods.phases import PHASES
 from spectral_scale.methods.sst.bank import SpectralBank
+from spectral_scale.methods.sst.layer import spectral_layers
 
 LR = 1e-2
 SHAPES = [(24, 32), (32, 16)]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spectral_scale import FilterConfig, SpectralFilterAdamW, param_groups
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import CheckpointError, ConfigError, SpectralError
-from spectral_scale.methods.convert import convert
+from spectral_scale.methods.sst.layer import convert
 from spectral_scale.ops.filters import filter_matrix, response
 from spectral_scale.ops.graphs import complete_graph, knn_graph, path_graph
 from spectral_scale.ops.laplacian import dense_laplacian, eigenbasis

@@ -51,7 +51,7 @@ class NoProgressError(SpectralScaleError):
 
 
 class HealthError(SpectralScaleError):
-    """Steps that again and again cannot be applied, or copies that differ; names what it is."""
+    """Steps that again and again cannot be applied, or replicas that differ; names what it is."""
 
 
 class LostRankError(SpectralScaleError):
@@ -61,4 +61,4 @@ class LostRankError(SpectralScaleError):
 
 
 class SpectralError(SpectralScaleError):
-    """A decomposition or boundary that failed on an owner; names the matrix and the rank."""
+    """A decomposition or swap that failed on an owner; names the matrix and the rank."""

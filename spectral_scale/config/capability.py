@@ -38,12 +38,12 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def shard_group_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Ranks that share one copy of the model."""
+    """Ranks over which one replica of the model is sharded."""
     return world_size if parallel.shard_group == "auto" else parallel.shard_group
 
 
 def projection_group(parallel: ParallelConfig, world_size: int) -> int:
-    """Ranks over which GaLore's matrices are divided; 1 where each rank holds all of them."""
+    """Ranks over which GaLore's matrices are sharded; 1 where each rank holds all of them."""
     if parallel.backend == "fsdp2":
         return shard_group_size(parallel, world_size)
     return world_size if parallel.backend == "deepspeed" and zero_stage(parallel) else 1
@@ -106,14 +106,14 @@ def key_problems(parallel: ParallelConfig, *, world_size: int) -> Iterator[str]:
         )
     if parallel.sequence_parallel and parallel.tensor_parallel == 1:
         yield (
-            "parallel.sequence_parallel=true shares the sequence among tensor-parallel ranks, and "
+            "parallel.sequence_parallel=true shards the sequence over tensor-parallel ranks, and "
             "there is one; leave it out, or raise parallel.tensor_parallel"
         )
     if parallel.tensor_parallel > 1 and parallel.shard_group != "auto":
         yield (
             f"parallel.shard_group={parallel.shard_group} with parallel.tensor_parallel="
-            f"{parallel.tensor_parallel}: copies of a tensor-parallel model were not tried; leave "
-            "shard_group out"
+            f"{parallel.tensor_parallel}: replicas of a tensor-parallel model were not tried; "
+            "leave shard_group out"
         )
     group = shard_group_size(parallel, world_size)
     if backend == "fsdp2" and (group < 1 or world_size % group):

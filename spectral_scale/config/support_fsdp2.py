@@ -59,7 +59,7 @@ FSDP2_TP: dict[str, Support] = {
     "method=frod": _TP_EQUAL,
     "dense=frozen": _TP_EQUAL,
     "method=galore": No(
-        "what its owners exchange are rows of matrices, and tensor parallelism cuts columns, too; "
+        "its owners exchange rows of matrices, and tensor parallelism also shards columns; "
         "leave parallel.tensor_parallel out"
     ),
     "storage=residual": _TP_EQUAL,

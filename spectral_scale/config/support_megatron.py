@@ -41,7 +41,7 @@ MEGATRON: dict[str, Support] = {
     "precision=fp64": No("Megatron's optimizers and losses are fp32; set parallel.backend=torch"),
     "residual=replicated": _EQUAL,
     "residual=sharded": No(
-        "frozen weights are cut by tensor parallelism only; leave parallel.residual out"
+        "frozen weights are sharded by tensor parallelism only; leave parallel.residual out"
     ),
     "accumulation": _EQUAL,
     "clipping": _EQUAL,

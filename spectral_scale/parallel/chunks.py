@@ -8,7 +8,7 @@ which `range_chunks` writes as two chunks:
     model/w@2,0   offset (2, 0), shape (1, 4)    row 2
 
 `read_range` is the inverse, for any range: another number of ranks asks for other rectangles, and
-the reader cuts them out of the chunks that overlap.
+the reader takes them from the chunks that overlap.
 
 Invariant: the chunks that all ranks write of one tensor tile it, each element once
 (`shard_geometry.tiling_fault`).

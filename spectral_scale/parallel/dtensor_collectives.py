@@ -5,7 +5,7 @@ zeros to the longest one. A vector of 5 entries a b c d e over 3 ranks:
 
     shards:        [a b]  [c d]  [e]
     on the wire:   [a b]  [c d]  [e 0]
-    the owner cuts the padding off and puts each shard at its place (`DTensorLayout.rectangle`).
+    the owner drops the padding and puts each shard at its place (`DTensorLayout.rectangle`).
 
 The replica of the owner alone gathers. When values are scattered, the owner's replica takes part
 in the scatter, and each of its ranks broadcasts what it got to the ranks that hold the same shard

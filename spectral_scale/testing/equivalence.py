@@ -32,7 +32,7 @@ class Distance:
 def distance(ranks: Sequence[Mapping[str, Any]], alone: Mapping[str, Any]) -> Distance:
     """Compare the results of all ranks, put together, with those of one process.
 
-    Raises ValueError if they hold different steps or tensors, or if pieces are missing.
+    Raises ValueError if they hold different steps or tensors, or if shards are missing.
     """
     losses, expected = ranks[0]["losses"], alone["losses"]
     found, reference = assemble(ranks), assemble([alone])
@@ -72,29 +72,31 @@ def dense_weights(tensors: Tensors) -> Tensors:
 
 
 def assemble(ranks: Sequence[Mapping[str, Any]]) -> Tensors:
-    """Logical tensors from the pieces (`name@offset`) that ranks hold; frozen ones left out.
+    """Logical tensors from the shards (`name@offset`) that ranks hold; frozen ones left out.
 
     Raises ValueError if an element is held by no rank, or by two.
     """
-    pieces: dict[str, dict[tuple[int, ...], NDArray[Any]]] = {}
+    shards: dict[str, dict[tuple[int, ...], NDArray[Any]]] = {}
     for rank in ranks:
         for key, value in rank["tensors"].items():
             name, at, offset = key.partition("@")
             start = tuple(map(int, offset.split(","))) if at else (0,) * value.ndim
             if not name.startswith("frozen/") and value.size:
-                if start in pieces.setdefault(name, {}):
+                if start in shards.setdefault(name, {}):
                     raise ValueError(f"{key} is held by two ranks")
-                pieces[name][start] = value
-    return {name: _join(name, parts) for name, parts in pieces.items()}
+                shards[name][start] = value
+    return {name: _join(name, found) for name, found in shards.items()}
 
 
-def _join(name: str, parts: Mapping[tuple[int, ...], NDArray[Any]]) -> NDArray[Any]:
-    ends = [tuple(o + n for o, n in zip(start, p.shape, strict=True)) for start, p in parts.items()]
-    result = np.zeros(tuple(map(max, *ends, ends[0])), next(iter(parts.values())).dtype)
-    for start, part in parts.items():
-        result[tuple(slice(o, o + n) for o, n in zip(start, part.shape, strict=True))] = part
-    if sum(part.size for part in parts.values()) != result.size:
-        raise ValueError(f"the pieces of {name} do not cover it")
+def _join(name: str, shards: Mapping[tuple[int, ...], NDArray[Any]]) -> NDArray[Any]:
+    ends = [
+        tuple(o + n for o, n in zip(start, p.shape, strict=True)) for start, p in shards.items()
+    ]
+    result = np.zeros(tuple(map(max, *ends, ends[0])), next(iter(shards.values())).dtype)
+    for start, shard in shards.items():
+        result[tuple(slice(o, o + n) for o, n in zip(start, shard.shape, strict=True))] = shard
+    if sum(shard.size for shard in shards.values()) != result.size:
+        raise ValueError(f"the shards of {name} do not cover it")
     return result
 
 

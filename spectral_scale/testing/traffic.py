@@ -15,7 +15,7 @@ class TrafficCounter(TorchDispatchMode):
     """Counts the payload of every collective of torch.distributed in its scope, by operation.
 
     The payload is the whole message: of an all-gather its output, of a reduce-scatter its input, of
-    a scatter or gather all pieces, of a send or an all-to-all what this rank sends. A ring moves
+    a scatter or gather all shards, of a send or an all-to-all what this rank sends. A ring moves
     (N - 1) / N of it over each rank's link, an all-reduce twice that. DTensor's collectives count,
     too, under names of their own (`all_reduce` beside `allreduce`).
     """
@@ -30,7 +30,7 @@ class TrafficCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count, then call."""
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # so that what it does with its pieces is seen
+            return NotImplemented  # so that what it does with its shards is seen
         name = str(func)
         space, _, rest = name.partition(".")
         if space in ("c10d", "_c10d_functional") and not rest.startswith("wait_tensor"):
@@ -72,7 +72,7 @@ def _group(args: Any) -> dist.ProcessGroup | None:
 
 def _payload(operation: str, args: Any, group: dist.ProcessGroup | None) -> int:
     whole = group.size() if group is not None else 1
-    if operation in ("scatter", "gather"):  # both ends pass their own piece; only one has all
+    if operation in ("scatter", "gather"):  # both ends pass their own shard; only one has all
         own = args[0] if operation == "scatter" else args[1]
         return sum(t.nbytes for t in _tensors(own)) * whole
     if operation == "all_gather_into_tensor":

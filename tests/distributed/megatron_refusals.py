@@ -112,11 +112,11 @@ CASES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "stride": (lambda g: column(g, stride=2), "stride is given by what the weight fuses; leave it"),
     "no settings": (unbound, r"needs settings; make its class with layers.bound\(\)"),
     "rank": (lambda g: column(g, r=13), "16 x 12 has no 13 triplets; lower spectral_rank to 12"),
-    "gate of 15": (lambda g: column(g, "gated", size=30), "15 features cannot be shared by 2"),
+    "gate of 15": (lambda g: column(g, "gated", size=30), "15 features cannot be sharded over 2"),
     "output gate": (lambda g: column(g, "qkv", size=48), "48 outputs are not 4 queries and 2 x 2"),
     "one group": (
         lambda g: column(g, "qkv", size=24, groups=1),
-        "1 key and value heads cannot be shared by 2 .*lower the tensor-parallel size",
+        "1 key and value heads cannot be sharded over 2 .*lower the tensor-parallel size",
     ),
     "weight": (lambda g: column(g)(x, weight=x), "takes no weight from outside"),
     "not ready": (lambda g: column(g)(x), "create the SpectralController before the first"),

@@ -17,7 +17,7 @@ def create_state(inner: torch.optim.Optimizer, layout: Layout) -> None:
     """Give torch's AdamW or DeepSpeedCPUAdam its exp_avg, exp_avg_sq and step, another its own.
 
     State before the first step makes checkpoints symmetric across ranks and lets the first
-    boundary reset what it expects to reset. Flat tensors that have state are left alone.
+    swap reset what it expects to reset. Flat tensors that have state are left alone.
     Raises ConfigError for another optimizer.
     """
     if not isinstance(inner, torch.optim.AdamW | OwnState) and not is_cpu_adam(inner):

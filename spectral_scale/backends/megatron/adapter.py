@@ -1,6 +1,6 @@
 """A GPTModel behind the names of the transformers model that it computes.
 
-The transformers model stays as the tree of names: its parameters become this rank's parts of the
+The transformers model stays as the tree of names: its parameters become this rank's shards of the
 Megatron ones, so that tables, optimizer groups, checkpoints and draws speak of the same logical
 tensors as on every other backend. Its own forward is never called.
 """
@@ -53,7 +53,7 @@ class GPTForward(nn.Module):
     def token_loss_sum(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Sum of the negative log-likelihoods of `labels`, float32, on all ranks.
 
-        The logits stay in parts: each rank has those of its part of the vocabulary.
+        The logits stay sharded: each rank has those of its rows of the vocabulary.
         """
         losses: Tensor = self._call(input_ids, labels.clamp_min(0))
         return (losses * (labels != IGNORED_LABEL)).sum()
@@ -130,7 +130,7 @@ def take_place(model: PreTrainedModel, gpt: nn.Module, table: ParameterTable) ->
         table: the model's parameters with their whole shapes.
 
     Returns the number of parameters. Raises SpectralError unless every one of the model found its
-    counterpart, in the shape of this rank's part, and none of the GPTModel's is left.
+    counterpart, in the shape of this rank's shard, and none of the GPTModel's is left.
     """
     made: Any = gpt
     group = made.pg_collection.tp
@@ -140,14 +140,14 @@ def take_place(model: PreTrainedModel, gpt: nn.Module, table: ParameterTable) ->
     for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
         module: Any = gpt.get_submodule(owner)
-        for fqn in dict.fromkeys(piece.fqn for piece in weight.pieces):
+        for fqn in dict.fromkeys(region.fqn for region in weight.regions):
             target = fqn.rpartition(".")[0]
             if isinstance(module, SpectralColumnParallelLinear | SpectralRowParallelLinear):
                 _replace(model, target, _matrix(module, target))
             else:
                 setattr(model.get_submodule(target), leaf, getattr(module, leaf))
     model.tie_weights()
-    _mark_cuts(model)
+    _mark_sharded(model)
     _check(model, gpt, table, parts=group.size(), index=group.rank())
     return len(table)
 
@@ -170,8 +170,9 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _mark_cuts(model: nn.Module) -> None:
-    """megatron-core marks what is cut when it draws initial values, which it does not here."""
+def _mark_sharded(model: nn.Module) -> None:
+    """Mark sharded parameters as megatron-core does when it draws initial values, which it does not
+    here."""
     for fqn, parameter in model.named_parameters():
         dim = sharded_dimension(fqn)
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):

@@ -40,7 +40,7 @@ def convert_gpt(
 ) -> dict[str, SpectralMatrix]:
     """Replace the linears of every layer of a GPTModel, in place; the new matrices by name.
 
-    Before it is wrapped in DistributedDataParallel. Each rank's part of a dense weight waits until
+    Before it is wrapped in DistributedDataParallel. Each rank's shard of a dense weight waits until
     `MegatronStore.initial_weights` gathers it for the controller; biases move over.
 
     Args:

@@ -25,7 +25,7 @@ class FusedLayout:
     """The model's TransformerConfig."""
     output_size: int
     """Rows of the whole fused weight."""
-    parts: int
+    num_ranks: int
     """Tensor-parallel ranks."""
 
     def __post_init__(self) -> None:
@@ -37,9 +37,9 @@ class FusedLayout:
                 f"2 x {self._groups} keys and values of {self.config.kv_channels}; an output gate "
                 "is not supported"
             )
-        if self._groups % self.parts:
+        if self._groups % self.num_ranks:
             raise ConfigError(
-                f"{self._groups} key and value heads cannot be shared by {self.parts} "
+                f"{self._groups} key and value heads cannot be sharded over {self.num_ranks} "
                 "tensor-parallel ranks; lower the tensor-parallel size"
             )
 
@@ -53,11 +53,11 @@ class FusedLayout:
         queries, keys = self.config.num_attention_heads * head, self._groups * head
         return {"q_proj": queries, "k_proj": keys, "v_proj": keys}
 
-    def fuse(self, parts: list[Tensor]) -> Tensor:
+    def fuse(self, outputs: list[Tensor]) -> Tensor:
         """A rank's outputs or biases of the matrices, along the last dimension."""
         if self.kind != "qkv":
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        by_group = [p.unflatten(-1, (self._groups // self.parts, -1)) for p in parts]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        by_group = [p.unflatten(-1, (self._groups // self.num_ranks, -1)) for p in outputs]
         return torch.cat(by_group, dim=-1).flatten(-2)
 
     def split(self, fused: Tensor) -> dict[str, Tensor]:
@@ -65,10 +65,10 @@ class FusedLayout:
         names = list(self.sizes())
         if self.kind != "qkv":
             return dict(zip(names, fused.chunk(len(names)), strict=True))
-        head, groups = self.config.kv_channels, self._groups // self.parts
+        head, groups = self.config.kv_channels, self._groups // self.num_ranks
         queries = self.config.num_attention_heads // self._groups * head
-        parts = fused.unflatten(0, (groups, -1)).split([queries, head, head], dim=1)
-        return {n: p.flatten(0, 1) for n, p in zip(names, parts, strict=True)}
+        rows = fused.unflatten(0, (groups, -1)).split([queries, head, head], dim=1)
+        return {n: p.flatten(0, 1) for n, p in zip(names, rows, strict=True)}
 
     @property
     def _groups(self) -> int:

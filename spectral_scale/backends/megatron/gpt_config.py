@@ -58,8 +58,8 @@ def megatron_settings(
 
     Args:
         config: an OPTConfig or LlamaConfig; its dropouts must be 0.
-        tensor_parallel: ranks that share each matrix.
-        sequence_parallel: cut activations between the blocks' linears, too.
+        tensor_parallel: ranks over which each matrix is sharded.
+        sequence_parallel: also shard activations between the blocks' linears, along the sequence.
         dtype: of the parameters.
         device: where megatron-core allocates them.
         pad_vocabulary: add rows until `tensor_parallel` divides the vocabulary; their logits are

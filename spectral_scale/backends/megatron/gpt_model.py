@@ -26,7 +26,7 @@ def build_gpt_model(settings: MegatronSettings, layer_spec: Any | None = None) -
     """The GPTModel of `settings`; parameters are allocated, and hold no values yet.
 
     Fill them with `load_weights`. It takes position ids from 0 on, for OPT too, and gives logits
-    of this rank's part of the vocabulary, those of padding as low as the dtype goes.
+    of this rank's rows of the vocabulary, those of padding as low as the dtype goes.
 
     Args:
         settings: what `megatron_settings` returns.

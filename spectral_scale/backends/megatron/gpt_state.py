@@ -20,17 +20,17 @@ def read_parameter(weight: MegatronWeight, read: ReadTensor, *, name: str = "{fq
         name: what that calls it, e.g. `optimizer/{fqn}/exp_avg`.
     """
     result: Tensor | None = None
-    for piece in weight.pieces:
-        box = piece.logical
-        value = read(name.format(fqn=piece.fqn), offset=box.offset, shape=box.shape)
+    for region in weight.regions:
+        box = region.logical
+        value = read(name.format(fqn=region.fqn), offset=box.offset, shape=box.shape)
         if tuple(value.shape) != box.shape:
             raise ConfigError(
-                f"{piece.fqn}: elements of shape {tuple(value.shape)} were read where {box.shape} "
+                f"{region.fqn}: elements of shape {tuple(value.shape)} were read where {box.shape} "
                 "were asked for; the weights belong to another model"
             )
         if result is None:
             result = value.new_zeros(weight.shape)
-        result[_index(piece.local)] = value
+        result[_index(region.local)] = value
     if result is None:
         raise ConfigError("a rank without a token of the vocabulary; use fewer ranks")
     return result
@@ -39,18 +39,18 @@ def read_parameter(weight: MegatronWeight, read: ReadTensor, *, name: str = "{fq
 def parameter_chunks(
     weight: MegatronWeight, tensor: Tensor, *, name: str = "{fqn}"
 ) -> Iterator[TensorChunk]:
-    """The logical tensors' parts that a parameter (or moment) of this shape holds, as views.
+    """The rectangles of logical tensors in a parameter (or moment) of this shape, as views.
 
-    Of replicated parameters exactly one rank may write them.
+    Exactly one rank may write those of a replicated parameter.
     """
     if tuple(tensor.shape) != weight.shape:
         raise ConfigError(f"{name}: shape {tuple(tensor.shape)}, the map has {weight.shape}")
-    for piece in weight.pieces:
+    for region in weight.regions:
         yield TensorChunk(
-            name.format(fqn=piece.fqn),
-            tensor.detach()[_index(piece.local)],
-            piece.global_shape,
-            piece.logical.offset,
+            name.format(fqn=region.fqn),
+            tensor.detach()[_index(region.local)],
+            region.global_shape,
+            region.logical.offset,
         )
 
 
@@ -117,7 +117,7 @@ def to_transformers(
             if index == 0 or not weight.replicated:
                 for chunk in parameter_chunks(weight, state[name]):
                     chunks.setdefault(chunk.name, []).append(chunk)
-    return {fqn: _join(fqn, parts) for fqn, parts in chunks.items()}
+    return {fqn: _join(fqn, found) for fqn, found in chunks.items()}
 
 
 def _join(fqn: str, chunks: list[TensorChunk]) -> Tensor:

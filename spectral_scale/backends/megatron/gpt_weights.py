@@ -1,9 +1,9 @@
 """Where every element of a transformers model lies in the Megatron parameters of one rank.
 
 megatron-core fuses query, key and value per query group, and gate and up projection per rank; it
-cuts matrices over tensor-parallel ranks and may pad the vocabulary. The map says so as rectangles,
-so that a rank reads and writes logical tensors of the transformers model and nothing else: saved
-that way, weights and moments load at any number of ranks and on any backend.
+shards matrices over tensor-parallel ranks and may pad the vocabulary. The map says so as
+rectangles, so that a rank reads and writes logical tensors of the transformers model and nothing
+else: saved that way, weights and moments load at any number of ranks and on any backend.
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ class WeightRegion:
     global_shape: Shape
     """Shape of the whole logical tensor."""
     logical: Rectangle
-    """The part of it."""
+    """The rectangle of the logical tensor."""
     local: Rectangle
-    """Where that part lies in this rank's parameter."""
+    """The equal rectangle of this rank's parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,11 @@ class MegatronWeight:
     """One parameter of the GPTModel, as one tensor-parallel rank holds it."""
 
     shape: Shape
-    """This rank's."""
-    pieces: tuple[WeightRegion, ...]
-    """What it is made of; elements of no piece are padding, and zero."""
+    """Shape of this rank's parameter."""
+    regions: tuple[WeightRegion, ...]
+    """The rectangles it is made of; elements of no region are padding, and zero."""
     replicated: bool
-    """Whether every tensor-parallel rank holds the same."""
+    """Whether every tensor-parallel rank holds all of it."""
 
 
 WeightMap = dict[str, MegatronWeight]
@@ -55,7 +55,7 @@ def megatron_weights(
 ) -> WeightMap:
     """The map of rank `index` of `parts` tensor-parallel ranks (see `MegatronSettings`).
 
-    Raises ConfigError if something cannot be cut into equal parts.
+    Raises ConfigError if a size cannot be sharded equally.
     """
     if not 0 <= index < parts:
         raise ConfigError(f"there is no rank {index} among {parts}; give 0 to {parts - 1}")
@@ -64,7 +64,7 @@ def megatron_weights(
 
 def logical_shapes(weights: WeightMap) -> dict[str, Shape]:
     """Shape of every logical tensor, by name."""
-    return {p.fqn: p.global_shape for weight in weights.values() for p in weight.pieces}
+    return {p.fqn: p.global_shape for weight in weights.values() for p in weight.regions}
 
 
 class _Mapper:
@@ -123,15 +123,19 @@ class _Mapper:
         return (out_features, in_features) if leaf == "weight" else (out_features,)
 
     def _plain(self, fqn: str, shape: Shape) -> MegatronWeight:
-        """One logical tensor, whole or cut in equal parts."""
-        held = local_rectangle(fqn, shape, parts=self.parts, index=self.index)
-        here = Rectangle((0,) * len(shape), held.shape)
-        piece = WeightRegion(fqn=fqn, global_shape=shape, logical=held, local=here)
+        """One logical tensor: all of it, or this rank's shard of equal ones."""
+        shard = local_rectangle(fqn, shape, parts=self.parts, index=self.index)
+        here = Rectangle((0,) * len(shape), shard.shape)
+        region = WeightRegion(fqn=fqn, global_shape=shape, logical=shard, local=here)
         whole = self.parts == 1 or sharded_dimension(fqn) is None
-        return MegatronWeight(shape=held.shape, pieces=(piece,), replicated=whole)
+        return MegatronWeight(shape=shard.shape, regions=(region,), replicated=whole)
 
     def _vocabulary(self, fqn: str) -> MegatronWeight:
-        """Equal parts of the padded vocabulary; the last ones may hold padding."""
+        """Equal shards of the padded vocabulary's rows; the last ones may hold padding.
+
+        Of 5 tokens padded to 8 rows over 4 ranks, ranks 0 and 1 hold two tokens each, rank 2 one
+        token and a row of padding, rank 3 two rows of padding.
+        """
         if self.padded % self.parts or self.padded < self.a.vocab_size:
             raise ConfigError(
                 f"a vocabulary padded to {self.padded} must hold {self.a.vocab_size} tokens and be "
@@ -141,46 +145,51 @@ class _Mapper:
         start = min(self.index * rows, self.a.vocab_size)
         count = min(rows, self.a.vocab_size - start)
         shape = (self.a.vocab_size, width)
-        piece = self._rows(fqn, shape, start, count, 0)
+        region = self._rows(fqn, shape, start, count, 0)
         return MegatronWeight(
             shape=(rows, width),
-            pieces=(piece,) if count else (),
+            regions=(region,) if count else (),
             replicated=self.parts == 1,
         )
 
     def _qkv(self, of: str, leaf: str) -> MegatronWeight:
-        """Query group by query group: its queries, its key, its value."""
+        """Query group by query group: its queries, its key, its value.
+
+        With 4 query heads and 2 key and value heads the rows of the whole fused weight are, in
+        heads, q0 q1 k0 v0 q2 q3 k1 v1; of two ranks, each holds one group.
+        """
         a, d = self.a, self.a.head_size
         groups, per_group = a.num_kv_heads // self.parts, a.num_heads // a.num_kv_heads
         if a.num_kv_heads % self.parts:
             raise ConfigError(
-                f"{a.num_kv_heads} key and value heads cannot be cut into {self.parts} equal parts"
+                f"{a.num_kv_heads} key and value heads cannot be sharded equally over {self.parts} "
+                "tensor-parallel ranks"
             )
-        pieces, at = [], 0
+        regions, at = [], 0
         for group in range(self.index * groups, (self.index + 1) * groups):
             for name, heads in (("q_proj", per_group), ("k_proj", 1), ("v_proj", 1)):
                 total = a.num_heads if name == "q_proj" else a.num_kv_heads
                 shape = self._shape(leaf, total * d, a.hidden_size)
                 start, count = group * heads * d, heads * d
                 fqn = f"{of}.self_attn.{name}.{leaf}"
-                pieces.append(self._rows(fqn, shape, start, count, at))
+                regions.append(self._rows(fqn, shape, start, count, at))
                 at += count
-        return self._stacked(pieces, at, leaf)
+        return self._stacked(regions, at, leaf)
 
     def _gate_and_up(self, of: str, leaf: str) -> MegatronWeight:
-        """This rank's part of the gate, then its part of the up projection."""
+        """This rank's rows of the gate, then its rows of the up projection."""
         shape = self._shape(leaf, self.a.ffn_size, self.a.hidden_size)
-        pieces, at = [], 0
+        regions, at = [], 0
         for name in ("gate_proj", "up_proj"):
             fqn = f"{of}.mlp.{name}.{leaf}"
-            held = local_rectangle(fqn, shape, parts=self.parts, index=self.index)
-            pieces.append(self._rows(fqn, shape, held.offset[0], held.shape[0], at))
-            at += held.shape[0]
-        return self._stacked(pieces, at, leaf)
+            shard = local_rectangle(fqn, shape, parts=self.parts, index=self.index)
+            regions.append(self._rows(fqn, shape, shard.offset[0], shard.shape[0], at))
+            at += shard.shape[0]
+        return self._stacked(regions, at, leaf)
 
-    def _stacked(self, pieces: list[WeightRegion], rows: int, leaf: str) -> MegatronWeight:
+    def _stacked(self, regions: list[WeightRegion], rows: int, leaf: str) -> MegatronWeight:
         shape = self._shape(leaf, rows, self.a.hidden_size)
-        return MegatronWeight(shape=shape, pieces=tuple(pieces), replicated=self.parts == 1)
+        return MegatronWeight(shape=shape, regions=tuple(regions), replicated=self.parts == 1)
 
     def _rows(self, fqn: str, shape: Shape, start: int, count: int, at: int) -> WeightRegion:
         rest = (0,) * (len(shape) - 1)

@@ -84,7 +84,7 @@ class SpectralColumnParallelLinear(ColumnParallelLinear):
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, in] (its part of s under sequence parallelism) -> output and bias, as the base."""
+        """[s, b, in] (a shard of s under sequence parallelism) -> output and bias, as the base."""
         if weight is not None:
             raise SpectralError("a spectral layer takes no weight from outside")
         x = in_product_dtype(input_)
@@ -104,7 +104,7 @@ class SpectralColumnParallelLinear(ColumnParallelLinear):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> Any:
-        """For megatron-core's own checkpoints: every factor with the axis along which it is cut."""
+        """Every factor with the axis along which it is sharded, for megatron-core's checkpoints."""
         return _sharded_state(self, "column", prefix, sharded_offsets, metadata)
 
 
@@ -148,11 +148,11 @@ class SpectralRowParallelLinear(RowParallelLinear):
             dtype=config.params_dtype,
         )
         if self.matrix.bias is not None:
-            # Added to a part of the sequence: finalize_model_grads sums its gradient.
+            # Added to a shard of the sequence: finalize_model_grads sums its gradient.
             _mark(self.matrix.bias, sequence_parallel=self.sequence_parallel)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[s, b, this rank's part of in, or in] -> output and bias, as the base; under autocast an
+        """[s, b, this rank's shard of in, or in] -> output and bias, as the base; under autocast an
         output with its bias added keeps the product's dtype, as that of `nn.Linear` does."""
         x = in_product_dtype(input_)
         if not self.input_is_parallel:
@@ -170,7 +170,7 @@ class SpectralRowParallelLinear(RowParallelLinear):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> Any:
-        """For megatron-core's own checkpoints: every factor with the axis along which it is cut."""
+        """Every factor with the axis along which it is sharded, for megatron-core's checkpoints."""
         return _sharded_state(self, "row", prefix, sharded_offsets, metadata)
 
 
@@ -221,9 +221,9 @@ def _sharded_state(
     state = {k: v for k, v in layer.state_dict(keep_vars=True).items() if v is not None}
     for key in state:
         child, _, leaf = key.rpartition(".")
-        cut = factor_sharded_dim(kind, leaf) if child in layer.matrix_names else None
-        if cut is not None:
-            axes[key] = cut
+        dim = factor_sharded_dim(kind, leaf) if child in layer.matrix_names else None
+        if dim is not None:
+            axes[key] = dim
     return make_sharded_tensors_for_checkpoint(
         state,
         prefix,

@@ -23,7 +23,7 @@ PARTIAL = "tensor_parallel_partial"
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixSettings:
-    """What all spectral layers of a model share."""
+    """The settings of all spectral layers of a model."""
 
     spectral: SpectralConfig
     """Rank, storage and gradient form."""
@@ -31,11 +31,11 @@ class MatrixSettings:
     """bottleneck: in every backward pass, T x r elements a matrix; per_step: once a step, by
     `sum_partial_gradients`, the factor's own n x r."""
     frozen_dtype: torch.dtype | None = None
-    """Of frozen weights; None: that of the model's parameters."""
+    """Dtype of frozen weights; None: that of the model's parameters."""
 
 
 class SpectralMatrix(SpectralLinear):
-    """A SpectralLinear of which this rank holds a part; logical sizes are those of the whole.
+    """A SpectralLinear of which this rank holds a shard; logical sizes are those of the whole.
 
     Column-parallel: u (out / t, r), residual (out / t, in), bias (out / t); v and sigma whole.
     Row-parallel: v (in / t, r), residual (out, in / t); u, sigma and bias whole.
@@ -43,7 +43,7 @@ class SpectralMatrix(SpectralLinear):
     Args:
         in_features: of the whole matrix.
         out_features: of the whole matrix.
-        kind: which of its dimensions the ranks of `group` share.
+        kind: whether its outputs or its inputs are sharded over the ranks of `group`.
         bias: whether it has one.
         device: of the parameters.
         dtype: of trained parameters.
@@ -89,27 +89,27 @@ class SpectralMatrix(SpectralLinear):
         self._take_shard(torch.device(device))
         self.bottleneck = self._bottleneck(settings.completion)
         self.initial_shard: Tensor | None = None
-        """This rank's part of the dense weight, until a controller has decomposed the whole."""
+        """This rank's shard of the dense weight, until a controller has decomposed the whole."""
 
     def _take_shard(self, device: torch.device) -> None:
-        """Allocate this rank's part of every parameter, marked as Megatron marks its own."""
-        parts = self.group.size()
+        """Allocate this rank's shard of every parameter, marked as Megatron marks its own."""
+        ranks = self.group.size()
         for leaf, whole in list(self.named_parameters(recurse=False)):
             dim, shape = factor_sharded_dim(self.kind, leaf), list(whole.shape)
             if dim is not None:
-                if shape[dim] % parts:
+                if shape[dim] % ranks:
                     raise ConfigError(
-                        f"{shape[dim]} features cannot be shared by {parts} tensor-parallel ranks; "
-                        "change the model's size or the tensor-parallel size"
+                        f"{shape[dim]} features cannot be sharded over {ranks} tensor-parallel "
+                        "ranks; change the model's size or the tensor-parallel size"
                     )
-                shape[dim] //= parts
-            part = nn.Parameter(
+                shape[dim] //= ranks
+            shard = nn.Parameter(
                 torch.zeros(shape, device=device, dtype=whole.dtype),
                 requires_grad=whole.requires_grad,
             )
             if dim is not None:
-                set_tensor_model_parallel_attributes(part, True, dim, 1)
-            self.register_parameter(leaf, part)
+                set_tensor_model_parallel_attributes(shard, True, dim, 1)
+            self.register_parameter(leaf, shard)
 
     def _bottleneck(self, completion: Completion) -> Bottleneck | None:
         if self.group.size() == 1:

@@ -17,7 +17,7 @@ from spectral_scale.errors import SpectralError
 def merge_gpt(model: nn.Module) -> int:
     """Replace spectral layers by dense ones of the same function, in place; their number.
 
-    Each rank merges its part, and nothing is sent. Wrap the model anew, with a new optimizer, to
+    Each rank merges its shard, and nothing is sent. Wrap the model anew, with a new optimizer, to
     train it further.
 
     Args:

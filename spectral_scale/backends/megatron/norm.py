@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm that run on a part of the sequence."""
+"""LayerNorm and RMSNorm that run on a shard of the sequence."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How Megatron marks a parameter that tensor parallelism cuts, and where the parts lie."""
+"""How Megatron marks a parameter that tensor parallelism shards, and where the shards lie."""
 
 import torch.distributed as dist
 from torch import Tensor
@@ -16,8 +16,8 @@ def sharded_dim_of(parameter: Tensor) -> int | None:
 def flat_place(
     parameter: Tensor, global_shape: Shape, group: dist.ProcessGroup
 ) -> tuple[FlatOrder, int]:
-    """The order in which the parts of a tensor-parallel group lie one after the other, and where
-    this rank's begins in it."""
+    """The order in which the shards of a tensor-parallel group lie one after the other, and where
+    this rank's shard begins in it."""
     dim = sharded_dim_of(parameter)
     order = FlatOrder(global_shape, group.size() if dim == 1 else 1)
     return order, 0 if dim is None else group.rank() * parameter.numel()

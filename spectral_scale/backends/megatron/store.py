@@ -77,7 +77,7 @@ class MegatronStore(ParameterStore):
 
     @torch.no_grad()
     def scatter(self, values: Mapping[str, Tensor | None], *, owner: int) -> None:
-        """Scatter to the owner's tensor-parallel group, then broadcast to the other copies."""
+        """Scatter to the owner's tensor-parallel group, then broadcast to the other replicas."""
         whole = {f: self._parameters[f].detach() for f in values if self._sharded_dims[f] is None}
         broadcast_into(whole, {fqn: values[fqn] for fqn in whole}, self.collective, owner=owner)
         packets: dict[torch.dtype, list[str]] = {}
@@ -85,7 +85,7 @@ class MegatronStore(ParameterStore):
             if fqn not in whole and self._parameters[fqn].numel():
                 packets.setdefault(self._parameters[fqn].dtype, []).append(fqn)
         for fqns in packets.values():
-            self._deliver(fqns, values, owner)
+            self._send(fqns, values, owner)
 
     @torch.no_grad()
     def reset_moments(self, fqns: Sequence[str]) -> int:
@@ -138,7 +138,7 @@ class MegatronStore(ParameterStore):
         return self._shards
 
     def weight_range(self, fqn: str) -> Range:
-        """This rank's local parameter, of which its optimizer may step a part only."""
+        """This rank's local parameter, of which its optimizer may step a range only."""
         return self.shards().local_range(fqn)
 
     @torch.no_grad()
@@ -162,14 +162,14 @@ class MegatronStore(ParameterStore):
         shapes = {n: (m.out_features, m.in_features) for n, m in layers.items()}
         found: dict[str, Tensor | None] = {}
         for name, owner in assign_owners(shapes, self.collective.world_size).items():
-            part, layers[name].initial_shard = layers[name].initial_shard, None
-            if part is None:
+            shard, layers[name].initial_shard = layers[name].initial_shard, None
+            if shard is None:
                 raise ConfigError(
                     f"{name} has no dense weight; it was not made by convert_gpt, or another "
                     "store has taken it already"
                 )
             dim = 0 if layers[name].kind == "column" else 1
-            found[name] = self._gather(part, dim, owner)
+            found[name] = self._gather(shard, dim, owner)
 
         def weight(name: str) -> Tensor:
             value = found.pop(name)
@@ -180,7 +180,7 @@ class MegatronStore(ParameterStore):
         return weight
 
     def _counts(self, fqn: str) -> bool:
-        """Whether this rank's moments of it are counted, and not those of another copy."""
+        """Whether this rank's moments of it are counted, and not those of another replica."""
         first_replica = self._data.rank() == 0 or (
             self._masters is not None and self._masters.sharded
         )
@@ -191,41 +191,41 @@ class MegatronStore(ParameterStore):
         size = self._tensor.size()
         return [rank // size * size + i for i in range(size)]
 
-    def _gather(self, part: Tensor, dim: int, owner: int) -> Tensor | None:
-        """Parts of the owner's tensor-parallel group, put together there; None elsewhere."""
+    def _gather(self, shard: Tensor, dim: int, owner: int) -> Tensor | None:
+        """Shards of the owner's tensor-parallel group, put together there; None elsewhere."""
         if self._tensor.size() == 1:
-            return part if self.collective.rank == owner else None
+            return shard if self.collective.rank == owner else None
         if owner not in self._tensor_ranks:
             return None
-        mine = part.detach().contiguous()
-        parts = None
+        mine = shard.detach().contiguous()
+        shards = None
         if self.collective.rank == owner:
-            parts = [torch.empty_like(mine) for _ in range(self._tensor.size())]
-        dist.gather(mine, parts, dst=owner, group=self._tensor)
-        return None if parts is None else torch.cat(parts, dim=dim)
+            shards = [torch.empty_like(mine) for _ in range(self._tensor.size())]
+        dist.gather(mine, shards, dst=owner, group=self._tensor)
+        return None if shards is None else torch.cat(shards, dim=dim)
 
-    def _deliver(
-        self, fqns: Sequence[str], values: Mapping[str, Tensor | None], owner: int
-    ) -> None:
-        """Cut tensors of one dtype: this rank's parts of the owner's whole values, in place."""
+    def _send(self, fqns: Sequence[str], values: Mapping[str, Tensor | None], owner: int) -> None:
+        """Overwrite sharded parameters of one dtype by the owner's whole values, in place."""
         into = [self._parameters[fqn].detach() for fqn in fqns]
-        parts = self._parts(fqns, values) if self.collective.rank == owner else None
-        flat = into[0].new_empty(sum(t.numel() for t in into)) if parts is None else parts[0]
+        shards = self._flat_shards(fqns, values) if self.collective.rank == owner else None
+        flat = into[0].new_empty(sum(t.numel() for t in into)) if shards is None else shards[0]
         if self._tensor.size() > 1 and owner in self._tensor_ranks:
             flat = torch.empty_like(flat)
-            dist.scatter(flat, parts, src=owner, group=self._tensor)
+            dist.scatter(flat, shards, src=owner, group=self._tensor)
         if self._data.size() > 1:
             source = self._group_of(owner)[self._tensor.rank()]
             dist.broadcast(flat, src=source, group=self._data)
         unpack(flat, into)
 
-    def _parts(self, fqns: Sequence[str], values: Mapping[str, Tensor | None]) -> list[Tensor]:
+    def _flat_shards(
+        self, fqns: Sequence[str], values: Mapping[str, Tensor | None]
+    ) -> list[Tensor]:
         """The owner's values in shards: one flat tensor for each tensor-parallel rank."""
-        parts: list[list[Tensor]] = [[] for _ in range(self._tensor.size())]
+        ranks: list[list[Tensor]] = [[] for _ in range(self._tensor.size())]
         for fqn in fqns:
             target, value, dim = self._parameters[fqn], values[fqn], self._sharded_dims[fqn]
             if value is None or dim is None:
                 raise RuntimeError(f"the owner has no value of {fqn}")
-            for part, shard in zip(parts, value.chunk(len(parts), dim=dim), strict=True):
-                part.append(shard.to(target).reshape(-1))
-        return [torch.cat(part) for part in parts]
+            for rank, shard in zip(ranks, value.chunk(len(ranks), dim=dim), strict=True):
+                rank.append(shard.to(target).reshape(-1))
+        return [torch.cat(rank) for rank in ranks]

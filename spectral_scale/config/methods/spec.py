@@ -37,7 +37,8 @@ class PlannedModel:
     frozen_bytes: int
     """Bytes of all frozen weights."""
     flat_buffers: bool
-    """Whether the backend cuts gradients as one flat buffer, inside two matrices a rank at most."""
+    """Whether the backend shards gradients as one flat buffer, so that a rank's range begins and
+    ends inside two matrices at most."""
     tokens: int
     """Tokens of a micro-batch."""
     product_itemsize: int

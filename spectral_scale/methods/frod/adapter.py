@@ -45,7 +45,7 @@ def save_adapter(model: nn.Module, folder: Path) -> int:
         basis, inverse_lengths = layer.shared()
         if is_sharded(layer.mixing) or layer.mixing.numel() != layer.num_mixing:
             raise CheckpointError(
-                f"{name} is cut into pieces; save a checkpoint, load it into a whole model, and "
+                f"{name} is sharded; save a checkpoint, load it into a whole model, and "
                 "save the adapter of that"
             )
         tensors[f"{name}.mixing"] = layer.mixing

@@ -91,7 +91,7 @@ def rates_section(runs: Runs) -> Section | None:
 
 
 def speed_section(runs: Runs) -> Section | None:
-    """Seconds a step with the boundary steps marked, and tokens a second."""
+    """Seconds per step with the swap steps marked, and tokens a second."""
     axis = common_axis(runs)
     items = []
     lines, facts = [], []

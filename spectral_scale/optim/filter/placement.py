@@ -102,6 +102,6 @@ def _require_one_order(group: NodeGroup, shards: ParameterShards) -> None:
     blocks = {shards.order(fqn).column_blocks for fqn in group.fqns}
     if len(blocks) > 1:
         raise ConfigError(
-            f"the parameters of {group.name} are cut into {sorted(blocks)} blocks of columns, but "
-            "a filter over layers needs all of them cut alike; shard every layer in the same way"
+            f"the parameters of {group.name} are sharded as {sorted(blocks)} blocks of columns, "
+            "but a filter over layers needs one order for all; shard every layer in the same way"
         )

@@ -109,24 +109,24 @@ def test_padding_is_zero_and_opt_keeps_its_first_two_positions() -> None:
 
 
 @each_kind
-def test_maps_use_the_one_table_of_cuts(config: Any) -> None:
+def test_maps_use_the_one_table_of_tensor_parallelism(config: Any) -> None:
     """A linear's rows or columns on a rank are those the table names, in one stretch."""
     for index, weights in enumerate(maps(config, 2)):
         found: dict[str, list[Any]] = {}
         for weight in weights.values():
-            for piece in weight.pieces:
-                found.setdefault(piece.fqn, []).append(piece)
-        for fqn, pieces in found.items():
-            shape = pieces[0].global_shape
-            held = local_rectangle(fqn, shape, parts=2, index=index)
+            for region in weight.regions:
+                found.setdefault(region.fqn, []).append(region)
+        for fqn, regions in found.items():
+            shape = regions[0].global_shape
+            shard = local_rectangle(fqn, shape, parts=2, index=index)
             moved = [
-                replace(p.logical, offset=tuple(map(int.__sub__, p.logical.offset, held.offset)))
-                for p in pieces
+                replace(r.logical, offset=tuple(map(int.__sub__, r.logical.offset, shard.offset)))
+                for r in regions
             ]
-            assert tiling_fault(moved, held.shape) is None
+            assert tiling_fault(moved, shard.shape) is None
 
 
-def test_factors_are_cut_where_their_weight_is() -> None:
+def test_factors_are_sharded_where_their_weight_is() -> None:
     layer = "model.decoder.layers.0"
     assert {leaf: sharded_dimension(f"{layer}.fc1.{leaf}") for leaf in ("u", "v", "sigma")} == {
         "u": 0, "v": None, "sigma": None
@@ -164,7 +164,7 @@ def test_presets_have_a_configuration(name: str) -> None:
     settings = megatron_settings(model.config, tensor_parallel=parts)
     assert settings.architecture == architecture
     weights = [megatron_weights(architecture, parts=parts, index=i) for i in range(parts)]
-    shapes = {p.fqn: p.global_shape for weight in weights[0].values() for p in weight.pieces}
+    shapes = {p.fqn: p.global_shape for weight in weights[0].values() for p in weight.regions}
     assert shapes == {fqn: tuple(p.shape) for fqn, p in model.named_parameters()}
 
 

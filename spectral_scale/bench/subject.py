@@ -15,6 +15,7 @@ from spectral_scale.engine.methods import METHODS, open_controller
 from spectral_scale.methods.sst.controller import SpectralController
 from spectral_scale.metrics.measures import StepTimer, tensor_bytes
 from spectral_scale.models.weights import KeyedWeights
+from spectral_scale.ops.precision import set_product_precision
 from spectral_scale.optim.build import state_tensors
 from spectral_scale.parallel.rank_info import RankInfo
 from spectral_scale.parallel.table import parameter_table
@@ -40,6 +41,7 @@ class Subject:
         self.variant, self.workload = variant, workload
         self._config = config = run_config(settings, variant)
         self._backend = TorchBackend(RankInfo(), config.train.device)
+        set_product_precision(tf32=config.train.tf32)
         self._autocast = config.train.precision == "bf16"
         method = METHODS[config.spectral.method]
         self.model = build_on_meta(settings, architecture)

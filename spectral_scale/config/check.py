@@ -77,6 +77,11 @@ def check_config(
     spec = method_spec(config.spectral.method, methods)
     data_ranks = data_parallel_size(config.parallel, world_size)
     problems = [*_check_ranges(config), *_check_batches(config, data_ranks)]
+    if config.train.tf32 and config.train.precision != "fp32":
+        problems.append(
+            f"train.tf32=true has no effect on train.precision={config.train.precision}; leave it "
+            "out, or set train.precision=fp32"
+        )
     problems += refusals(config, spec, capabilities, world_size=world_size)
     problems += spec.run_problems(config)
     try:

@@ -254,6 +254,9 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16: bf16 products and frozen weights, fp32 trained weights. fp16: DeepSpeed's fp16 with
     dynamic loss scale. fp64: for tests."""
+    tf32: bool = False
+    """fp32 runs on GPUs: compute the products of the forward and backward pass in TF32, which
+    rounds their operands to 10 bits. Decompositions and rebuilds of weights never do."""
     seed: int = 0
     """Determines initial weights, the order of the data, sampling and dropout."""
     eval_interval: int = 200

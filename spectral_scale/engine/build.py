@@ -30,6 +30,7 @@ from spectral_scale.engine.backends import (
 from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabulary
 from spectral_scale.engine.identity import base_identity, check_identity, run_identity
 from spectral_scale.engine.methods import METHODS, convert_model, open_controller, open_filter
+from spectral_scale.engine.numerics import set_numerics
 from spectral_scale.errors import SpectralError
 from spectral_scale.methods.base import Method, MethodController
 from spectral_scale.methods.layer import factored_layers
@@ -181,7 +182,7 @@ def build_run(inputs: Inputs, methods: Mapping[str, Method] = METHODS) -> Run:
     train_tokens, validation_tokens = inputs.train, inputs.validation
 
     backend = open_backend(resolved, inputs.rank_info)
-    _set_determinism(config, backend.device)
+    set_numerics(config.train, backend.device)
     loader, validation = _build_loaders(config, backend, train_tokens, validation_tokens)
     identity = run_identity(resolved, loader)
     identity |= base_identity(resolved.config, resolved.method, weights, backend.collective)
@@ -285,12 +286,6 @@ def _give_memory(
     if config.model.compile:
         compile_blocks(model)
     initialise_dense(model, table, weights, frozen_only=not fresh)
-
-
-def _set_determinism(config: RunConfig, device: torch.device) -> None:
-    """Bit-reproducible kernels: free on the CPU, by request on GPUs, where they cost time."""
-    if config.train.deterministic or device.type == "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=device.type == "cpu")
 
 
 def frozen_dtype(config: RunConfig) -> torch.dtype:

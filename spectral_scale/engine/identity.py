@@ -52,6 +52,8 @@ def run_identity(run: ResolvedRun, loader: TrainLoader) -> dict[str, Any]:
     facts = model_identity(config, run.architecture, run.method)
     facts["model.dropout"] = config.model.dropout
     facts["train.precision"] = config.train.precision
+    if config.train.tf32:
+        facts["train.tf32"] = True
     sections = ["spectral", "optimizer", *(["filter"] if config.filter.enabled else [])]
     for section in sections:
         for key, value in values[section].items():

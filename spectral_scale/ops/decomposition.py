@@ -4,12 +4,14 @@ Factors are stored as u (m, k), sigma (k,), v (n, k), so that W = (u * sigma) @ 
 """
 
 import logging
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from spectral_scale.ops.factor_checks import directions_problem, residual_problem
 from spectral_scale.ops.null_space import fix_null_space
+from spectral_scale.ops.precision import exact_products
+from spectral_scale.ops.svd_drivers import drivers
 
 logger = logging.getLogger(__name__)
 
@@ -17,10 +19,11 @@ SVDFactors = tuple[Tensor, Tensor, Tensor]
 
 
 def compose(u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
-    """W (m, n) = u diag(sigma) v^T."""
-    if v.shape[0] < u.shape[0]:  # scale, and so copy, the smaller factor
-        return u @ (v * sigma).mT
-    return (u * sigma) @ v.mT
+    """W (m, n) = u diag(sigma) v^T, without TF32."""
+    with exact_products():
+        if v.shape[0] < u.shape[0]:  # scale, and so copy, the smaller factor
+            return u @ (v * sigma).mT
+        return (u * sigma) @ v.mT
 
 
 def fix_gauge(u: Tensor, sigma: Tensor, v: Tensor) -> SVDFactors:
@@ -40,42 +43,50 @@ def fix_gauge(u: Tensor, sigma: Tensor, v: Tensor) -> SVDFactors:
 def svd(weight: Tensor) -> SVDFactors:
     """Thin SVD u (m, k), sigma (k,) descending, v (n, k) of `weight` (m, n), in its own dtype.
 
-    Tries the default driver, then (CUDA) gesvd, then float64 on the CPU. A wide matrix is handed
+    Tries the drivers of `svd_drivers` until one returns factors that are finite, orthonormal and
+    those of the matrix (`factor_checks`); the last is float64 on the CPU. A wide matrix is handed
     over as its transpose: LAPACK takes three times as long for 2048 x 8192 as for 8192 x 2048.
     Directions of vanishing values do not depend on rounding (`fix_null_space`).
-    Raises ValueError for a matrix that is not finite, and LinAlgError if every driver fails.
+
+    Raises ValueError for a matrix that is not finite, LinAlgError if every driver fails, and at
+    once what no other driver can mend: OutOfMemoryError, and errors of the GPU itself.
     """
     if not torch.isfinite(weight).all():
         raise ValueError("the matrix holds NaN or infinity")
     failures = []
     wide = weight.shape[0] < weight.shape[1]
-    for name, attempt in _drivers(weight.mT if wide else weight):
+    tall = weight.mT if wide else weight
+    for name, driver in drivers(tall, on_cuda=weight.is_cuda):
         try:
-            left, sigma, right_h = attempt()
-        except torch.linalg.LinAlgError as error:
+            with exact_products():
+                found = _checked(weight, driver(tall), wide)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except RuntimeError as error:  # LAPACK's LinAlgError, and cuSOLVER's errors of status
             failures.append(f"{name}: {error}")
             continue
-        factors = (right_h.mT, sigma, left) if wide else (left, sigma, right_h.mT)
-        if all(bool(torch.isfinite(t).all()) for t in factors):
-            if failures:
-                logger.warning("SVD fell back to %s after %s", name, "; ".join(failures))
-            u, sigma, v = (t.to(weight.device, weight.dtype).contiguous() for t in factors)
-            return fix_null_space(*fix_gauge(u, sigma, v))
-        failures.append(f"{name}: the factors are not finite")
+        if failures:
+            logger.warning("SVD fell back to %s after %s", name, "; ".join(failures))
+        return found
     raise torch.linalg.LinAlgError("no SVD driver succeeded: " + "; ".join(failures))
 
 
-def _drivers(weight: Tensor) -> list[tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]]:
-    thin = torch.linalg.svd
-    drivers: list[tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]] = [
-        ("the default driver", lambda: thin(weight, full_matrices=False))
-    ]
-    if weight.is_cuda:
-        drivers.append(("gesvd", lambda: thin(weight, full_matrices=False, driver="gesvd")))
-    drivers.append(
-        ("float64 on the CPU", lambda: thin(weight.to("cpu", torch.float64), full_matrices=False))
-    )
-    return drivers
+def _checked(weight: Tensor, found: SVDFactors, wide: bool) -> SVDFactors:
+    """A driver's U, sigma, V^T of the tall matrix as factors of `weight`, in their final form.
+
+    Raises LinAlgError if they are not an SVD of it.
+    """
+    left, sigma, right_h = found
+    factors = (right_h.mT, sigma, left) if wide else (left, sigma, right_h.mT)
+    if not all(bool(torch.isfinite(t).all()) for t in factors):
+        raise torch.linalg.LinAlgError("the factors are not finite")
+    u, sigma, v = (t.to(weight.device, weight.dtype).contiguous() for t in factors)
+    problem = residual_problem(weight, u, sigma, v)
+    u, sigma, v = fix_null_space(*fix_gauge(u, sigma, v))
+    problem = problem or directions_problem(u, v)
+    if problem is not None:
+        raise torch.linalg.LinAlgError(problem)
+    return u, sigma, v
 
 
 def effective_rank(sigma: Tensor) -> float:

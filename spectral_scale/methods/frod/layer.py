@@ -24,6 +24,7 @@ from spectral_scale.methods.frod.product import (
 )
 from spectral_scale.methods.layer import FactoredLinear, ShardedProduct, in_product_dtype
 from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
+from spectral_scale.ops.precision import exact_products
 from spectral_scale.parallel.table import Role
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class FRoDLinear(FactoredLinear):
         return {"mixing": (self.num_mixing,), "value_delta": (self.in_features,)}
 
     @torch.no_grad()
+    @exact_products()
     def effective_weight(self) -> Tensor:
         """The dense weight (out, in), in V's dtype: what a forward pass in that dtype uses."""
         basis, inverse_lengths = self.shared()

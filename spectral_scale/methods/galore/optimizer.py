@@ -25,6 +25,7 @@ from spectral_scale.methods.galore.projection import (
     subspace_overlap,
 )
 from spectral_scale.methods.owners import assign_owners
+from spectral_scale.ops.precision import exact_products
 from spectral_scale.optim.build import adamw_state
 from spectral_scale.parallel.collective import Collective, SingleProcess
 
@@ -154,6 +155,7 @@ class GaLoreAdamW(ProjectedAdamW):
             self._update(parameter, group)
             self.stats.projected += 1
 
+    @exact_products()
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         update = low_rank_update(gradient_of(parameter), state, group)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from spectral_scale.ops.decomposition import svd
+from spectral_scale.ops.precision import exact_products
 
 
 def projects_right(shape: tuple[int, ...]) -> bool:
@@ -40,6 +41,7 @@ def low_rank_state(shape: tuple[int, ...], rank: int, like: Tensor) -> dict[str,
     }
 
 
+@exact_products()
 def low_rank_update(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
     """AdamW's update from the projected gradient, inside the subspace; moments and `step` follow.
 

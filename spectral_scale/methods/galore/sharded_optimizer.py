@@ -38,6 +38,7 @@ from spectral_scale.methods.galore.projection import (
 )
 from spectral_scale.methods.galore.rounds import ProjectionRound, plan_rounds
 from spectral_scale.methods.owners import assign_owners
+from spectral_scale.ops.precision import exact_products
 from spectral_scale.optim.build import adamw_state
 from spectral_scale.parallel.chunks import ReadTensor, overwrite
 from spectral_scale.parallel.collective import Collective
@@ -214,7 +215,8 @@ class ShardedGaLoreAdamW(ProjectedAdamW):
                 kept[key].copy_(state[key])
         self.stats.projected += 1
         right = projects_right(gradient.shape)
-        change = update @ projector.t() if right else projector @ update
+        with exact_products():
+            change = update @ projector.t() if right else projector @ update
         return change.mul_(group["scale"])
 
     def _renew(

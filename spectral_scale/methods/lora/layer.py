@@ -17,6 +17,7 @@ from spectral_scale.errors import SpectralError
 from spectral_scale.methods.convert import replace_linears
 from spectral_scale.methods.layer import FactoredLinear
 from spectral_scale.ops.keyed_random import keyed_uniform
+from spectral_scale.ops.precision import exact_products
 from spectral_scale.parallel.table import Role
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class LoRALinear(FactoredLinear):
         )
 
 
+@exact_products()
 def product_of_factors(a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
     """The product (out, in) that the factors add to the weight."""
     return scaling * (b_OR @ a_RI)

@@ -17,6 +17,7 @@ from spectral_scale.methods.convert import replace_linears
 from spectral_scale.methods.layer import FactoredLinear, ShardedProduct, in_product_dtype
 from spectral_scale.methods.sst.product import Bottleneck, SpectralProduct
 from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
+from spectral_scale.ops.precision import exact_products
 from spectral_scale.parallel.table import Role
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,7 @@ class SpectralLinear(FactoredLinear):
         return shapes
 
     @torch.no_grad()
+    @exact_products()
     def effective_weight(self) -> Tensor:
         """The dense weight (out, in) this layer stands for, in u's dtype."""
         r = self.spectral_rank

@@ -9,6 +9,7 @@ import torch
 
 from spectral_scale.methods.sst.bank import Triplets
 from spectral_scale.ops.decomposition import effective_rank
+from spectral_scale.ops.precision import exact_products
 
 NUM_QUANTILES = 17
 
@@ -40,6 +41,7 @@ def describe(entry: Triplets) -> LayerSpectrum:
     )
 
 
+@exact_products()
 def _column_error(factor: torch.Tensor, columns: torch.Tensor) -> float:
     gram = factor.t() @ factor[:, columns]
     gram[columns, torch.arange(columns.numel(), device=columns.device)] -= 1.0

@@ -17,6 +17,7 @@ from spectral_scale.ops.laplacian import (
     sparse_laplacian,
     spectral_bound,
 )
+from spectral_scale.ops.precision import exact_products
 
 EXACT_NODES = 256
 """Largest number of nodes with a dense filter matrix; above it, a polynomial costs less."""
@@ -100,6 +101,7 @@ class GraphOperator:
                 self._scaled = scaled_laplacian(laplacian, bound).to(device=device, dtype=dtype)
         self._laplacian = laplacian.to(device=device, dtype=dtype)
 
+    @exact_products()
     def filter(self, block: Tensor) -> Tensor:
         """H X of (n, c); X itself where h is 1."""
         if self._matrix is not None:
@@ -108,10 +110,12 @@ class GraphOperator:
             return apply_polynomial(self._scaled, self._weights, block)
         return block
 
+    @exact_products()
     def laplacian(self, block: Tensor) -> Tensor:
         """L X of (n, c)."""
         return self._laplacian @ block
 
+    @exact_products()
     def modes(self, block: Tensor) -> Tensor:
         """Phi^T X of (n, c), by ascending frequency; for graphs with a `basis` only."""
         return self._modes @ block

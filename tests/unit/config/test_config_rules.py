@@ -169,6 +169,13 @@ def test_iterations_per_round_cover_the_largest_matrix() -> None:
     assert iterations_per_round(SpectralConfig(iterations_per_round=3), [64, 100]) == 3
 
 
+def test_tf32_is_for_single_precision() -> None:
+    assert "train.tf32=true has no effect on train.precision=bf16" in problem(
+        train__tf32=True, train__precision="bf16"
+    )
+    check_config(config_with(train__tf32=True), world_size=1)
+
+
 def test_several_problems_are_listed_at_once() -> None:
     changes = {"train__steps": 0, "optimizer__lr": -1, "train__micro_batch_size": 5}
     for more, part in (

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from spectral_scale.ops import decomposition, svd_drivers
 from spectral_scale.ops.decomposition import compose, effective_rank, fix_gauge, orthogonality_error
 from spectral_scale.ops.decomposition import svd as thin_svd
 
@@ -63,6 +64,106 @@ def test_falls_back_to_float64(
             torch.linalg, "svd", lambda *_, **__: (_ for _ in ()).throw(torch.linalg.LinAlgError())
         )
         thin_svd(weight)
+
+
+CUSOLVER = "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnSgesvdj`"
+"""What torch raises, as a plain RuntimeError, where cuSOLVER returns an error of status."""
+
+
+def fake_drivers(monkeypatch: pytest.MonkeyPatch, *functions: svd_drivers.Driver) -> None:
+    """Have svd() try these instead of the real drivers."""
+    listed = [(f"driver {i}", function) for i, function in enumerate(functions)]
+    monkeypatch.setattr(decomposition, "drivers", lambda weight, *, on_cuda: listed)
+
+
+def raises(error: Exception) -> svd_drivers.Driver:
+    def driver(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        raise error
+
+    return driver
+
+
+def real_driver(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(torch.linalg.svd(weight, full_matrices=False))
+
+
+def test_errors_of_cusolver_lead_to_the_next_driver(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_drivers(monkeypatch, raises(RuntimeError(CUSOLVER)), real_driver)
+    weight = torch.randn(9, 5, generator=torch.Generator().manual_seed(2))
+    with caplog.at_level(logging.WARNING):
+        u, sigma, v = thin_svd(weight)
+    torch.testing.assert_close(compose(u, sigma, v), weight)
+    assert f"driver 1 after driver 0: {CUSOLVER}" in caplog.text
+    fake_drivers(monkeypatch, raises(RuntimeError(CUSOLVER)))
+    with pytest.raises(torch.linalg.LinAlgError, match="CUSOLVER_STATUS_EXECUTION_FAILED"):
+        thin_svd(weight)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_what_no_driver_can_mend_is_raised(
+    monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError]
+) -> None:
+    """A lack of memory or a broken GPU must not pass for a matrix that cannot be decomposed."""
+    fake_drivers(monkeypatch, raises(error("CUDA error")), real_driver)
+    with pytest.raises(error, match="CUDA error"):
+        thin_svd(torch.eye(3))
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+@pytest.mark.parametrize("damage", ["left", "right", "sigma", "nan"])
+def test_wrong_factors_lead_to_the_next_driver(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    shape: tuple[int, int],
+    damage: str,
+) -> None:
+    """Finite factors that are not an SVD would enter the bank and stay there."""
+
+    def damaged(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        left, sigma, right_h = real_driver(matrix)
+        if damage == "left":  # the product stays right, the columns are oblique
+            left[:, 3] += 0.01 * left[:, 2]
+            sigma[2] = 1e-3
+        elif damage == "right":
+            right_h[4] *= 1.001
+        elif damage == "sigma":
+            sigma[0] *= 1.001
+        else:
+            left[0, 0] = math.nan
+        return left, sigma, right_h
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    expected = thin_svd(weight)
+    fake_drivers(monkeypatch, damaged, real_driver)
+    with caplog.at_level(logging.WARNING):
+        found = thin_svd(weight)
+    assert "driver 1 after driver 0: the" in caplog.text
+    assert all(map(torch.equal, found, expected))
+
+
+def test_no_driver_meets_lower_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 and autocast of a script around the call are off inside, and on again after it."""
+    seen: list[tuple[str, bool]] = []
+    matmul = torch.backends.cuda.matmul
+
+    def watching(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        seen.append((matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
+        return real_driver(matrix)
+
+    fake_drivers(monkeypatch, watching)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            u, sigma, v = thin_svd(torch.eye(4))
+            assert compose(u, sigma, v).dtype == torch.float32
+            assert (u @ v).dtype == torch.bfloat16
+        assert torch.get_float32_matmul_precision() == "high" and matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [("ieee", False)]
 
 
 def test_effective_rank() -> None:

@@ -1,7 +1,7 @@
 """Rank of this process from the first source that knows: flags, variables of torch, MPI, SLURM."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from spectral_scale.cluster.launchers import OPEN_MPI, PMI, SLURM, read_rank_info
 from spectral_scale.errors import ConfigError
@@ -39,7 +39,7 @@ def detect(flags: LauncherFlags, environment: Mapping[str, str]) -> RankInfo:
         _check_agreement(rank_info, other, environment)
     _check_partial(rank_info, environment)
     _check_local_flag(flags, rank_info, said=True)
-    return _with_bound_gpu(rank_info, environment)
+    return rank_info
 
 
 def outside_a_step(rank_info: RankInfo, environment: Mapping[str, str]) -> int | None:
@@ -116,12 +116,3 @@ def _check_local_flag(flags: LauncherFlags, rank_info: RankInfo, *, said: bool) 
     else:
         remedy = f"{rank_info.source} says {rank_info.local_rank}; leave the flag out"
     raise ConfigError(f"--local-rank {given} contradicts the environment: {remedy}")
-
-
-def _with_bound_gpu(rank_info: RankInfo, environment: Mapping[str, str]) -> RankInfo:
-    """If SLURM exposes only one GPU to each task, that GPU has index 0 in every task."""
-    asked = environment.get("SLURM_GPUS_PER_TASK") or environment.get("SLURM_GPU_BIND")
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    if rank_info.source != SLURM.source or not asked or not visible or "," in visible:
-        return rank_info
-    return replace(rank_info, local_rank=0)

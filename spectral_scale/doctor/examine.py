@@ -11,6 +11,8 @@ from spectral_scale.doctor.findings import Finding
 from spectral_scale.doctor.group import examine_group
 from spectral_scale.doctor.machine import examine_machine, versions
 from spectral_scale.doctor.storage import examine_storage
+from spectral_scale.errors import ConfigError
+from spectral_scale.parallel.device import gpu_index
 from spectral_scale.parallel.group import join_group, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
 
@@ -32,8 +34,11 @@ class PlannedRun:
 
 
 def examine(subject: PlannedRun, rank_info: RankInfo) -> list[Finding]:
-    """Findings of all ranks, the same list on each. Collective. Raises LaunchError."""
-    mine = list(examine_machine(rank_info, subject.backend))
+    """Findings of all ranks, the same list on each. Collective.
+
+    Raises LaunchError, and ConfigError if two ranks have the same GPU.
+    """
+    mine = list(examine_machine(rank_info, subject.backend, subject.device))
     device = _device(subject, rank_info)
     collective = join_group(rank_info.world_size, device)
     mine += examine_storage(
@@ -51,10 +56,12 @@ def examine(subject: PlannedRun, rank_info: RankInfo) -> list[Finding]:
 
 def _device(subject: PlannedRun, rank_info: RankInfo) -> torch.device:
     """The rank's GPU if it has one; what is wrong with it is a finding, not an error."""
-    able = torch.cuda.is_available() and rank_info.local_rank < torch.cuda.device_count()
-    return torch.device("cuda", rank_info.local_rank) if able and subject.device != "cpu" else (
-        torch.device("cpu")
-    )  # fmt: skip
+    if subject.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        return torch.device("cuda", gpu_index(rank_info.local_rank))
+    except ConfigError:
+        return torch.device("cpu")
 
 
 def _signed(finding: Finding, rank: int) -> Finding:

@@ -15,6 +15,8 @@ import torch
 from spectral_scale.cluster.interface import VARIABLES, addresses
 from spectral_scale.cluster.rendezvous import LOOPBACK, PORTS
 from spectral_scale.doctor.findings import Finding, fault, ok, warning
+from spectral_scale.errors import ConfigError
+from spectral_scale.parallel.device import gpu_index, gpus_allotted, unseen_gpu_remedy
 from spectral_scale.parallel.rank_info import RankInfo
 
 PACKAGES = ("spectral-scale", "torch", "transformers", "safetensors", "numpy")
@@ -41,15 +43,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def examine_machine(rank_info: RankInfo, backend: str | None) -> Iterator[Finding]:
+def examine_machine(
+    rank_info: RankInfo, backend: str | None, device: str = "auto"
+) -> Iterator[Finding]:
     """Examine everything about this host that needs no other host.
 
     Args:
         rank_info: where this process stands.
         backend: parallel.backend of the run; None if no run is meant.
+        device: train.device of the run.
     """
     yield from _packages(backend)
-    yield from _devices(rank_info)
+    yield from _devices(rank_info, device)
     yield from _compilers(backend)
     yield _open_files()
     yield _temporary_folder()
@@ -70,32 +75,39 @@ def _packages(backend: str | None) -> Iterator[Finding]:
         )
 
 
-def _devices(rank_info: RankInfo) -> Iterator[Finding]:
+def _devices(rank_info: RankInfo, device: str) -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        if shutil.which("nvidia-smi"):
+        allotted = gpus_allotted() if device == "auto" else None
+        if allotted is not None:
+            yield fault(
+                "devices",
+                f"this SLURM job has GPUs ({allotted}), but torch {torch.__version__} sees none",
+                f"{unseen_gpu_remedy()}, or set train.device=cpu to use none",
+            )
+        elif shutil.which("nvidia-smi"):
             yield warning(
                 "devices",
                 f"nvidia-smi is here, but torch {torch.__version__} sees no GPU",
-                "install the CUDA build of torch, or a driver as new as its CUDA "
-                f"({torch.version.cuda or 'none: a CPU build'})",
+                unseen_gpu_remedy(),
             )
         else:
             yield ok("devices", f"no GPU, {os.cpu_count()} processors, {torch.get_num_threads()} "
                                 "threads a rank")  # fmt: skip
         return
     count = torch.cuda.device_count()
-    if rank_info.local_rank >= count:
+    try:
+        index = gpu_index(rank_info.local_rank)
+    except ConfigError:
         yield fault(
             "devices",
             f"local rank {rank_info.local_rank} has no GPU: {count} are visible here",
             "start as many ranks a node as it has GPUs (--ntasks-per-node, --nproc-per-node)",
         )
         return
-    properties = torch.cuda.get_device_properties(rank_info.local_rank)
+    properties = torch.cuda.get_device_properties(index)
     yield ok(
         "devices",
-        f"GPU {rank_info.local_rank} of {count}: {properties.name}, "
-        f"{properties.total_memory / 1e9:.0f} GB",
+        f"GPU {index} of {count}: {properties.name}, {properties.total_memory / 1e9:.0f} GB",
     )
 
 

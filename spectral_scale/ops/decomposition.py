@@ -83,7 +83,8 @@ def _checked(weight: Tensor, found: SVDFactors, wide: bool) -> SVDFactors:
     u, sigma, v = (t.to(weight.device, weight.dtype).contiguous() for t in factors)
     problem = residual_problem(weight, u, sigma, v)
     u, sigma, v = fix_null_space(*fix_gauge(u, sigma, v))
-    problem = problem or directions_problem(u, v)
+    rank = int((sigma > 0).sum())  # the other directions are fix_null_space's own
+    problem = problem or directions_problem(u[:, :rank], v[:, :rank])
     if problem is not None:
         raise torch.linalg.LinAlgError(problem)
     return u, sigma, v

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
+from spectral_scale.parallel.device import require_own_gpu
 from spectral_scale.parallel.rendezvous_store import meet
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -16,7 +17,8 @@ def join_group(world_size: int, device: torch.device) -> Collective:
     """Meet the other ranks through the launcher's environment; one process needs no group.
 
     GPU tensors go through NCCL. Flags and JSON live on the CPU and go through gloo, so that asking
-    all ranks a question between steps does not wait for the GPU. Raises LaunchError.
+    all ranks a question between steps does not wait for the GPU. Raises LaunchError, and
+    ConfigError if two ranks have the same GPU.
     """
     if world_size == 1:
         return SingleProcess()
@@ -25,7 +27,9 @@ def join_group(world_size: int, device: torch.device) -> Collective:
         _host(device), store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )
     keep_until_exit(dist.group.WORLD)
-    return ProcessGroup(torch.device("cpu"))
+    collective = ProcessGroup(torch.device("cpu"))
+    require_own_gpu(collective, device)  # before NCCL is used, which fails without the reason
+    return collective
 
 
 def join_alone(device: torch.device) -> None:

@@ -221,7 +221,8 @@ def _require_precision(deepspeed: Any, precision: str, device: torch.device) -> 
 def _import_deepspeed(device: torch.device, rank_info: RankInfo, level: int) -> Any:
     """DeepSpeed, told which device to use, and how loud to be."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(rank_info.local_rank))
+    # DeepSpeed takes the GPU of this number, which is not the rank's where it sees only its own.
+    os.environ["LOCAL_RANK"] = str(rank_info.local_rank if device.index is None else device.index)
     import deepspeed
     from deepspeed.utils import logger as chatter
 

@@ -56,7 +56,7 @@ def place(rank_info: RankInfo) -> tuple[int, int, int, int | None]:
         # each task sees its own GPU only
         (
             SRUN | {"SLURM_LOCALID": "1", "SLURM_GPUS_PER_TASK": "1", "CUDA_VISIBLE_DEVICES": "1"},
-            (2, 4, 0, 2),
+            (2, 4, 1, 2),
             "SLURM",
         ),
         (SRUN | {"SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "1"}, (2, 4, 1, 2), "SLURM"),

@@ -155,6 +155,18 @@ def test_machines_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["open files"].remedy == "ulimit -n 2048 before the start"
 
 
+def test_gpus_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was given GPUs would train on the CPU; one that asks for the CPU may."""
+    rank_info = RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    found = by_name(machine.examine_machine(rank_info, None))["devices"]
+    assert found.verdict == "fault" and "SLURM_GPUS_ON_NODE=4" in found.text
+    assert "train.device=cpu" in found.remedy
+    assert by_name(machine.examine_machine(rank_info, None, "cpu"))["devices"].verdict != "fault"
+
+
 def test_temporary_folders_and_shared_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,5 +189,5 @@ def test_temporary_folders_and_shared_memory(
     monkeypatch.setattr(machine, "SHARED_BYTES_PER_GPU", 1 << 60)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(machine, "_devices", lambda rank_info: iter(()))
+    monkeypatch.setattr(machine, "_devices", lambda rank_info, device: iter(()))
     assert "little for 2 GPUs" in found()["shared memory"].text

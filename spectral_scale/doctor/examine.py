@@ -11,7 +11,6 @@ from spectral_scale.doctor.findings import Finding
 from spectral_scale.doctor.group import examine_group
 from spectral_scale.doctor.machine import examine_machine, versions
 from spectral_scale.doctor.storage import examine_storage
-from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.device import gpu_index
 from spectral_scale.parallel.group import join_group, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
@@ -56,12 +55,9 @@ def examine(subject: PlannedRun, rank_info: RankInfo) -> list[Finding]:
 
 def _device(subject: PlannedRun, rank_info: RankInfo) -> torch.device:
     """The rank's GPU if it has one; what is wrong with it is a finding, not an error."""
-    if subject.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    try:
-        return torch.device("cuda", gpu_index(rank_info.local_rank))
-    except ConfigError:
-        return torch.device("cpu")
+    able = subject.device != "cpu" and torch.cuda.is_available()
+    index = gpu_index(rank_info.local_rank) if able else None
+    return torch.device("cpu") if index is None else torch.device("cuda", index)
 
 
 def _signed(finding: Finding, rank: int) -> Finding:

@@ -15,7 +15,6 @@ import torch
 from spectral_scale.cluster.interface import VARIABLES, addresses
 from spectral_scale.cluster.rendezvous import LOOPBACK, PORTS
 from spectral_scale.doctor.findings import Finding, fault, ok, warning
-from spectral_scale.errors import ConfigError
 from spectral_scale.parallel.device import gpu_index, gpus_allotted, unseen_gpu_remedy
 from spectral_scale.parallel.rank_info import RankInfo
 
@@ -95,9 +94,8 @@ def _devices(rank_info: RankInfo, device: str) -> Iterator[Finding]:
                                 "threads a rank")  # fmt: skip
         return
     count = torch.cuda.device_count()
-    try:
-        index = gpu_index(rank_info.local_rank)
-    except ConfigError:
+    index = gpu_index(rank_info.local_rank)
+    if index is None:
         yield fault(
             "devices",
             f"local rank {rank_info.local_rank} has no GPU: {count} are visible here",

@@ -24,7 +24,13 @@ def pick_device(
     if wanted == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", gpu_index(local_rank))
+        index = gpu_index(local_rank)
+        if index is None:
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} on this host; "
+                "start fewer ranks a host, or set train.device=cpu"
+            )
+        return torch.device("cuda", index)
     if wanted == "cuda":
         raise ConfigError("train.device=cuda, but torch sees no GPU; set train.device=auto or cpu")
     allotted = gpus_allotted(environment)
@@ -36,21 +42,15 @@ def pick_device(
     return torch.device("cpu")
 
 
-def gpu_index(local_rank: int) -> int:
-    """The index of this rank's GPU among those it can see.
+def gpu_index(local_rank: int) -> int | None:
+    """The index of this rank's GPU among those it can see; None if there are too few.
 
-    A rank that sees one GPU has that one, whatever launcher bound it. Raises ConfigError if the
-    rank sees several, and too few for one each.
+    A rank that sees one GPU has that one, whatever launcher bound it.
     """
     count = torch.cuda.device_count()
     if count == 1:
         return 0
-    if local_rank >= count:
-        raise ConfigError(
-            f"local rank {local_rank} has no GPU: {count} on this host; "
-            "start fewer ranks a host, or set train.device=cpu"
-        )
-    return local_rank
+    return local_rank if local_rank < count else None
 
 
 def gpus_allotted(environment: Mapping[str, str] = os.environ) -> str | None:

@@ -29,7 +29,8 @@ from spectral_scale.engine.identity import (
 from spectral_scale.engine.methods import METHODS, convert_model, open_controller
 from spectral_scale.errors import CheckpointError, ConfigError
 from spectral_scale.methods.layer import factored_layers
-from spectral_scale.models.build import build_model, choose_attention, materialise
+from spectral_scale.models.attention import choose_attention
+from spectral_scale.models.build import build_model, materialise
 from spectral_scale.models.folder import read_generation_config
 from spectral_scale.models.weights import InitialWeights, KeyedWeights
 from spectral_scale.optim.groups import param_groups

@@ -34,9 +34,9 @@ from spectral_scale.engine.numerics import set_numerics
 from spectral_scale.errors import SpectralError
 from spectral_scale.methods.base import Method, MethodController
 from spectral_scale.methods.layer import factored_layers
+from spectral_scale.models.attention import choose_attention
 from spectral_scale.models.build import (
     build_model,
-    choose_attention,
     compile_blocks,
     materialise,
 )

@@ -18,10 +18,9 @@ from transformers import (
 from spectral_scale.config.families import family_entry
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import ModelConfig
+from spectral_scale.models.attention import expect_whole_sequences
 
 Dtype = torch.dtype
-EAGER_TOKENS = 512
-"""Longest sequence for which a CPU computes bf16 attention by plain products."""
 
 
 def build_model(
@@ -39,25 +38,10 @@ def build_model(
     with torch.device("meta"):
         model = family.model(hf_config)
     model.train()
+    expect_whole_sequences(model)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
-
-
-def choose_attention(
-    model: PreTrainedModel, config: ModelConfig, *, device: torch.device, precision: str
-) -> str:
-    """Set the implementation of attention, in place; returns which.
-
-    The backward pass of torch's fused kernel for CPUs is slow in bf16, the more so the shorter the
-    sequences; on other devices, and in fp32, the fused kernels are at least as fast.
-    """
-    chosen = config.attention
-    if chosen == "auto":
-        slow = device.type == "cpu" and precision == "bf16"
-        chosen = "eager" if slow and config.sequence_length <= EAGER_TOKENS else "sdpa"
-    model.set_attn_implementation(chosen)
-    return chosen
 
 
 def transformers_config(
@@ -89,11 +73,15 @@ def materialise(model: PreTrainedModel, *, device: torch.device, dtype: Dtype) -
 
 
 def compile_blocks(model: PreTrainedModel) -> None:
-    """torch.compile each transformer block in place (one compilation serves all of them)."""
+    """torch.compile each transformer block in place (one compilation serves all of them).
+
+    What is compiled is `forward` alone: the hooks by which FSDP2 and ZeRO-3 gather a block's
+    weights run around it, and need not be traced.
+    """
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
-                block.compile()
+                block.forward = torch.compile(block.forward)
 
 
 def _opt_config(

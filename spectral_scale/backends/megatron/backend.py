@@ -34,6 +34,7 @@ from spectral_scale.backends.megatron.optimizer import wrap_adamw
 from spectral_scale.backends.megatron.store import MegatronStore
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.models.attention import uses_fused_attention
 from spectral_scale.models.weights import InitialWeights
 from spectral_scale.optim.build import create_state
 from spectral_scale.optim.groups import kinds
@@ -92,7 +93,7 @@ class MegatronBackend(Backend):
             tensor_parallel=self._tensor.size(),
             sequence_parallel=parallel.sequence_parallel,
             completion=parallel.factor_gradients,
-            fused_attention=model.config._attn_implementation == "sdpa",
+            fused_attention=uses_fused_attention(model),
             dtype=dtype,
             frozen_dtype=frozen_dtype,
             device=self.device,

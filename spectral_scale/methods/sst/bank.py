@@ -8,6 +8,10 @@ An example with k = 4 triplets of which r = 2 train, in residual storage:
     active = [0, 2]        the layer holds u[:, [0, 2]], sigma[[0, 2]], v[:, [0, 2]]
     residual               u[:, [1, 3]] diag(sigma[[1, 3]]) v[:, [1, 3]]^T
 
+Decompositions and rebuilds use the device's one stream. A second one would have nothing to overlap
+with: between two training steps the device is idle, each decomposition ends with its host waiting
+for it, and the next step needs what the swap delivers.
+
 Invariant: right after a swap, residual plus the trained product is the matrix itself, whichever
 indices are active. So a swap changes what trains and never what the model computes. While the
 layer trains, the bank's active columns are out of date; `commit` brings them up to date.
@@ -67,6 +71,7 @@ class SpectralBank:
         self, *, device: torch.device, compute_device: torch.device, dtype: torch.dtype
     ) -> None:
         self.device, self.compute_device, self.dtype = device, compute_device, dtype
+        self._pins = device.type == "cpu" and compute_device.type == "cuda"
         self._entries: dict[str, Triplets] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -93,10 +98,11 @@ class SpectralBank:
         extra: Tensor = NOTHING,
     ) -> None:
         """Take a matrix over, onto the bank's device."""
+        old = self._entries.get(name)
         self._entries[name] = Triplets(
-            u=self._offloaded(u),
-            sigma=self._offloaded(sigma),
-            v=self._offloaded(v),
+            u=self._kept(u, None if old is None else old.u),
+            sigma=self._kept(sigma, None if old is None else old.sigma),
+            v=self._kept(v, None if old is None else old.v),
             active=active.to(self.device),
             extra=extra.to(self.device),
         )
@@ -113,7 +119,7 @@ class SpectralBank:
         driver succeeds; the old factors then stay, and still sum to the same matrix.
         """
         entry = self._entries[name]
-        u, sigma, v = (t.to(self.compute_device) for t in (entry.u, entry.sigma, entry.v))
+        u, sigma, v = self._computable(entry.u, entry.sigma, entry.v)
         self.put(name, *svd(compose(u, sigma, v)), active=NOTHING)
 
     def draw(
@@ -196,14 +202,24 @@ class SpectralBank:
             return {"u_fixed": entry.u[:, idle], "v_fixed": entry.v[:, idle]}
         sigma = entry.sigma.clone()
         sigma[entry.held_sigma(all_sigma=False)] = 0
-        u, sigma, v = (t.to(self.compute_device) for t in (entry.u, sigma, entry.v))
+        u, sigma, v = self._computable(entry.u, sigma, entry.v)
         values = {"residual": compose(u, sigma, v)}
         if entry.extra.numel():
             values |= {"u_fixed": entry.u[:, entry.extra], "v_fixed": entry.v[:, entry.extra]}
         return values
 
-    def _offloaded(self, tensor: Tensor) -> Tensor:
-        kept = tensor.detach().to(self.device, self.dtype).contiguous()
-        if self.device.type == "cpu" and self.compute_device.type == "cuda":
-            return kept.pin_memory()
-        return kept
+    def _kept(self, tensor: Tensor, place: Tensor | None) -> Tensor:
+        """The values on the bank's device; pinned memory is taken from `place`, if it fits.
+
+        Pinning pages costs more than copying into them, and a round would give back as many pages
+        as it takes: each matrix keeps those of its first decomposition for the whole run.
+        """
+        if not self._pins:
+            return tensor.detach().to(self.device, self.dtype).contiguous()
+        if place is None or place.shape != tensor.shape:
+            place = torch.empty(tensor.shape, dtype=self.dtype, pin_memory=True)
+        return place.copy_(tensor.detach())
+
+    def _computable(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Where decompositions and rebuilds run; from pinned memory the copies overlap."""
+        return tuple(t.to(self.compute_device, non_blocking=self._pins) for t in tensors)

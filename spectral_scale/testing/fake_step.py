@@ -27,7 +27,8 @@ from spectral_scale.engine.loop import TrainingLoop
 from spectral_scale.engine.methods import METHODS, convert_model, open_controller
 from spectral_scale.methods.layer import factored_layers
 from spectral_scale.metrics.sinks import NullLog
-from spectral_scale.models.build import build_model, choose_attention
+from spectral_scale.models.attention import choose_attention
+from spectral_scale.models.build import build_model
 from spectral_scale.parallel.collective import SingleProcess
 from spectral_scale.parallel.dtensor_layout import DTensorLayouts
 from spectral_scale.parallel.rank_info import RankInfo

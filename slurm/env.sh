@@ -20,7 +20,9 @@
 
 # Threads per rank: no more than its own cores.
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-# A rank that waits for a lost one notices within the run's own limits, not NCCL's ten minutes.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+# How long ranks wait for one another is set by the run itself: the watchdog ends it within
+# health.hang_timeout_seconds of silence and names the rank; torch's collectives wait longer, so that it
+# speaks first. NCCL's variables need no values: TORCH_NCCL_ASYNC_ERROR_HANDLING decides how a process
+# ends after a timeout, not when, and torch's default, to end it at once, is right.
 # Data sets and tokenizers are local folders; nothing is downloaded during a run.
 export HF_HUB_OFFLINE=1

@@ -16,10 +16,11 @@ from spectral_scale.artifacts.compare import (
 from spectral_scale.artifacts.model_folder import staged_folder
 from spectral_scale.artifacts.restore import SavedRun, open_run, restore_model
 from spectral_scale.config.methods import method_spec
-from spectral_scale.engine.build import MASTER_DTYPES, initial_weights, initialise_dense
+from spectral_scale.engine.build import MASTER_DTYPES, initial_weights
 from spectral_scale.errors import ConfigError
 from spectral_scale.methods.frod.adapter import load_adapter, save_adapter
 from spectral_scale.models.build import build_model, materialise
+from spectral_scale.models.weights import initialise_dense
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.table import parameter_table
 

@@ -19,7 +19,6 @@ from spectral_scale.config.presets import Architecture, resolve_architecture
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
 from spectral_scale.data.tokenizer_match import TokenizerCheck, check_folder_tokenizer
 from spectral_scale.data.tokens import TokenFolder, open_tokens
-from spectral_scale.engine.build import initialise_dense
 from spectral_scale.engine.data import check_vocabulary
 from spectral_scale.errors import ConfigError
 from spectral_scale.methods.sst.controller import SpectralController
@@ -32,7 +31,7 @@ from spectral_scale.models.folder import (
     is_transformers_folder,
     load_folder,
 )
-from spectral_scale.models.weights import FolderWeights
+from spectral_scale.models.weights import FolderWeights, initialise_dense
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.table import parameter_table
 

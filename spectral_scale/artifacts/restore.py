@@ -15,12 +15,7 @@ from spectral_scale.config.load import load_config
 from spectral_scale.config.methods import method_spec
 from spectral_scale.config.presets import Architecture, resolve_architecture
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.engine.build import (
-    MASTER_DTYPES,
-    frozen_dtype,
-    initial_weights,
-    initialise_dense,
-)
+from spectral_scale.engine.build import MASTER_DTYPES, frozen_dtype, initial_weights
 from spectral_scale.engine.identity import (
     base_identity,
     keeps_initial_weights,
@@ -32,7 +27,7 @@ from spectral_scale.methods.layer import factored_layers
 from spectral_scale.models.attention import choose_attention
 from spectral_scale.models.build import build_model, materialise
 from spectral_scale.models.folder import read_generation_config
-from spectral_scale.models.weights import InitialWeights, KeyedWeights
+from spectral_scale.models.weights import InitialWeights, KeyedWeights, initialise_dense
 from spectral_scale.optim.groups import param_groups
 from spectral_scale.parallel.collective import SingleProcess
 from spectral_scale.parallel.store import TorchStore

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectral_scale.backends import state
-from spectral_scale.models.weights import InitialWeights
+from spectral_scale.models.build import materialise
+from spectral_scale.models.weights import InitialWeights, initialise_dense
 from spectral_scale.optim.groups import kinds
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.collective import Collective
@@ -44,7 +45,7 @@ class StepStats:
 
 
 class Backend(ABC):
-    """Set up, shard, attach, backward, step, state in and out, close, in that order.
+    """Set up, make, attach, backward, step, state in and out, close, in that order.
 
     All methods are collective.
     """
@@ -67,25 +68,29 @@ class Backend(ABC):
         dtype: torch.dtype,
         frozen_dtype: torch.dtype,
         fresh: bool,
-    ) -> bool:
-        """Put this rank's own parameters under the names of the (converted) meta model, in place.
+    ) -> None:
+        """Give the (converted) meta model memory and values, in place, and `shard` it.
 
-        Returns False from a backend without modules of its own, as most are: nothing has happened,
-        and the caller gives the model memory and values.
+        By default every rank holds all of it. A backend that shards weights never holds more than
+        its shards and one parameter; one with modules of its own puts its parameters under the
+        names of the model.
 
         Args:
             model: its names and its configuration stay.
             table: its parameters, with whole shapes.
-            weights: initial values of what the method does not hold, taken if `fresh`.
+            weights: initial values of what the method does not hold. Frozen ones are always
+                taken, trained ones only if `fresh`.
             dtype: of trained parameters.
             frozen_dtype: of frozen ones.
             fresh: False when `load_state` follows.
         """
-        return False
+        materialise(model, device=self.device, dtype=dtype)
+        initialise_dense(model, table, weights, frozen_only=not fresh)
+        self.shard(model)
 
     @abstractmethod
     def shard(self, model: nn.Module) -> None:
-        """Take the materialised model over, in place; before the optimizer is built."""
+        """Take the model over, in place; before the optimizer is built."""
 
     def own_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """What to attach in place of `optimizer`, over the same groups; by default `optimizer`.

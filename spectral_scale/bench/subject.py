@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_scale.backends.torch.backend import TorchBackend
 from spectral_scale.bench.settings import StepSettings, Variant, run_config
@@ -14,7 +14,7 @@ from spectral_scale.engine.build import frozen_dtype
 from spectral_scale.engine.methods import METHODS, open_controller
 from spectral_scale.methods.sst.controller import SpectralController
 from spectral_scale.metrics.measures import StepTimer, tensor_bytes
-from spectral_scale.models.weights import KeyedWeights
+from spectral_scale.models.weights import KeyedWeights, initialise_dense
 from spectral_scale.ops.precision import set_product_precision
 from spectral_scale.optim.build import state_tensors
 from spectral_scale.parallel.rank_info import RankInfo
@@ -48,7 +48,7 @@ class Subject:
         method.convert(self.model, config.spectral, frozen_dtype(config))
         give_memory(self.model, self._backend.device)
         weights = KeyedWeights(config.train.seed)
-        _initialise_dense(self.model, weights)
+        initialise_dense(self.model, parameter_table(self.model), weights)
         self._backend.shard(self.model)
         self.optimizer = method.optimizer(self.model, config, self._backend.collective)
         self._backend.attach(self.optimizer)
@@ -115,11 +115,3 @@ class Subject:
             return []
         entries = [entry for _, entry in self.controller.bank.items()]
         return [t for e in entries for t in (e.u, e.sigma, e.v, e.active)]
-
-
-@torch.no_grad()
-def _initialise_dense(model: nn.Module, weights: KeyedWeights) -> None:
-    table = parameter_table(model)
-    for fqn, parameter in model.named_parameters():
-        if table[fqn].layer is None:
-            parameter.copy_(weights.get(fqn, table[fqn].global_shape))

@@ -70,6 +70,7 @@ def as_text(plan: "Plan") -> str:
         "  memory of the fullest rank, GB:",
         *(f"    {PARTS[part]:<40}{size / gb:9.2f}" for part, size in plan.memory.items()),
         f"    {'peak':<40}{plan.peak_bytes / gb:9.2f}",
+        f"    {'peak at the start':<40}{plan.start_peak_bytes / gb:9.2f}",
     ]
     if plan.host_bytes:
         lines.append(f"    {'in host memory instead':<40}{plan.host_bytes / gb:9.2f}")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectral_scale.backends.base import Backend
+from spectral_scale.backends.limits import wait_limits
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.config.methods.rules import converted_shapes
@@ -38,14 +39,13 @@ from spectral_scale.models.attention import choose_attention
 from spectral_scale.models.build import (
     build_model,
     compile_blocks,
-    materialise,
 )
 from spectral_scale.models.folder import check_folder
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
 from spectral_scale.parallel.chunks import TensorChunk, whole
 from spectral_scale.parallel.device import pick_device
-from spectral_scale.parallel.group import separate
+from spectral_scale.parallel.group import limit_waits, separate
 from spectral_scale.parallel.rank_info import RankInfo, require_rendezvous
 from spectral_scale.parallel.table import ParameterTable, parameter_table
 
@@ -203,10 +203,20 @@ def build_run(inputs: Inputs, methods: Mapping[str, Method] = METHODS) -> Run:
     convert_model(model, config.spectral, frozen_dtype(config), method)
     check_converted(model, config.spectral, architecture)
     table = parameter_table(model)
-    _give_memory(model, table, weights, config=config, backend=backend, fresh=reader is None)
-    backend.shard(model)
+    if config.model.compile:
+        compile_blocks(model)
+    backend.make(
+        model,
+        table,
+        weights,
+        dtype=MASTER_DTYPES[precision],
+        frozen_dtype=frozen_dtype(config),
+        fresh=reader is None,
+    )
     optimizer = backend.own_optimizer(method.optimizer(model, config, backend.collective))
     forward = backend.attach(optimizer)
+    # The first decompositions come next; all groups of the backend are there.
+    limit_waits(wait_limits(resolved, backend.device.type).collective)
     controller = open_controller(
         method,
         model=model,
@@ -265,29 +275,6 @@ def _open_checkpoints(config: RunConfig, backend: Backend) -> CheckpointManager:
     )
 
 
-def _give_memory(
-    model: PreTrainedModel,
-    table: ParameterTable,
-    weights: InitialWeights,
-    *,
-    config: RunConfig,
-    backend: Backend,
-    fresh: bool,
-) -> None:
-    """Put parameters with memory in the place of the meta model's, by the backend if it makes them.
-
-    Trained ones get their first values only if `fresh`: a checkpoint holds them otherwise.
-    """
-    dtype = MASTER_DTYPES[config.train.precision]
-    frozen = frozen_dtype(config)
-    if backend.make(model, table, weights, dtype=dtype, frozen_dtype=frozen, fresh=fresh):
-        return
-    materialise(model, device=backend.device, dtype=dtype)
-    if config.model.compile:
-        compile_blocks(model)
-    initialise_dense(model, table, weights, frozen_only=not fresh)
-
-
 def frozen_dtype(config: RunConfig) -> torch.dtype:
     """Dtype of frozen weights in training."""
     precision = config.train.precision
@@ -326,17 +313,3 @@ def initial_weights(config: RunConfig) -> InitialWeights:
     if config.model.path is not None:
         return FolderWeights(Path(config.model.path))
     return KeyedWeights(config.train.seed)
-
-
-def initialise_dense(
-    model: PreTrainedModel,
-    table: ParameterTable,
-    weights: InitialWeights,
-    *,
-    frozen_only: bool = False,
-) -> None:
-    """Fill every dense parameter, or those that never train, from its key or file entry."""
-    with torch.no_grad():
-        for fqn, parameter in model.named_parameters():
-            if table[fqn].layer is None and not (frozen_only and table[fqn].trainable):
-                parameter.copy_(weights.get(fqn, table[fqn].global_shape))

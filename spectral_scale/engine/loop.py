@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from spectral_scale.backends.base import StepStats
+from spectral_scale.backends.limits import wait_limits
 from spectral_scale.data.loader import Batch, StepBatch
 from spectral_scale.engine.build import Run
 from spectral_scale.engine.evaluate import Evaluation, evaluate
@@ -65,6 +66,7 @@ class TrainingLoop:
             saved_health=run.saved_state.get("health"),
             checkpoint_written=lambda: self.saver.written,
             end=end,
+            limits=wait_limits(run.resolved, run.backend.device.type),
         )
         self._leads = run.backend.collective.rank == 0
         self._saved_step: int | None = run.start_step or None

@@ -17,7 +17,7 @@ def assign_owners(
     assign_owners({"a": (8, 4), "b": (4, 4), "c": (4, 4)}, 2) costs 128, 64 and 64, and gives a to
     rank 0, b and c to rank 1.
     """
-    cost = {name: max(shape) * min(shape) ** 2 for name, shape in shapes.items()}
+    cost = {name: decomposition_cost(shape) for name, shape in shapes.items()}
     load = [0] * world_size
     owners = dict(fixed or {})
     for name, rank in owners.items():
@@ -27,3 +27,8 @@ def assign_owners(
         owners[name] = rank
         load[rank] += cost[name]
     return {name: owners[name] for name in shapes}
+
+
+def decomposition_cost(shape: tuple[int, int]) -> int:
+    """max(m, n) * min(m, n)^2, to which the time of a decomposition is proportional."""
+    return max(shape) * min(shape) ** 2

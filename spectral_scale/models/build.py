@@ -1,6 +1,6 @@
 """A transformers causal language model on the meta device, and its move to a real one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,16 +60,50 @@ def materialise(model: PreTrainedModel, *, device: torch.device, dtype: Dtype) -
 
     Frozen parameters keep a lower precision that conversion gave them.
     """
+    set_trained_dtype(model, dtype)
+    give_memory(model, device)
+
+
+def set_trained_dtype(model: nn.Module, dtype: Dtype) -> None:
+    """Make the trained parameters of a meta model `dtype`, in place."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+
+
+def give_memory(model: PreTrainedModel, device: torch.device) -> None:
+    """Allocate the parameters of a meta model as they are, whole or sharded, in place; values are
+    undefined, ties and non-persistent buffers are restored."""
+    tied = tied_names(model)
     model.to_empty(device=device)
-    model.tie_weights()
+    tie(model, tied)
+    restore_buffers(model, device)
+
+
+def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute what a meta model's buffers would hold, on `device`, in place."""
     for name, module in model.named_modules():
         if "RotaryEmbedding" in type(module).__name__:
             parent, _, child = name.rpartition(".")
             fresh = type(module)(config=model.config).to(device)
             setattr(model.get_submodule(parent), child, fresh)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further name of a shared parameter -> its first one."""
+    first: dict[int, str] = {}
+    tied = {}
+    for fqn, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), fqn) != fqn:
+            tied[fqn] = first[id(parameter)]
+    return tied
+
+
+def tie(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Let each name share the parameter of its first one again, in place; see `tied_names`."""
+    for fqn, first in tied.items():
+        owner, _, leaf = fqn.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
 
 
 def compile_blocks(model: PreTrainedModel) -> None:

@@ -9,11 +9,13 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectral_scale.errors import ConfigError
 from spectral_scale.files.json_text import parse_json
 from spectral_scale.ops.keyed_random import keyed_generator
+from spectral_scale.parallel.shard_geometry import Rectangle
+from spectral_scale.parallel.table import ParameterTable
 
 INIT_STD = 0.02
 """Standard deviation of matrices and embeddings, as transformers initialises OPT and LLaMA."""
@@ -24,6 +26,9 @@ class InitialWeights(Protocol):
 
     def get(self, fqn: str, shape: tuple[int, ...]) -> Tensor:
         """The float32 CPU value of one dense weight."""
+
+    def part(self, fqn: str, shape: tuple[int, ...], box: Rectangle) -> Tensor:
+        """A rectangle of it: the same values as in the whole."""
 
     def fingerprint(self) -> str:
         """A digest that is equal for equal weights, wherever they are stored."""
@@ -43,6 +48,10 @@ class KeyedWeights:
             return torch.ones(shape)
         generator = keyed_generator(self.seed, "initial weight", fqn)
         return torch.empty(shape).normal_(0.0, INIT_STD, generator=generator)
+
+    def part(self, fqn: str, shape: tuple[int, ...], box: Rectangle) -> Tensor:
+        """A rectangle of the whole, which is drawn each time: no value depends on the parts."""
+        return self.get(fqn, shape)[box.slices_in(Rectangle((0,) * len(shape), shape))]
 
     def fingerprint(self) -> str:
         """The seed."""
@@ -79,15 +88,22 @@ class FolderWeights:
 
     def get(self, fqn: str, shape: tuple[int, ...]) -> Tensor:
         """The stored tensor in float32. Raises ConfigError if it is missing or of another shape."""
+        return self.part(fqn, shape, Rectangle((0,) * len(shape), shape))
+
+    def part(self, fqn: str, shape: tuple[int, ...], box: Rectangle) -> Tensor:
+        """A rectangle of the stored tensor, of which nothing else is read. Raises as `get`."""
         name = self.stored_name(fqn)
         if name is None:
             raise ConfigError(f"{self.folder} holds no weight {fqn}; check the folder")
-        value = self.read(name)
-        if tuple(value.shape) != shape:
+        found = self.shape_and_dtype(name)[0]
+        if found != shape:
             raise ConfigError(
-                f"{self.folder}: {name} has shape {tuple(value.shape)}, "
-                f"the configuration asks for {shape}"
+                f"{self.folder}: {name} has shape {found}, the configuration asks for {shape}"
             )
+        if box.shape == shape:
+            return self.read(name).float()
+        with self._open(name) as file:
+            value: Tensor = file.get_slice(name)[box.slices_in(Rectangle((0,) * len(shape), shape))]
         return value.float()
 
     def fingerprint(self) -> str:
@@ -107,6 +123,28 @@ class FolderWeights:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+
+def initialise_dense(
+    model: nn.Module,
+    table: ParameterTable,
+    weights: InitialWeights,
+    *,
+    frozen_only: bool = False,
+) -> None:
+    """Fill every dense parameter, or those that never train, from its key or file entry."""
+    with torch.no_grad():
+        for fqn in dense_names(table, frozen_only=frozen_only):
+            model.get_parameter(fqn).copy_(weights.get(fqn, table[fqn].global_shape))
+
+
+def dense_names(table: ParameterTable, *, frozen_only: bool) -> list[str]:
+    """The parameters that no method holds, or those among them that never train."""
+    return [
+        fqn
+        for fqn, info in table.items()
+        if info.layer is None and not (frozen_only and info.trainable)
+    ]
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:

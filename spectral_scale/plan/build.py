@@ -40,6 +40,8 @@ class Plan:
     """Part -> bytes, `activations` and `reserved` included."""
     peak_bytes: int
     """The larger of what a step needs and what a swap needs."""
+    start_peak_bytes: int
+    """What the start needs: the model gets its memory, then owners decompose matrices."""
     host_bytes: int
     """Bytes of a rank that are offloaded to host memory."""
     checkpoint_bytes: int
@@ -54,11 +56,16 @@ class Plan:
     verdict: Fit
     assumptions: tuple[str, ...]
 
+    @property
+    def needed_bytes(self) -> int:
+        """The larger peak, which the verdict is about."""
+        return max(self.peak_bytes, self.start_peak_bytes)
+
     def summary(self) -> str:
         """One line."""
         return (
             f"{self.model} on {self.world_size} ranks ({self.backend}): "
-            f"{self.peak_bytes / 1e9:.1f} of {self.gpu_memory_bytes / 1e9:.0f} GB a rank by "
+            f"{self.needed_bytes / 1e9:.1f} of {self.gpu_memory_bytes / 1e9:.0f} GB a rank by "
             f"formula: {VERDICTS[self.verdict]}"
         )
 
@@ -104,6 +111,7 @@ def plan_run(
     step = needs.gradients + needs.gathered + activations
     filtering = needs.gradients + needs.filter_workspace
     peak = kept + max(step, needs.svd_workspace, filtering)
+    start = kept + max(needs.starting, needs.svd_workspace)
     return Plan(
         model=config.model.name or str(config.model.path),
         backend=run.capability_row,
@@ -115,13 +123,14 @@ def plan_run(
         parameters_frozen=inventory.numel(trainable=False),
         memory=memory,
         peak_bytes=peak,
+        start_peak_bytes=start,
         host_bytes=needs.host,
         checkpoint_bytes=checkpoint_bytes(config, inventory),
         step_traffic_bytes=traffic.step,
         boundary_traffic_bytes=traffic.swap,
         boundary_every_steps=config.spectral.steps_per_iteration if run.method.swaps else 0,
         gpu_memory_bytes=gpu_memory_bytes,
-        verdict=verdict(peak, gpu_memory_bytes),
+        verdict=verdict(max(peak, start), gpu_memory_bytes),
         assumptions=(
             *vocabulary,
             ASSUMPTIONS,

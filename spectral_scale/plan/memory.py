@@ -37,6 +37,8 @@ class Memory:
     """Workspace of the largest re-decomposition, which never coincides with activations."""
     filter_workspace: int
     """Workspace of the filter besides gradients, which never coincides with activations."""
+    starting: int = 0
+    """Besides weights, only while the model gets its memory."""
     host: int = 0
     """In the host's memory instead."""
     notes: tuple[str, ...] = field(default=())
@@ -119,10 +121,20 @@ def _deepspeed(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
     optimizer = _share(masters + 8 * trained, share)
     if stage and half:
         optimizer += _share(4 * trained, share)  # fp32 gradients of the rank's part, in the step
+    starting = 0
+    if stage == 3:  # each parameter is whole before it is sharded
+        starting = size * max((item.numel for item in inventory.items), default=0)
+    elif stage <= 1 and half:  # BF16_Optimizer copies the weights into flat buffers
+        starting = size * trained
     settings = {} if run.deepspeed is None else run.deepspeed.initialize
     buckets = settings.get("zero_optimization", {})
     elements = min(int(buckets.get("reduce_bucket_size", 5e8)), trained) if stage else 0
-    parts = {"weights": weights, "gradients": gradients, "gathered": gathered + size * elements}
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "gathered": gathered + size * elements,
+        "starting": starting,
+    }
     if config.parallel.offload == "cpu":
         return parts | {"optimizer": 0, "host": optimizer}
     return parts | {"optimizer": optimizer}

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from spectral_scale.backends.limits import WaitLimits
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import WaitingForDataError
 from spectral_scale.parallel.collective import Collective
@@ -47,6 +48,7 @@ class Supervisor:
         saved_health: `health_state()` of the checkpoint that the run goes on from, if any.
         checkpoint_written: tells whether this rank's part of a background save is done.
         end: ends the process of a run that hangs.
+        limits: how long ranks may wait for one another.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Supervisor:
         saved_health: dict[str, Any] | None,
         checkpoint_written: Callable[[], bool],
         end: End,
+        limits: WaitLimits,
     ) -> None:
         self._collective, self._checkpoint_written = collective, checkpoint_written
         self._run_dir, self._steps = Path(config.train.run_dir), config.train.steps
@@ -78,6 +81,8 @@ class Supervisor:
             world_size=collective.world_size,
             timeout_seconds=config.health.hang_timeout_seconds,
             end=end,
+            long_seconds=limits.phase,
+            most_seconds=limits.verdict,
         )
         self._monitor = HealthMonitor(config.health, saved_health)
         self._replica_check = ReplicaCheck(collective, interval=config.health.replica_interval)

@@ -23,15 +23,17 @@ machine of rank 2 of 4 lost at t = 0 s:
 
 If a rank lives but does not move (its main thread hangs while its watchdog writes), its file still
 changes, and the time that ranks spend in a phase decides. Rank 0 allows 45 s or 10 times the
-longest such phase so far, whichever is more, and at least 600 s for uneven phases; it names the
-rank that is furthest behind. Other ranks wait 90 s longer, since only rank 0 sees all. If
-communication fails at once instead ("connection closed by peer"), the error arrives in
-`Watchdog.__exit__`, which looks up to 10 s for the rank that died and names it.
+longest such phase so far, whichever is more, and for uneven phases at least 600 s and the time of
+an owner's decompositions (`backends.limits`); it names the rank that is furthest behind. Other
+ranks wait 90 s longer, since only rank 0 sees all. If communication fails at once instead
+("connection closed by peer"), the error arrives in `Watchdog.__exit__`, which looks up to 10 s for
+the rank that died and names it.
 """
 
 import contextlib
 import faulthandler
 import logging
+import math
 import os
 import re
 import signal
@@ -63,7 +65,8 @@ before that is called: a launcher that sees one rank end may kill all others at 
 UNEVEN: tuple[Phase, ...] = ("start", "step", "evaluation", "save")
 """Phases that are long now and then: decompositions and swaps, evaluation, saving."""
 LONG_SECONDS = 600.0
-"""Seconds allowed for uneven phases, and for any phase the first time (compilation)."""
+"""Seconds allowed for uneven phases, and for any phase the first time (compilation); more where
+decompositions take longer."""
 PATIENCE = 10.0
 """A phase may take this many times the longest so far, and at least the timeout."""
 MAX_BEAT_SECONDS = 2.0
@@ -94,6 +97,9 @@ class Watchdog:
         world_size: the number of ranks.
         timeout_seconds: silence that counts as death; 0 writes heartbeats and watches nothing.
         end: called in the watchdog's thread to end the process.
+        long_seconds: allowed for uneven phases, which hold decompositions.
+        most_seconds: allowed at most, whatever phases took before: torch's collectives give up
+            later than that, and name no rank.
     """
 
     def __init__(
@@ -104,8 +110,11 @@ class Watchdog:
         world_size: int,
         timeout_seconds: float,
         end: End,
+        long_seconds: float = LONG_SECONDS,
+        most_seconds: float = math.inf,
     ) -> None:
         self._run_dir, self._world_size = run_dir, world_size
+        self._long, self._most = long_seconds, most_seconds
         self._timeout, self._end = timeout_seconds, end
         self._interval = min(MAX_BEAT_SECONDS, (timeout_seconds or 60.0) / 10)
         self._heart = Heartbeat(run_dir, rank)
@@ -249,8 +258,10 @@ class Watchdog:
         """Seconds that a phase may take."""
         longest = self._longest.get(phase)
         if longest is None or phase in UNEVEN:
-            return max(LONG_SECONDS, self._timeout, PATIENCE * (longest or 0.0))
-        return max(self._timeout, PATIENCE * longest)
+            allowed = max(self._long, self._timeout, PATIENCE * (longest or 0.0))
+        else:
+            allowed = max(self._timeout, PATIENCE * longest)
+        return min(allowed, self._most)
 
     def _where(self) -> str:
         """Names the rank that is furthest behind, for which the others wait, and where it is."""

@@ -77,6 +77,7 @@ def _storages(tensors: list[Tensor]) -> dict[int, int]:
 
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
+        value = _plain(value)
         return [value] if value.layout is torch.strided else []
     if isinstance(value, dict):
         return _tensors(list(value.values()))

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "parallel": frozenset({"errors"}),
     "metrics": frozenset({"errors", "config"}),
     "optim": frozenset({"errors", "config", "ops", "parallel"}),
-    "models": frozenset({"errors", "files", "config", "ops"}),
+    "models": frozenset({"errors", "files", "config", "ops", "parallel"}),
     "cluster": frozenset({"errors", "files", "parallel"}),
     "methods": BELOW_BACKENDS - {"methods", "models"},
     "doctor": frozenset({"files", "cluster", "parallel"}),

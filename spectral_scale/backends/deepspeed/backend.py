@@ -6,14 +6,16 @@ so that a run means the same here as on any other backend.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from spectral_scale.backends.base import Backend
 from spectral_scale.backends.deepspeed import cpu_adam, loss_scale
@@ -25,16 +27,23 @@ from spectral_scale.backends.deepspeed.profiling import (
     log_level,
     print_traffic,
 )
+from spectral_scale.backends.deepspeed.start import allocate_shards, initialise
 from spectral_scale.backends.deepspeed.store import ZeroStore
+from spectral_scale.config.capability import zero_stage
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.errors import ConfigError, SpectralScaleError
+from spectral_scale.models.build import give_memory
+from spectral_scale.models.weights import InitialWeights, dense_names
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import join_alone, join_group, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
+from spectral_scale.parallel.table import ParameterTable
 
 RESOLVED_NAME = "ds_config.json"
 """In the run folder: what DeepSpeed was initialized with."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""train.precision -> dtype of the module's weights."""
 
 
 class DeepSpeedBackend(Backend):
@@ -64,10 +73,36 @@ class DeepSpeedBackend(Backend):
         self._model: nn.Module
         self._engine: Any
         self._store: ZeroStore
+        self._initial: Callable[[ZeroStore], None] = lambda _: None
         self._scaler: Any = None
 
+    def make(
+        self,
+        model: PreTrainedModel,
+        table: ParameterTable,
+        weights: InitialWeights,
+        *,
+        dtype: torch.dtype,
+        frozen_dtype: torch.dtype,
+        fresh: bool,
+    ) -> None:
+        """Give the model memory in the engine's precision; values follow in `attach`, into the
+        masters, which would else be copies of rounded weights.
+
+        ZeRO-3 shards each parameter before the next one gets memory.
+        """
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(PRECISIONS[self._config.train.precision])
+        if zero_stage(self._config.parallel) == 3:
+            allocate_shards(self._deepspeed, model, self.deepspeed_config, self.device)
+        else:
+            give_memory(model, self.device)
+        names = dense_names(table, frozen_only=not fresh)
+        self._initial = partial(initialise, weights, {n: table[n].global_shape for n in names})
+        self.shard(model)
+
     def shard(self, model: nn.Module) -> None:
-        """DeepSpeed shards when it gets the optimizer."""
+        """The engine takes it when it gets the optimizer."""
         self._model = model
 
     def own_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -80,10 +115,6 @@ class DeepSpeedBackend(Backend):
 
     def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Initialize the engine; it computes in the run's precision and keeps fp32 masters."""
-        trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        exact = {}
-        if self._config.train.precision != "fp32":  # the engine would round them first
-            exact = {fqn: p.detach().clone().view(-1) for fqn, p in trained.items()}
         self._save_resolved()
         self._engine, *_ = self._deepspeed.initialize(
             model=self._model, optimizer=optimizer, config=self.deepspeed_config
@@ -94,9 +125,7 @@ class DeepSpeedBackend(Backend):
         self._store.register_step_hooks()
         if self._config.train.precision == "fp16":
             self._scaler = self._engine.optimizer.loss_scaler
-        for fqn, value in exact.items():
-            start, numel = self._store.layout.weight_range(trained[fqn])
-            self._store.write(fqn, value.narrow(0, start, numel))
+        self._initial(self._store)
         engine: nn.Module = self._engine
         return engine
 

@@ -17,19 +17,30 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
+from transformers import PreTrainedModel
 
 from spectral_scale.backends.base import Backend, gradients_of
 from spectral_scale.backends.fsdp2.store import FSDP2Store
 from spectral_scale.backends.fsdp2.tensor_parallel import ShardedLogits, apply_tensor_parallel
 from spectral_scale.config.capability import shard_group_size, shards_residual
 from spectral_scale.config.resolve import ResolvedRun
+from spectral_scale.models.build import give_memory, set_trained_dtype
+from spectral_scale.models.weights import InitialWeights, dense_names
 from spectral_scale.optim.build import create_state
 from spectral_scale.parallel.collective import ProcessGroup
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.dtensor_collectives import local, sum_over_shards
 from spectral_scale.parallel.dtensor_layout import DTensorLayout, DTensorLayouts
-from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
+from spectral_scale.parallel.group import (
+    join_alone,
+    join_group,
+    keep_until_exit,
+    leave_group,
+    subgroup_backends,
+)
 from spectral_scale.parallel.rank_info import RankInfo
+from spectral_scale.parallel.shard_geometry import Rectangle
+from spectral_scale.parallel.table import ParameterTable
 
 
 class FSDP2Backend(Backend):
@@ -70,8 +81,36 @@ class FSDP2Backend(Backend):
         self._root: FSDPModule
         self._optimizer: torch.optim.Optimizer
 
+    def make(
+        self,
+        model: PreTrainedModel,
+        table: ParameterTable,
+        weights: InitialWeights,
+        *,
+        dtype: torch.dtype,
+        frozen_dtype: torch.dtype,
+        fresh: bool,
+    ) -> None:
+        """Shard the meta model, then allocate this rank's shards and fill them, one by one."""
+        set_trained_dtype(model, dtype)
+        self.shard(model)
+        give_memory(model, self.device)
+        for fqn in dense_names(table, frozen_only=not fresh):
+            self._fill(model.get_parameter(fqn), fqn, table[fqn].global_shape, weights)
+
+    @torch.no_grad()
+    def _fill(
+        self, parameter: Tensor, fqn: str, shape: tuple[int, ...], weights: InitialWeights
+    ) -> None:
+        """Take this rank's part of a weight."""
+        box = Rectangle((0,) * len(shape), shape)
+        if isinstance(parameter, DTensor):
+            box = self._layouts.of(parameter).rectangle(shape)
+        if box.numel:
+            local(parameter).copy_(weights.part(fqn, shape, box))
+
     def shard(self, model: nn.Module) -> None:
-        """Cut every block, then what remains, in place."""
+        """Cut every block, then what remains, in place; on the meta device as well."""
         # transformers' blocks return views, which nothing changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = self._mesh
@@ -180,13 +219,15 @@ def _mesh(
     device: torch.device, world_size: int, shard_group: int, tensor_parallel: int
 ) -> DeviceMesh:
     """All ranks in a line, or in rows that hold one copy of the model, or one matrix, each."""
+    on_device = subgroup_backends(device, "copy", "shard")
     if tensor_parallel > 1:
         shape, names = (world_size // tensor_parallel, tensor_parallel), ("shard", "tensor")
+        on_device = subgroup_backends(device, "tensor")  # losses and flags are summed over "shard"
     elif shard_group == world_size:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     else:
         shape, names = (world_size // shard_group, shard_group), ("copy", "shard")
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names, backend_override=on_device)
     for group in mesh.get_all_groups():
         keep_until_exit(group)
     return mesh

@@ -26,6 +26,7 @@ from spectral_scale.errors import ConfigError, SpectralScaleError
 from spectral_scale.methods.layer import FactoredLinear, factored_layers
 from spectral_scale.methods.tensor_parallel import CommonInput, ShardedForward
 from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
+from spectral_scale.models.build import tie, tied_names
 from spectral_scale.ops.losses import negative_log_likelihood_sum
 from spectral_scale.parallel.tensor_parallel_regions import (
     all_reduce,
@@ -62,13 +63,13 @@ class ShardedLogits(nn.Module):
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
-    """Shard a materialised OPT or LLaMA over a one-dimensional mesh, in place.
+    """Shard an OPT or LLaMA over a one-dimensional mesh, in place.
 
-    Every rank must hold the same whole values. Returns the number of parameters that are sharded.
-    Raises ConfigError for a parameter without a rule in the table and for a layer that has no
-    tensor-parallel form, before anything is changed.
+    It is on the meta device, or every rank holds the same whole values. Returns the number of
+    parameters that are sharded. Raises ConfigError for a parameter without a rule in the table and
+    for a layer that has no tensor-parallel form, before anything is changed.
     """
-    tied = _tied_names(model)
+    tied = tied_names(model)
     copy_to_group = partial(copy_to_region, group=mesh.get_group())
     parents = {name.rpartition(".")[0] for name in factored_layers(model)}
     inputs = {parent: CommonInput(copy_to_group) for parent in parents}
@@ -77,9 +78,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
     parallelize_module(model, mesh, plan, src_data_rank=None)
     for parent, common_input in inputs.items():
         model.get_submodule(parent).register_forward_hook(common_input.forget, always_call=True)
-    for fqn, first in tied.items():
-        owner, _, leaf = fqn.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+    tie(model, tied)
     _take_local_heads(model, mesh.size())
     sharded = sum(isinstance(p, DTensor) for p in model.parameters())
     if not sharded:
@@ -146,16 +145,6 @@ class _FactoredParallel(ParallelStyle):
 
 def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Further name of a tied parameter -> its first one."""
-    first: dict[int, str] = {}
-    tied = {}
-    for fqn, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), fqn) != fqn:
-            tied[fqn] = first[id(parameter)]
-    return tied
 
 
 def _check_sizes(model: nn.Module, ranks: int) -> None:

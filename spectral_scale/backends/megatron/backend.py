@@ -42,7 +42,6 @@ from spectral_scale.parallel.collective import Collective, ProcessGroup
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
-from spectral_scale.parallel.shard_geometry import Rectangle
 from spectral_scale.parallel.table import ParameterTable
 from spectral_scale.parallel.tensor_parallel_table import local_rectangle
 
@@ -57,7 +56,8 @@ class MegatronBackend(Backend):
         if rank_info.world_size == 1:
             join_alone(self.device)
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.parallel.tensor_parallel
+            tensor_model_parallel_size=config.parallel.tensor_parallel,
+            create_gloo_process_groups=False,
         )
         self._tensor = parallel_state.get_tensor_model_parallel_group()
         self._data = parallel_state.get_data_parallel_group()
@@ -84,7 +84,7 @@ class MegatronBackend(Backend):
         dtype: torch.dtype,
         frozen_dtype: torch.dtype,
         fresh: bool,
-    ) -> bool:
+    ) -> None:
         """Build the GPTModel and put its parameters in the place of the model's, in place."""
         parallel = self.config.parallel
         gpt = build_spectral_gpt(
@@ -104,7 +104,7 @@ class MegatronBackend(Backend):
         self._gpt, self._table = gpt, table
         if fresh:
             self._initialise_dense(model, weights)
-        return True
+        self.shard(model)
 
     def shard(self, model: nn.Module) -> None:
         """Wrap the GPTModel in Megatron's DistributedDataParallel."""
@@ -190,8 +190,7 @@ class MegatronBackend(Backend):
                 box = local_rectangle(
                     fqn, shape, parts=self._tensor.size(), index=self._tensor.rank()
                 )
-                frame = Rectangle((0,) * len(shape), shape)
-                parameter.copy_(weights.get(fqn, shape)[box.slices_in(frame)])
+                parameter.copy_(weights.part(fqn, shape, box))
 
 
 def open_backend(run: ResolvedRun, rank_info: RankInfo) -> MegatronBackend:

@@ -91,6 +91,7 @@ def _traffic(spectral: SpectralConfig, model: PlannedModel) -> MethodTraffic:
 FROD = MethodSpec(
     name="frod",
     title="FRoD",
+    decomposes=True,
     converts=True,
     keys=TARGET_KEYS
     | {"spectral.sparsity", "spectral.ridge", "optimizer.spectral_lr", "optimizer.value_lr"},

@@ -45,6 +45,7 @@ def _traffic(spectral: SpectralConfig, model: PlannedModel) -> MethodTraffic:
 GALORE = MethodSpec(
     name="galore",
     title="GaLore",
+    decomposes=True,
     keys=frozenset(
         {
             "spectral.spectral_rank",

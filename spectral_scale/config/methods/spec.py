@@ -127,6 +127,8 @@ class MethodSpec:
     started from for as long as it lives."""
     has_adapter: bool = False
     """Whether what it trained can be saved apart from the weights it changes."""
+    decomposes: bool = False
+    """Whether matrices are decomposed on their owners, for which the other ranks wait."""
     swaps: bool = False
     """Whether something is swapped, merged or renewed every `steps_per_iteration` steps."""
 

@@ -109,6 +109,7 @@ def _traffic(spectral: SpectralConfig, model: PlannedModel) -> MethodTraffic:
 SST = MethodSpec(
     name="sst",
     title="SST",
+    decomposes=True,
     converts=True,
     keys=frozenset(
         f"spectral.{key.name}" for key in fields(SpectralConfig) if key.name not in _NOT_ITS_OWN

@@ -15,12 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from spectral_scale.config.presets import PRESETS, Architecture, resolve_architecture
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
-from spectral_scale.engine.build import initialise_dense
 from spectral_scale.methods.sst.controller import SpectralController
 from spectral_scale.methods.sst.layer import convert
 from spectral_scale.models.attention import CAUSAL_SDPA, choose_attention
 from spectral_scale.models.build import build_model, materialise
-from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
+from spectral_scale.models.weights import (
+    FolderWeights,
+    InitialWeights,
+    KeyedWeights,
+    initialise_dense,
+)
 from spectral_scale.parallel.table import parameter_table
 
 CPU = torch.device("cpu")

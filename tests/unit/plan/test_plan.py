@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from spectral_scale.engine.loop import TrainingLoop
 from spectral_scale.engine.measure import memory
 from spectral_scale.metrics.sinks import NullLog
 from spectral_scale.parallel.rank_info import RankInfo, detect_rank_info
+from spectral_scale.plan import build as plan_build
 from spectral_scale.plan.activations import activation_bytes
 from spectral_scale.plan.build import plan_run, verdict
 from spectral_scale.plan.inventory import take_inventory
@@ -181,6 +183,28 @@ def _plan(words: list[str], world_size: int) -> Any:
     return plan_run(resolved, gpu_memory_bytes=GPU)
 
 
+def test_the_start_counts_for_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards alone are there at the start: OPT-66B on 64 GPUs, whose whole model is 263 GB. What
+    the start needs besides is in the plan, and decides if it is the larger peak."""
+    words = ["--model.name=opt-66b", "--train.global_batch_size=64", "--train.precision=bf16"]
+    words += ["--train.micro_batch_size=1", "--model.activation_checkpointing=true"]
+    for parallel in (["backend=fsdp2"], ["backend=deepspeed", "zero_stage=3"]):
+        plan = _plan([*words, *(f"--parallel.{key}" for key in parallel)], 64)
+        kept = sum(plan.memory[k] for k in ("weights", "optimizer", "bank", "reserved"))
+        assert kept < plan.start_peak_bytes < kept + 10e9 < GPU
+        assert plan.needed_bytes == max(plan.peak_bytes, plan.start_peak_bytes)
+    right = plan_build.memory_of
+
+    def whole_first(*given: Any) -> Any:
+        return replace(right(*given), starting=263_000_000_000)
+
+    monkeypatch.setattr(plan_build, "memory_of", whole_first)
+    assert plan.verdict != "no"
+    again = _plan([*words, "--parallel.backend=fsdp2"], 64)
+    assert again.verdict == "no" and again.needed_bytes == again.start_peak_bytes > 263e9
+    assert f"{again.start_peak_bytes / 1e9:.1f} of" in again.summary()
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model.name=opt-1.3b", "--model.sequence_length=1024", "--world-size", "4"]
     assert main(["plan", *words, "--format", "json"]) == 0
@@ -188,11 +212,13 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     step = plan["memory"]["gradients"] + plan["memory"]["gathered"] + plan["memory"]["activations"]
     resting = sum(plan["memory"][k] for k in ("weights", "optimizer", "bank", "reserved"))
     assert plan["peak_bytes"] == resting + max(step, plan["memory"]["svd_workspace"])
+    assert plan["start_peak_bytes"] == resting + plan["memory"]["svd_workspace"]
     assert any("preset's" in text for text in plan["assumptions"])
     assert plan["parameters_trained"] + plan["parameters_frozen"] > 1.3e9
     assert main(["plan", *words, "--gpu-memory", "16"]) == 0
     text = capsys.readouterr().out
     assert "does not fit" in text and "activations of a micro-batch" in text
+    assert "peak at the start" in text
     assert main(["plan", *words, "--gpu-memory", "0"]) == 78
     assert main(["plan", "--train.micro_batch_size", "7"]) == 78
     assert "not divisible" in capsys.readouterr().err

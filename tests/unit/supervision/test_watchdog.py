@@ -101,6 +101,29 @@ def test_phases_may_take_what_they_took(tmp_path: Path, monkeypatch: pytest.Monk
     assert verdict is not None and "rank 0 on" in verdict and "step 0 (save)" in verdict
 
 
+def test_decompositions_have_their_time_and_torch_never_speaks_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uneven phases take what an owner's work takes; patience never exceeds the given limit."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    dog = Watchdog(
+        tmp_path,
+        rank=0,
+        world_size=1,
+        timeout_seconds=45,
+        end=never,
+        long_seconds=2000,
+        most_seconds=2500,
+    )
+    dog.mark(0, "step")
+    assert dog._allowed("step") == 2000
+    now = 1500.0  # more than ordinary uneven phases may take
+    assert dog._verdict() is None
+    dog.mark(0, "save")
+    assert dog._allowed("step") == 2500, "ten times 1,500 s would be longer than torch waits"
+
+
 def test_a_run_leaves_its_last_heartbeat_and_no_empty_file(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     with Watchdog(tmp_path, rank=0, world_size=1, timeout_seconds=45, end=never) as dog:

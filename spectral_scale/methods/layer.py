@@ -47,7 +47,7 @@ class WeightFacts(Tensor):
 class FactoredLinear(nn.Module):
     """A linear layer (in -> out) whose dense weight is held as trained factors and a frozen rest.
 
-    Its parameters declare their parts in a class attribute `parameter_roles`. A controller gives
+    Its parameters declare their roles in a class attribute `parameter_roles`. A controller gives
     the factors their first values and sets `ready`.
     """
 

@@ -47,7 +47,7 @@ class PhaseClock:
         except RuntimeError as error:
             if name in COLLECTIVE_PHASES:
                 error.add_note(
-                    f"rank {self.rank} broke off in phase {name!r} of the boundary before "
+                    f"rank {self.rank} broke off in phase {name!r} of the swap before "
                     f"iteration {self.iteration}"
                 )
             raise

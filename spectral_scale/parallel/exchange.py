@@ -61,35 +61,35 @@ class Exchange:
             [_common(of_rank, self._held) for of_rank in wants],
         )
 
-    def forward(self, parts: Sequence[Tensor], *, dtype: torch.dtype) -> list[Tensor]:
+    def forward(self, tensors: Sequence[Tensor], *, dtype: torch.dtype) -> list[Tensor]:
         """Held ranges, 1-D tensors in order, to wanted ranges. Collective over the group."""
-        own = [part[:n] for part, (_, n) in zip(parts, self._sent, strict=True)]
+        own = [tensor[:n] for tensor, (_, n) in zip(tensors, self._sent, strict=True)]
         return self._move(own, self._sent, self._wanted, *self._there, dtype)
 
-    def backward(self, parts: Sequence[Tensor], *, dtype: torch.dtype) -> list[Tensor]:
+    def backward(self, tensors: Sequence[Tensor], *, dtype: torch.dtype) -> list[Tensor]:
         """Wanted ranges back to held ones. Collective over the group."""
-        return self._move(parts, self._wanted, self._held, *self._back, dtype)
+        return self._move(tensors, self._wanted, self._held, *self._back, dtype)
 
     def _move(
         self,
-        parts: Sequence[Tensor],
+        tensors: Sequence[Tensor],
         have: Sequence[Range],
         want: Sequence[Range],
         out: Sequence[Sequence[Range]],
         into: Sequence[Sequence[Range]],
         dtype: torch.dtype,
     ) -> list[Tensor]:
-        mine, device = self._group.index, parts[0].device
+        mine, device = self._group.index, tensors[0].device
         result = [torch.zeros(numel, dtype=dtype, device=device) for _, numel in want]
         for source, have_range, target, want_range, common in zip(
-            parts, have, result, want, out[mine], strict=True
+            tensors, have, result, want, out[mine], strict=True
         ):
             _within(target, want_range, common).copy_(_within(source, have_range, common))
         outgoing = [
-            _within(part, range_, common).to(dtype)
+            _within(tensor, range_, common).to(dtype)
             for rank, commons in enumerate(out)
             if rank != mine
-            for part, range_, common in zip(parts, have, commons, strict=True)
+            for tensor, range_, common in zip(tensors, have, commons, strict=True)
         ]
         sizes_in = [0 if r == mine else sum(n for _, n in c) for r, c in enumerate(into)]
         sizes_out = [0 if r == mine else sum(n for _, n in c) for r, c in enumerate(out)]
@@ -115,9 +115,9 @@ class Exchange:
                 done += common[1]
 
 
-def even_slices(numel: int, parts: int) -> list[Range]:
-    """`numel` elements in `parts` consecutive ranges whose lengths differ by at most one."""
-    bounds = [numel * index // parts for index in range(parts + 1)]
+def even_slices(numel: int, count: int) -> list[Range]:
+    """`numel` elements in `count` consecutive ranges whose lengths differ by at most one."""
+    bounds = [numel * index // count for index in range(count + 1)]
     return [(start, stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
@@ -138,8 +138,8 @@ def _common(first: Sequence[Range], second: Sequence[Range]) -> list[Range]:
     return found
 
 
-def _within(part: Tensor, range_: Range, common: Range) -> Tensor:
-    """The elements `common` of `part`, which holds the elements `range_`."""
+def _within(tensor: Tensor, range_: Range, common: Range) -> Tensor:
+    """The elements `common` of `tensor`, which holds the elements `range_`."""
     if not common[1]:
-        return part[:0]
-    return part.narrow(0, common[0] - range_[0], common[1])
+        return tensor[:0]
+    return tensor.narrow(0, common[0] - range_[0], common[1])

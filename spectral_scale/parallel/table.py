@@ -1,7 +1,7 @@
 """The parameter table: what each parameter is, made once before anything is sharded.
 
-Hosts flatten, shard and wrap parameters; this table keeps their logical shape and their part.
-A layer of a method declares the parts of its own parameters as `parameter_roles`, by their names.
+Backends flatten, shard and wrap parameters; this table keeps their logical shape and their role.
+A layer of a method declares the roles of its own parameters as `parameter_roles`, by their names.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class ParameterInfo:
     global_shape: tuple[int, ...]
     """Shape before any sharding."""
     role: Role
-    """Its part in the method."""
+    """Its role in the method."""
     layer: str | None
     """The converted layer a factor belongs to; None for dense weights."""
     trainable: bool
@@ -47,7 +47,7 @@ ParameterTable = dict[str, ParameterInfo]
 
 
 def parameter_table(model: nn.Module) -> ParameterTable:
-    """Every parameter's logical shape and part; a shared one appears under its first name."""
+    """Every parameter's logical shape and role; a tied one appears under its first name."""
     table = {}
     for fqn, parameter in model.named_parameters():
         owner, _, leaf = fqn.rpartition(".")

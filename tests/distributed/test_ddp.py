@@ -1,4 +1,4 @@
-"""DistributedDataParallel against one process: same losses, same triplets, across boundaries."""
+"""DistributedDataParallel against one process: same losses, same triplets, across swaps."""
 
 from pathlib import Path
 

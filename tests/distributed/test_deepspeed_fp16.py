@@ -88,7 +88,7 @@ def faults(result: dict[str, Any], config: Any) -> list[str]:
             found.append(f"{step}: learning rate {line['train/lr/dense']}, not {lr}")
         swapped = "spectral/iteration" in line
         if swapped != (not overflowed and applied % SWAP == 0):
-            found.append(f"{step}: boundary {swapped} after {applied} applied steps")
+            found.append(f"{step}: swap {swapped} after {applied} applied steps")
     if not 3 <= skipped <= STEPS - 2 * SWAP:
         found.append(f"{skipped} steps overflowed: the test needs some, and two swaps")
     steps = {float(t) for n, t in result["tensors"].items() if n.endswith("sigma/step")}

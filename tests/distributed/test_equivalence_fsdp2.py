@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP against one process: losses, triplets, weights, moments, across boundaries."""
+"""FSDP2 and HSDP against one process: losses, triplets, weights, moments, across swaps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_methods_and_models_equal_one_process(
 
 
 def test_bf16_trains_the_numbers_of_plain_torch(corpus: Path, tmp_path: Path) -> None:
-    """One rank, the same products under autocast: the same bits, boundaries included."""
+    """One rank, the same products under autocast: the same bits, swaps included."""
     changes = SETTINGS | {"train__precision": "bf16", "train__micro_batch_size": BATCH // 2}
     sharded = {"parallel__backend": "fsdp2"} | changes
     found = run_distributed(train_tiny, 1, tiny_config(corpus, tmp_path / "a", **sharded))[0]

@@ -140,7 +140,7 @@ def test_traffic(corpus: Path, tmp_path: Path) -> None:
 # -- state -----------------------------------------------------------------------------------
 
 
-def test_resume_is_bit_exact_and_state_moves_between_hosts(corpus: Path, tmp_path: Path) -> None:
+def test_resume_is_bit_exact_and_state_moves_between_backends(corpus: Path, tmp_path: Path) -> None:
     """Stopped between two renewals of the graph. What ZeRO-2 on two ranks saved, one process and
     FSDP2 hold bit for bit after loading."""
     runs = []

@@ -1,4 +1,4 @@
-"""Each way of doing FSDP2 wrong, and each failure inside a boundary, is seen."""
+"""Each way of doing FSDP2 wrong, and each failure inside a swap, is seen."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +128,7 @@ def test_fault_is_seen(
     config = tiny_config(corpus, tmp_path, parallel__backend="fsdp2", **SETTINGS)
     try:
         ranks = run_distributed(train_with, 2, config, fault)
-    except RankError as error:  # the boundary's own proof found it
+    except RankError as error:  # the swap's own proof found it
         assert fault is draw_on_every_rank
         assert "the store does not write where the model reads" in str(error)
         return
@@ -137,7 +137,7 @@ def test_fault_is_seen(
     assert (equal and found.steps_equal) is (fault is nothing)
 
 
-def fail_in_boundary(config: Any, kind: str) -> str:
+def fail_in_swap(config: Any, kind: str) -> str:
     """Break one matrix at the re-SVD on its owner; what this rank raises."""
     import torch
 
@@ -165,7 +165,7 @@ def fail_in_boundary(config: Any, kind: str) -> str:
 def test_failed_decomposition_reaches_every_rank(kind: str, corpus: Path, tmp_path: Path) -> None:
     changes = SETTINGS | {"train__steps": 9, "train__micro_batch_size": 2}
     config = tiny_config(corpus, tmp_path, parallel__backend="fsdp2", **changes)
-    messages = run_distributed(fail_in_boundary, 3, config, kind)
+    messages = run_distributed(fail_in_swap, 3, config, kind)
     assert len(set(messages)) == 1
     assert "model.decoder.layers.1.fc1" in messages[0]
     assert messages[0].startswith("rank ")

@@ -184,7 +184,7 @@ def test_half_precision(corpus: Path, tmp_path: Path, alone: dict[str, Any]) -> 
 # -- state -----------------------------------------------------------------------------------------
 
 
-def test_resume_is_bit_exact_and_state_moves_between_hosts(corpus: Path, tmp_path: Path) -> None:
+def test_resume_is_bit_exact_and_state_moves_between_backends(corpus: Path, tmp_path: Path) -> None:
     """Stopped between two renewals. Hosts load what others saved bit for bit, and go on."""
     runs: list[Any] = []
     for host in ("zero2", "fsdp2"):

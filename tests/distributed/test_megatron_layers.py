@@ -324,7 +324,7 @@ def errors(ranks: list[list[Any]]) -> dict[Case, float]:
     return dict(zip([*_cases(), *FAULTY], worst, strict=True))
 
 
-def test_megatrons_own_checkpoints_know_the_parts(ranks: list[list[Any]]) -> None:
+def test_megatrons_own_checkpoints_know_the_shards(ranks: list[list[Any]]) -> None:
     assert [rank[-3] for rank in ranks] == [[[], [], []]] * 4
 
 

@@ -1,4 +1,4 @@
-"""Failures inside a boundary: a decomposition on its owner, and a rank that dies in each phase."""
+"""Failures inside a swap: a decomposition on its owner, and a rank that dies in each phase."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ KILLED_IN = {
 
 
 def die_in(config: Any, victim: int, phase: str, iteration: int) -> dict[str, Any]:
-    """Train; rank `victim` is killed as it enters a phase of the boundary before `iteration`."""
+    """Train; rank `victim` is killed as it enters a phase of the swap before `iteration`."""
     import os
     import signal
 
@@ -152,6 +152,6 @@ def test_a_failed_decomposition(backend: str, corpus: Path, tmp_path: Path) -> N
         for rank, (_, warnings) in enumerate(ranks)
     }
     (owner,) = (rank for rank, warnings in kept.items() if warnings)
-    assert message.startswith(f"rank {owner}: boundary: {layer}: out of memory, injected; restart")
+    assert message.startswith(f"rank {owner}: swap: {layer}: out of memory, injected; restart")
     assert len(kept[owner]) == 1
     assert f"rank {owner}: {layer} keeps its factors" in kept[owner][0]

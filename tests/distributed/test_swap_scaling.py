@@ -1,4 +1,4 @@
-"""The work of a boundary divides over ranks as the owner map says, operation by operation."""
+"""The work of a swap divides over ranks as the owner map says, operation by operation."""
 
 from collections import Counter
 from pathlib import Path
@@ -24,7 +24,7 @@ Work = dict[str, Counter[tuple[int, int]]]
 
 
 def count_work(config: Any, fault: bool) -> Work:
-    """Shapes of the matrices that this rank decomposes and rebuilds at one boundary."""
+    """Shapes of the matrices that this rank decomposes and rebuilds at one swap."""
     import torch
 
     from spectral_scale.methods.sst import bank, controller
@@ -47,9 +47,9 @@ def count_work(config: Any, fault: bool) -> Work:
         work["rebuild"][shape_of(result)] += 1
         return result
 
-    def counted(boundary: Swap, iteration: int) -> Any:
+    def counted(swap: Swap, iteration: int) -> Any:
         torch.linalg.svd, bank.compose = counted_svd, counted_compose
-        report = run(boundary, iteration)
+        report = run(swap, iteration)
         torch.linalg.svd, bank.compose = svd, compose
         return report
 
@@ -74,7 +74,7 @@ def cost(work: Work) -> int:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_work_divides(world: int, corpus: Path, tmp_path: Path) -> None:
-    config = one_boundary(corpus, tmp_path)
+    config = one_swap(corpus, tmp_path)
     ranks = run_distributed(count_work, world, config, False)
     assert ranks == [work_of(rank, world) for rank in range(world)]
     assert sum(map(cost, ranks)) == cost(work_of(0, 1))
@@ -84,11 +84,11 @@ def test_work_divides(world: int, corpus: Path, tmp_path: Path) -> None:
 
 def test_work_that_does_not_divide_would_show(corpus: Path, tmp_path: Path) -> None:
     """The twin gives every matrix to rank 0."""
-    ranks = run_distributed(count_work, 2, one_boundary(corpus, tmp_path), True)
+    ranks = run_distributed(count_work, 2, one_swap(corpus, tmp_path), True)
     assert [cost(work) for work in ranks] == [cost(work_of(0, 1)), 0]
 
 
-def one_boundary(corpus: Path, folder: Path) -> Any:
+def one_swap(corpus: Path, folder: Path) -> Any:
     """Four steps, then a swap with the re-SVD of every matrix."""
     changes = {"train__steps": 4, "train__global_batch_size": 4, "train__micro_batch_size": 1}
     return tiny_config(corpus, folder, spectral__iterations_per_round=1, **changes)

@@ -24,7 +24,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
 
 
 def deliver_twice(config: Any) -> dict[str, Any]:
-    """At a boundary, install every bucket tensor by tensor, wipe it, and install it packed."""
+    """At a swap, install every bucket tensor by tensor, wipe it, and install it packed."""
     from spectral_scale.engine.loop import TrainingLoop
     from spectral_scale.metrics.sinks import NullLog
     from spectral_scale.parallel.rank_info import detect_rank_info
@@ -115,7 +115,7 @@ def train_in_parcels(config: Any, limit: int) -> dict[str, Any]:
     return train_tiny(config) | {"sizes": sizes}
 
 
-def test_parcels_do_not_change_the_run(corpus: Path, tmp_path: Path) -> None:
+def test_buckets_do_not_change_the_run(corpus: Path, tmp_path: Path) -> None:
     """A matrix a bucket, and all in one a rank: bit-identical, over a swap and a re-SVD."""
     import numpy as np
 
@@ -124,7 +124,7 @@ def test_parcels_do_not_change_the_run(corpus: Path, tmp_path: Path) -> None:
         settings = {"train__steps": 9, "train__global_batch_size": 4, "train__precision": "bf16"}
         config = tiny_config(corpus, tmp_path / str(limit), **settings)
         found[limit] = run_distributed(train_in_parcels, WORLD, config, limit)
-    deliveries = 3  # at the start and at two boundaries
+    deliveries = 3  # at the start and at two swaps
     assert found[1][0]["sizes"] == [4] * MATRICES * deliveries
     assert found[2**30][0]["sizes"] == [4 * MATRICES // WORLD] * WORLD * deliveries
     for one, all_in_one in zip(found[1], found[2**30], strict=True):

@@ -33,13 +33,13 @@ def check_counts(
     for what, count in expected.items():
         if getattr(report, what) != count:
             raise SpectralError(
-                f"boundary {report.iteration} touched {getattr(report, what)} {what}, "
+                f"swap {report.iteration} touched {getattr(report, what)} {what}, "
                 f"expected {count}; the optimizer must hold the converted parameters and have "
                 "taken a step"
             )
     k = min(min(m.in_features, m.out_features) for m in layers.values())
     if report.swapped_triplets == 0 and spectral_rank < k:
-        logger.warning("boundary %d swapped no triplet", report.iteration)
+        logger.warning("swap %d replaced no triplet", report.iteration)
 
 
 def prove_scattered(
@@ -65,11 +65,11 @@ def prove_scattered(
     count = int(collective.all_reduce_sum(found))
     if count != report.active_triplets:
         raise SpectralError(
-            f"boundary {report.iteration} installed {count} of {report.active_triplets} "
+            f"swap {report.iteration} scattered {count} of {report.active_triplets} "
             "triplets; the store does not write where the model reads"
         )
     logger.info(
-        "first boundary: %d layers, %d active triplets (%d swapped in), %d moments reset",
+        "first swap: %d layers, %d active triplets (%d swapped in), %d moments reset",
         report.layers,
         report.active_triplets,
         report.swapped_triplets,

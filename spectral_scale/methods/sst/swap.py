@@ -76,7 +76,7 @@ class Swap:
             if work.problem is None and self.schedule.starts_round(iteration, self._offset(name)):
                 with self.clock.phase("decompose"), work.on(name):
                     self._redecompose(name, report)
-        self._delivery.agree(work.problem, "boundary")
+        self._delivery.agree(work.problem, "swap")
         self._gather_spectra(spectra, report)
         self.begin(iteration, report)
         check_counts(report, self.layers, self.config.spectral_rank)

@@ -81,8 +81,8 @@ class BlockSet:
             if placement.wanted is None:
                 fqns = placement.group.fqns
                 changes = None if anchors is None else [anchors.change(fqn) for fqn in fqns]
-                parts = [gradients[fqn] for fqn in fqns]
-                self._run(index, parts, changes, sums, full, needs_graph)
+                tensors = [gradients[fqn] for fqn in fqns]
+                self._run(index, tensors, changes, sums, full, needs_graph)
         if self._exchange is not None:
             self._run_moved(self._exchange, gradients, anchors, sums, full, needs_graph)
 
@@ -98,9 +98,9 @@ class BlockSet:
         """Filter groups whose nodes must move: one all-to-all (two with a joint loss), one back."""
         device = self._shards.device
         fqns = [fqn for p in self._moved for fqn in p.group.fqns]
-        parts = [gradients[fqn].to(device) for fqn in fqns]
-        dtype = parts[0].dtype
-        here = iter(exchange.forward(parts, dtype=dtype))
+        tensors = [gradients[fqn].to(device) for fqn in fqns]
+        dtype = tensors[0].dtype
+        here = iter(exchange.forward(tensors, dtype=dtype))
         changed: Iterator[Tensor] | None = None
         if anchors is not None:
             own = [anchors.change(fqn).to(device) for fqn in fqns]
@@ -113,27 +113,27 @@ class BlockSet:
                 self._run(index, mine, changes, sums, full, needs_graph)
                 filtered += self._folded(placement, mine)
         back = exchange.backward(filtered, dtype=dtype)
-        for fqn, part in zip(fqns, back, strict=True):
-            gradients[fqn].copy_(part)
+        for fqn, tensor in zip(fqns, back, strict=True):
+            gradients[fqn].copy_(tensor)
 
-    def _unfolded(self, placement: GraphPlacement, parts: Iterator[Tensor]) -> list[Tensor]:
+    def _unfolded(self, placement: GraphPlacement, tensors: Iterator[Tensor]) -> list[Tensor]:
         """The next tensors of a group; whole matrices in row-major order."""
         fqns = placement.group.fqns
         if placement.is_owned and placement.works_here:
-            return [self._shards.order(fqn).to_row_major(next(parts)) for fqn in fqns]
-        return [next(parts) for _ in fqns]
+            return [self._shards.order(fqn).to_row_major(next(tensors)) for fqn in fqns]
+        return [next(tensors) for _ in fqns]
 
-    def _folded(self, placement: GraphPlacement, parts: list[Tensor]) -> list[Tensor]:
+    def _folded(self, placement: GraphPlacement, tensors: list[Tensor]) -> list[Tensor]:
         """A group's filtered tensors in the order of its shards: the inverse of `_unfolded`."""
         if not (placement.is_owned and placement.works_here):
-            return parts
+            return tensors
         orders = (self._shards.order(fqn) for fqn in placement.group.fqns)
-        return [order.from_row_major(part) for order, part in zip(orders, parts, strict=True)]
+        return [order.from_row_major(tensor) for order, tensor in zip(orders, tensors, strict=True)]
 
     def _run(
         self,
         index: int,
-        parts: list[Tensor],
+        tensors: list[Tensor],
         changes: list[Tensor] | None,
         sums: Sequence[Sums] | None,
         full: bool,
@@ -144,7 +144,7 @@ class BlockSet:
             return
         own = None if sums is None else sums[index]
         change = None if changes is None else _signal(block, changes)
-        filtered = block.run(_signal(block, parts), change, own, full=full)
+        filtered = block.run(_signal(block, tensors), change, own, full=full)
         if needs_graph and not filtered:
             raise SpectralError(
                 f"{block.group.name} has no graph, so that its filter is off; call commit() after "
@@ -175,8 +175,8 @@ class BlockSet:
         if sharded:
             flat = torch.cat([mean.flatten().to(self._shards.device) for mean in sharded])
             self._shards.group.sum(flat)
-            for mean, part in zip(sharded, flat.split([m.numel() for m in sharded]), strict=True):
-                mean.copy_(part.view_as(mean))
+            for mean, tensor in zip(sharded, flat.split([m.numel() for m in sharded]), strict=True):
+                mean.copy_(tensor.view_as(mean))
         error = None
         try:
             for mean, (block, _) in zip(means, self._here(), strict=True):
@@ -208,6 +208,6 @@ class BlockSet:
         return [(block, placement) for block, placement in pairs if block is not None]
 
 
-def _signal(block: BlockFilter, parts: list[Tensor]) -> Signal:
+def _signal(block: BlockFilter, tensors: list[Tensor]) -> Signal:
     shape = block.group.blocks
-    return StackedSignal(parts) if shape is None else BlockedSignal(parts[0], shape)
+    return StackedSignal(tensors) if shape is None else BlockedSignal(tensors[0], shape)

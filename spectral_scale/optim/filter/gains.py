@@ -48,21 +48,21 @@ class GainFilter:
 
     def run(self, gradients: Mapping[str, Tensor], sums: Sums | None) -> None:
         """Scale the shards in place. Collective over the group of the shards."""
-        parts = [gradients[fqn] for fqn in self.group.fqns]
-        squares = self._square_sums(parts)
+        tensors = [gradients[fqn] for fqn in self.group.fqns]
+        squares = self._square_sums(tensors)
         sizes = (squares / self._sizes).sqrt()
         filtered = self.operator.filter(sizes[:, None])[:, 0].clamp_min(0.0)
         gains = torch.where(sizes > 0, filtered / sizes, 1.0)
-        for part, gain in zip(parts, gains, strict=True):
-            part.mul_(gain.to(part.device, part.dtype))
+        for tensor, gain in zip(tensors, gains, strict=True):
+            tensor.mul_(gain.to(tensor.device, tensor.dtype))
         if sums is not None and self._shards.group.index == 0:
             self._add(sums, squares, sizes, gains)
 
-    def _square_sums(self, parts: Sequence[Tensor]) -> Tensor:
+    def _square_sums(self, tensors: Sequence[Tensor]) -> Tensor:
         """|g|^2 of each block over all ranks, float64; what several ranks hold counts once."""
         own = [
-            torch.linalg.vector_norm(part).double().square().to(self._shards.device) * speaks
-            for part, speaks in zip(parts, self._speaks, strict=True)
+            torch.linalg.vector_norm(tensor).double().square().to(self._shards.device) * speaks
+            for tensor, speaks in zip(tensors, self._speaks, strict=True)
         ]
         return self._shards.group.sum(torch.stack(own))
 

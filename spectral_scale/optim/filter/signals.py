@@ -38,22 +38,22 @@ class StackedSignal:
 
     unit = 1
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self._parts = parts
-        self.num_nodes, self.num_units = len(parts), parts[0].numel()
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self.num_nodes, self.num_units = len(tensors), tensors[0].numel()
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Stack a range of every part."""
-        return _wide(torch.stack([part[start:stop] for part in self._parts]))
+        """Stack a range of every tensor."""
+        return _wide(torch.stack([tensor[start:stop] for tensor in self._tensors]))
 
     def write(self, start: int, stop: int, block: Tensor) -> None:
-        """Copy each row back to its part."""
-        for part, row in zip(self._parts, block, strict=True):
-            part[start:stop].copy_(row)
+        """Copy each row back to its tensor."""
+        for tensor, row in zip(self._tensors, block, strict=True):
+            tensor[start:stop].copy_(row)
 
     def sample(self, index: Tensor) -> Tensor:
-        """Read the given entries of every part."""
-        return _wide(torch.stack([part[index] for part in self._parts]))
+        """Read the given entries of every tensor."""
+        return _wide(torch.stack([tensor[index] for tensor in self._tensors]))
 
 
 class BlockedSignal:
@@ -67,13 +67,13 @@ class BlockedSignal:
 
     def read(self, start: int, stop: int) -> Tensor:
         """A slice of every node, made contiguous."""
-        part = self._cube.narrow(self._axis, start, stop - start)
-        return _wide(part.reshape(self.num_nodes, -1))
+        tensor = self._cube.narrow(self._axis, start, stop - start)
+        return _wide(tensor.reshape(self.num_nodes, -1))
 
     def write(self, start: int, stop: int, block: Tensor) -> None:
         """Write a slice back to every node."""
-        part = self._cube.narrow(self._axis, start, stop - start)
-        part.copy_(block.view(part.shape))
+        tensor = self._cube.narrow(self._axis, start, stop - start)
+        tensor.copy_(block.view(tensor.shape))
 
     def sample(self, index: Tensor) -> Tensor:
         """Read entries of every node; feature f is entry f % after of slice f // after."""

@@ -20,7 +20,7 @@ from spectral_scale.config.check import check_config
 from spectral_scale.config.load import load_config
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.config.support import FEATURES, No, Yes
-from spectral_scale.engine import backends as hosts
+from spectral_scale.engine import backends
 from spectral_scale.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -149,7 +149,7 @@ def test_shard_groups_must_divide_the_ranks(group: int) -> None:
     assert f"parallel.shard_group={group} must divide the 4 ranks; one of [1, 2, 4]" in text
 
 
-def test_a_missing_host_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_backend_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_with(parallel__backend="deepspeed")
 
     def missing(name: str) -> str:
@@ -157,7 +157,7 @@ def test_a_missing_host_package_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(packages, "version", missing)
     with pytest.raises(ConfigError, match=r"pip install 'spectral-scale\[deepspeed\]'"):
-        hosts.require_backend(config)
+        backends.require_backend(config)
 
 
 def test_the_backends_page_holds_the_table() -> None:

@@ -85,7 +85,7 @@ class Loader:
     state_fingerprint: dict[str, str] = {}
 
 
-def test_a_filter_is_part_of_what_a_resumed_run_must_share() -> None:
+def test_a_filter_is_part_of_what_a_resumed_run_must_have_in_common() -> None:
     """And a run without one can be resumed from checkpoints older than the filter."""
     without, other = config(filter__kind="none"), config(**FULL, filter__strength=2.0)
     loader: Any = Loader()

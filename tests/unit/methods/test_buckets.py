@@ -49,7 +49,7 @@ def test_bytes_are_those_of_the_parameters(storage):
 
 
 @pytest.mark.parametrize("bounded", [True, False])
-def test_a_delivery_takes_the_memory_of_a_parcel(bounded, monkeypatch):
+def test_a_delivery_takes_the_memory_of_a_bucket(bounded, monkeypatch):
     """Twenty matrices, a bucket of two: the twin builds all of them at once."""
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(20)))
     config = SpectralConfig(spectral_rank=4, steps_per_iteration=1)

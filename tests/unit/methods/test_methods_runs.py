@@ -10,7 +10,7 @@ from spectral_scale.cli.main import main
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import TINY, tiny_config, train_tiny
 
-STEPS = 10  # boundaries after 4 and 8 steps
+STEPS = 10  # swaps after 4 and 8 steps
 
 
 def train(corpus: Path, run_dir: Path, steps: int, **changes: Any) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def values_of(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 def test_resume_equals_the_straight_run(
     corpus: Path, tmp_path: Path, method: str, precision: str
 ) -> None:
-    """Stopped inside an interval, after a boundary; a fresh build continues bit for bit."""
+    """Stopped inside an interval, after a swap; a fresh build continues bit for bit."""
     changes = {"spectral__method": method, "train__precision": precision}
     straight = values_of(train(corpus, tmp_path / "straight", STEPS, **changes))
     train(corpus, tmp_path / "parts", 6, **changes)
@@ -68,7 +68,7 @@ def test_resume_equals_the_straight_run(
 
 
 @pytest.mark.parametrize(("method", "stop"), [("relora", 8), ("galore", 4)])
-def test_resume_exactly_at_a_boundary(corpus: Path, tmp_path: Path, method: str, stop: int) -> None:
+def test_resume_exactly_at_a_swap(corpus: Path, tmp_path: Path, method: str, stop: int) -> None:
     changes = {"spectral__method": method, "train__precision": "bf16"}
     straight = values_of(train(corpus, tmp_path / "straight", STEPS, **changes))
     train(corpus, tmp_path / "parts", stop, **changes)

@@ -30,7 +30,7 @@ def test_tensor_bytes_of_a_generator_of_temporaries():
     assert tensor_bytes(torch.zeros(1000) for _ in range(20)) == 20 * 4000
 
 
-def test_tensor_bytes_counts_the_local_part_of_a_distributed_tensor():
+def test_tensor_bytes_counts_the_local_shard_of_a_distributed_tensor():
     class Sharded:
         def to_local(self):
             return torch.zeros(5)

@@ -44,7 +44,7 @@ def layout(dim: int | None, parts: int, index: int) -> DTensorLayout:
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
-def test_pieces_are_those_of_torch(size: int, parts: int) -> None:
+def test_shards_are_those_of_torch(size: int, parts: int) -> None:
     for index in range(parts):
         start, length = ceil_shard(size, parts, index)
         shape, offset = _compute_local_shape_and_global_offset(
@@ -55,17 +55,17 @@ def test_pieces_are_those_of_torch(size: int, parts: int) -> None:
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(0, 1))
-def test_pieces_tile_the_tensor(rows: int, columns: int, parts: int, dim: int) -> None:
+def test_shards_tile_the_tensor(rows: int, columns: int, parts: int, dim: int) -> None:
     boxes = [layout(dim, parts, i).rectangle((rows, columns)) for i in range(parts)]
     assert tiling_fault([b for b in boxes if b.numel], (rows, columns)) is None
     assert boxes[0].shape == layout(dim, parts, parts - 1).padded_shape((rows, columns))
 
 
 @given(st.integers(1, 5), st.integers(1, 20), st.integers(1, 4), st.integers(1, 5), st.booleans())
-def test_pieces_of_equal_parts_tile_the_tensor(
+def test_equal_shards_sharded_again_tile_the_tensor(
     rows: int, columns: int, tensor: int, data: int, other: bool
 ) -> None:
-    """Cut by tensor parallelism first, each part then as `fully_shard` cuts it: torch's pieces."""
+    """Sharded by tensor parallelism first, then as `fully_shard` does it: torch's shards."""
     shape = (rows * tensor, columns)
     ranks = tuple(range(data * tensor))
     dim = 1 if other else 0
@@ -85,7 +85,7 @@ def test_pieces_of_equal_parts_tile_the_tensor(
         assert not box.numel or tuple(offset) == box.offset
 
 
-def test_a_tensor_that_is_not_cut_is_one_piece() -> None:
+def test_a_tensor_that_is_not_sharded_is_one_shard() -> None:
     assert layout(None, 1, 0).rectangle((3, 4)).shape == (3, 4)
 
 
@@ -119,7 +119,7 @@ def test_layouts_are_found_once_for_each_placement(group: None) -> None:
     assert layouts.of(a).is_first_replica
 
 
-def test_a_store_of_whole_parameters_refuses_pieces(group: None) -> None:
+def test_a_store_of_whole_parameters_refuses_shards(group: None) -> None:
     """Plain writes to a sharded model would fail late, or be lost."""
     mesh = init_device_mesh("cpu", (1,))
     weight = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, (Shard(0),)))

@@ -76,7 +76,7 @@ def copies_there_and_back(world: int) -> list[Any]:
     return [got[0].tolist(), back[0].tolist() == (2 * part).tolist(), sent]
 
 
-def test_of_copies_the_first_is_sent_and_all_get_it_back() -> None:
+def test_of_replicas_the_first_is_sent_and_all_get_it_back() -> None:
     found = run_distributed(copies_there_and_back, 4, 4)
     assert found[1][0] == [0, 1, 2, 3, 4] and all(f[0] == [] for f in found[:1] + found[2:])
     assert all(returned for _, returned, _ in found)

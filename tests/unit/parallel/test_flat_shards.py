@@ -10,7 +10,7 @@ from spectral_scale.parallel.flat_shards import TensorShards
 from spectral_scale.testing.distributed import run_distributed
 
 CUTS: list[tuple[tuple[int, ...], int]] = [((4, 6), 0), ((4, 6), 1), ((4, 7), 1), ((2, 2, 4), 2)]
-"""Shape of a tensor, and the dimension that two ranks cut."""
+"""Shape of a tensor, and the dimension that two ranks shard."""
 
 
 def held_ranges() -> list[object]:
@@ -27,7 +27,7 @@ def held_ranges() -> list[object]:
     return found
 
 
-def test_rows_and_equal_blocks_of_columns_are_ranges_and_other_cuts_are_refused() -> None:
+def test_rows_and_equal_blocks_of_columns_are_ranges_and_other_shards_are_refused() -> None:
     for rows, columns, unequal, deep in run_distributed(held_ranges, 2):
         assert rows == columns == [(0, 12), (12, 12)]
         assert "fc.weight has 7 columns, which 2 ranks do not divide" in unequal

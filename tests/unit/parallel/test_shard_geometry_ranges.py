@@ -33,14 +33,14 @@ def test_every_range_is_its_boxes_in_flat_order(shape: tuple[int, ...]) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 12), max_size=3))
-def test_cuts_of_a_matrix_tile_it(cuts: list[int]) -> None:
+def test_shards_of_a_matrix_tile_it(cuts: list[int]) -> None:
     edges = sorted({0, 12, *cuts})
     pairs = zip(edges, edges[1:], strict=False)
     boxes = [b for a, z in pairs for b in rectangles_of_range(a, z - a, (3, 4))]
     assert tiling_fault(boxes, (3, 4)) is None
 
 
-def test_a_lost_piece_is_not_a_tiling() -> None:
+def test_a_lost_shard_is_not_a_tiling() -> None:
     assert tiling_fault(list(rectangles_of_range(0, 11, (3, 4))), (3, 4)) is not None
 
 

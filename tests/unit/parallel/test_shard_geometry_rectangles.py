@@ -85,7 +85,7 @@ def test_a_long_box_overlaps_one_that_begins_much_later():
 
 @given(tilings())
 @settings(max_examples=100, deadline=None)
-def test_every_exact_tiling_is_accepted_and_each_missing_piece_noticed(case):
+def test_every_exact_tiling_is_accepted_and_each_missing_rectangle_noticed(case):
     shape, pieces = case
     assert tiling_fault(pieces, shape) is None
     for i, piece in enumerate(pieces):

@@ -50,8 +50,8 @@ def test_the_odd_rank_out_is_named() -> None:
     ranks: Any = Three([[[0, 0], good], [[0, 0], [good[0], 5]]])
     with pytest.raises(HealthError, match="model/b on rank 2 differs from the other ranks'"):
         check_replicas(tensors, ranks)
-    pieces: Any = Three([[[0, 1], [good[0], 5]], [[0, 1], [good[0], 5]]])
-    assert check_replicas(tensors, pieces) == 2, "other pieces are no copies"
+    shards: Any = Three([[[0, 1], [good[0], 5]], [[0, 1], [good[0], 5]]])
+    assert check_replicas(tensors, shards) == 2, "other shards are no replicas"
     fewer: Any = Three([[[0], good[:1]], [[0, 0], good]])
     with pytest.raises(HealthError, match="all must hold as many"):
         check_replicas(tensors, fewer)

@@ -114,7 +114,7 @@ def test_rounds(matrices: int, ranks: int) -> None:
     assert sum(travels) <= max(0, ranks - 1)
 
 
-def test_copies_share_the_decompositions() -> None:
+def test_replicas_split_the_decompositions() -> None:
     piece = cut_flat(5, 1, 0)
     piece.group = ShardGroup(replicas=Silent(1, 2))
     plan = plan_rounds(list(piece.shapes), dict.fromkeys(piece.shapes, 0), piece)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ class Small:
             self.controller.after_step()
 
     def before_boundary(self) -> None:
-        """Up to the last step of an iteration; `after_step()` then brings the boundary."""
+        """Up to the last step of an iteration; `after_step()` then brings the swap."""
         self.run(STEPS - 1)
         self.step()
 
@@ -74,8 +74,8 @@ def by_triplet(state: dict[str, Tensor], order: list[int], name: str) -> dict[in
     return {triplet: state[name][..., column] for column, triplet in enumerate(order)}
 
 
-def boundary(small: Small, leaf: str) -> tuple[dict, dict, list[int], list[int]]:
-    """State of one leaf and the triplets behind it, before and after the boundary."""
+def swap(small: Small, leaf: str) -> tuple[dict, dict, list[int], list[int]]:
+    """State of one leaf and the triplets behind it, before and after the swap."""
     small.before_boundary()
     before, order = small.state(leaf), small.order(leaf)
     report = small.controller.after_step()
@@ -108,14 +108,14 @@ def test_positions():
 
 @pytest.mark.parametrize("leaf", ["u", "v", "sigma"])
 def test_moments_of_redrawn_triplets_follow_them(leaf):
-    moved = boundary(Small(boundary_moments="keep_redrawn"), leaf)
+    moved = swap(Small(boundary_moments="keep_redrawn"), leaf)
     assert 0 < check_kept(*moved) < len(moved[3])
     assert moved[2] != moved[3]
 
 
 def test_keeping_sigma_resets_directions():
     small = Small(boundary_moments="keep_sigma")
-    assert check_kept(*boundary(small, "sigma")) > 0
+    assert check_kept(*swap(small, "sigma")) > 0
     for leaf in ("u", "v"):
         state = small.state(leaf)
         assert state["step"] == 0
@@ -124,7 +124,7 @@ def test_keeping_sigma_resets_directions():
 
 @pytest.mark.parametrize("keep", KEEP)
 def test_every_sigma_of_factored_storage_keeps_its_moments(keep):
-    before, after, old, new = boundary(Small(boundary_moments=keep, storage="factored"), "sigma")
+    before, after, old, new = swap(Small(boundary_moments=keep, storage="factored"), "sigma")
     assert check_kept(before, after, old, new) == len(new) == K
     assert old != new
 
@@ -143,13 +143,13 @@ def test_wrong_columns_are_found(monkeypatch):
         TorchStore, "move_moments", lambda self, fqn, source: right(self, fqn, source.roll(1))
     )
     with pytest.raises(AssertionError):
-        check_kept(*boundary(Small(boundary_moments="keep_redrawn"), "u"))
+        check_kept(*swap(Small(boundary_moments="keep_redrawn"), "u"))
 
 
 @pytest.mark.parametrize("keep", ["reset", *KEEP])
 def test_nothing_survives_a_decomposition_or_a_reset(keep):
     small = Small(boundary_moments=keep, iterations_per_round=1)
-    boundary(small, "sigma")
+    swap(small, "sigma")
     for leaf in ("u", "v", "sigma"):
         state = small.state(leaf)
         assert state["step"] == 0
@@ -195,7 +195,7 @@ def test_extra_sigma_train_and_their_directions_do_not():
 
 
 @pytest.mark.parametrize("iterations", [1, 3])  # a swap, and a decomposition
-def test_a_boundary_with_extra_sigma_leaves_the_function_unchanged(iterations):
+def test_a_swap_with_extra_sigma_leaves_the_function_unchanged(iterations):
     small = Small(extra_sigma=3)
     small.run(STEPS * iterations - 1)
     small.step()

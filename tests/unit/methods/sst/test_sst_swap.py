@@ -1,4 +1,4 @@
-"""The boundary protocol on a small float64 model: what must hold, and broken twins that fail."""
+"""The swap protocol on a small float64 model: what must hold, and broken twins that fail."""
 
 import logging
 import math
@@ -45,7 +45,7 @@ class Trainer:
         self.layers = spectral_layers(self.model)
 
     def step(self) -> float:
-        """One optimizer step without its boundary."""
+        """One optimizer step without its swap."""
         loss = (self.model(self.x) - self.y).square().mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -71,10 +71,10 @@ class Trainer:
         return [layer.effective_weight() for layer in self.layers.values()]
 
 
-def change_at_boundary(trainer: Trainer, boundary: Callable[[], object]) -> float:
-    """Largest relative change of an effective weight across a boundary."""
+def change_at_swap(trainer: Trainer, swap: Callable[[], object]) -> float:
+    """Largest relative change of an effective weight across a swap."""
     before = trainer.weights()
-    boundary()
+    swap()
     pairs = zip(before, trainer.weights(), strict=True)
     return max(float((b - a).norm() / a.norm()) for a, b in pairs)
 
@@ -86,7 +86,7 @@ def test_function_is_unchanged(storage: str, rounds: int) -> None:
     trainer = Trainer(storage=storage, iterations_per_round=rounds)
     trainer.to_boundary()
     reports = []
-    change = change_at_boundary(trainer, lambda: reports.append(trainer.controller.after_step()))
+    change = change_at_swap(trainer, lambda: reports.append(trainer.controller.after_step()))
     assert reports[0].redecomposed == (2 if rounds == 1 else 0)
     assert reports[0].swapped_triplets > 0
     assert change < 1e-13
@@ -106,7 +106,7 @@ def test_a_broken_swap_changes_the_function(
         monkeypatch.setattr(
             SpectralBank, "frozen_values", lambda _, name, **__: {"residual": stale[name]}
         )
-    assert change_at_boundary(trainer, trainer.controller.after_step) > 1e-3
+    assert change_at_swap(trainer, trainer.controller.after_step) > 1e-3
 
 
 def test_frozen_values_are_bit_identical_inside_an_iteration() -> None:
@@ -117,7 +117,7 @@ def test_frozen_values_are_bit_identical_inside_an_iteration() -> None:
         before = {n: p.detach().clone() for n, p in frozen.items()}
         trainer.run(4)
         assert all(torch.equal(before[n], p) for n, p in frozen.items())
-        trainer.run(1)  # the twin: a boundary does change them
+        trainer.run(1)  # the twin: a swap does change them
         assert not any(torch.equal(before[n], p) for n, p in frozen.items())
 
 
@@ -266,7 +266,7 @@ def test_poisoned_factor_names_its_matrix(rounds: int) -> None:
     trainer.step()
     with torch.no_grad():
         trainer.layers["2"].sigma[0] = math.nan
-    with pytest.raises(SpectralError, match=r"rank 0: boundary: 2: .*NaN"):
+    with pytest.raises(SpectralError, match=r"rank 0: swap: 2: .*NaN"):
         trainer.controller.after_step()
 
 
@@ -283,9 +283,7 @@ def test_failed_svd_keeps_the_old_factors(
     monkeypatch.setattr(torch.linalg, "svd", fail)
     reports = []
     with caplog.at_level(logging.WARNING):
-        change = change_at_boundary(
-            trainer, lambda: reports.append(trainer.controller.after_step())
-        )
+        change = change_at_swap(trainer, lambda: reports.append(trainer.controller.after_step()))
     assert change < 1e-13
     assert reports[0].kept_factors == 2 and reports[0].redecomposed == 0
     assert "keeps its factors" in caplog.text
@@ -317,7 +315,7 @@ def test_state_round_trip_into_fresh_objects() -> None:
 
 
 def test_a_store_that_writes_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first boundary reads back what it installed; the twin loses every write."""
+    """The first swap reads back what it installed; the twin loses every write."""
     trainer = Trainer()
     trainer.run(4)
     trainer.step()
@@ -327,7 +325,7 @@ def test_a_store_that_writes_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_phases_are_timed_and_announced() -> None:
-    """In the protocol's order, and each within the boundary's seconds."""
+    """In the protocol's order, and each within the swap's seconds."""
     trainer = Trainer(iterations_per_round=1)
     entered: list[tuple[str, int]] = []
     trainer.controller.swap.clock.listeners.append(lambda *phase: entered.append(phase))
@@ -356,5 +354,5 @@ def test_a_failed_collective_says_where_it_broke_off(monkeypatch: pytest.MonkeyP
     with pytest.raises(RuntimeError, match="closed by peer") as caught:
         trainer.controller.after_step()
     assert caught.value.__notes__ == [
-        "rank 0 broke off in phase 'deliver' of the boundary before iteration 1"
+        "rank 0 broke off in phase 'deliver' of the swap before iteration 1"
     ]

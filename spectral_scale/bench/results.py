@@ -62,7 +62,7 @@ class VariantResult:
     state_bytes: dict[str, int]
     """Counted by use: weights, gradients, moments, bank."""
     formula_bytes: dict[str, int]
-    """The same uses by formula."""
+    """Bytes of the same uses as in `state_bytes`, by formula."""
     boundary: SwapTimes | None
     """Times of its swaps; None for dense training."""
 

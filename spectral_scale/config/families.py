@@ -22,12 +22,12 @@ class BlockLinear:
     """One linear layer of a transformer block."""
 
     name: str
-    """Last part of its name."""
+    """Last component of the linear's dotted name."""
     parent: Literal["self_attn", "mlp", ""]
     """Module of the block that holds it; "" where the block itself does."""
     reads: Literal["attention", "heads", "mlp", "features"]
-    """Its input: the normalised input of attention or of the MLP, the heads' outputs, or the
-    MLP's features. Linears that read the same share one gathered or summed input."""
+    """Input of the linear: the normalised input of attention or of the MLP, the heads' outputs, or
+    the MLP's features. Linears that read the same have one gathered or summed input in common."""
     outputs: Size
     """Features that come out."""
     inputs: Size
@@ -49,7 +49,7 @@ class Family:
     """The structure that all models of a family have in common."""
 
     title: str
-    """Its name for a person."""
+    """Name of the family for a person."""
     base: str
     """Module of the language model that holds embeddings, blocks and the last norm."""
     linears: tuple[BlockLinear, ...]

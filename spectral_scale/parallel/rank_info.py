@@ -51,7 +51,7 @@ def detect_rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo:
 
 
 def _local_world_size(environment: Mapping[str, str]) -> int | None:
-    """As torchrun or, failing that, DeepSpeed's launcher says it."""
+    """Ranks on this machine, as torchrun or, failing that, DeepSpeed's launcher says it."""
     text = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE"))
     return None if text is None else int(text)
 

@@ -36,7 +36,7 @@ class ParameterInfo:
     global_shape: tuple[int, ...]
     """Shape before any sharding."""
     role: Role
-    """Its role in the method."""
+    """Role of the parameter in its method."""
     layer: str | None
     """The converted layer a factor belongs to; None for dense weights."""
     trainable: bool

@@ -17,7 +17,8 @@ from spectral_scale.plan.method_needs import method_traffic
 from spectral_scale.plan.payload import Payload
 
 _LOSS_VALUES = 3
-"""Of a token, in fp32, where no rank sees all logits: the largest, the label's, a sum."""
+"""fp32 values of a token that are summed where no rank sees all logits: the largest logit, the
+label's, and the sum of exponentials."""
 
 
 def rank_shard(config: RunConfig, inventory: Inventory) -> Inventory:

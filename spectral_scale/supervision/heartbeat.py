@@ -33,7 +33,7 @@ class Beat:
     host: str
     """The name of the machine that it runs on."""
     pid: int
-    """Its process id there."""
+    """Process id of the rank on that machine."""
     born: float
     """Process start time; it distinguishes a reused process id."""
     step: int = 0

@@ -13,7 +13,7 @@ SETTINGS: dict[str, Any] = {
     "filter__kind": "rational",
     "filter__strength": 2.0,
 }
-"""Of `tiny_config`."""
+"""Settings of `tiny_config` for a run with a filter."""
 KNN = {"filter__graph": "knn", "filter__neighbors": 1, "filter__refresh_steps": 2}
 JOINT = {"filter__joint_loss_mu": 0.1, "filter__anchor_steps": 2}
 

@@ -39,7 +39,8 @@ TINY = {
     "metrics.tensorboard": False,
 }
 TORCH_ADAM = Path(__file__).with_name("torch_adam.json")
-"""Of runs that ask for offload without a file: DeepSpeed's own Adam is compiled for minutes."""
+"""DeepSpeed file of runs that ask for offload without one: DeepSpeed's own Adam would be compiled
+for minutes."""
 
 
 def tiny_words(corpus: Path, run_dir: Path, **changes: Any) -> list[str]:

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 NAME = "loss_scaler"
 """In checkpoints: a float64 tensor of the values of `LEARNED`."""
 LEARNED = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""Of DeepSpeed's DynamicLossScaler: the scale, steps seen, the one that overflowed last, and how
-many more overflows it bears before it halves the scale."""
+"""Attributes of DeepSpeed's DynamicLossScaler: the scale, the steps seen, the last one that
+overflowed, and how many more overflows it bears before it halves the scale."""
 
 
 def all_finite(norms: Mapping[str, Tensor]) -> bool:

@@ -43,9 +43,9 @@ class Fragment:
     """A flat range of one trained parameter, and where this rank keeps its master."""
 
     fqn: str
-    """The parameter."""
+    """Name of the parameter."""
     shape: Shape
-    """Its logical shape."""
+    """Logical shape of the parameter."""
     start: int
     """First element, in the flattened parameter."""
     numel: int
@@ -53,7 +53,7 @@ class Fragment:
     flat: Tensor
     """What the inner optimizer calls a parameter: the key of its state."""
     flat_start: int
-    """Where the range begins in it."""
+    """Where the range begins in `flat`."""
 
     def of(self, tensor: Tensor) -> Tensor:
         """This range of a tensor laid out as `flat`, as a 1-D view."""
@@ -70,7 +70,7 @@ class Flat:
     """What the inner optimizer calls one parameter."""
 
     group: dict[str, Any]
-    """Its parameter group: learning rate, weight decay, name."""
+    """Parameter group of the flat tensor: learning rate, weight decay, name."""
     tensor: Tensor
     """This rank's masters, the key of their state; they share one Adam step."""
     members: list[nn.Parameter]

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 FUSED: dict[str, Fused] = {"linear_qkv": "qkv", "linear_fc1": "none"}
 """Column-parallel linears of a transformer layer, and what their weight fuses."""
 ROWS = ("linear_proj", "linear_fc2")
-"""Its row-parallel ones."""
+"""Row-parallel linears of a transformer layer."""
 
 
 @torch.no_grad()

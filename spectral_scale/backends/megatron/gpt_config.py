@@ -36,7 +36,7 @@ class MegatronSettings:
     """A model as megatron-core is told of it."""
 
     architecture: Architecture
-    """Its shapes."""
+    """Shapes of the model."""
     padded_vocab_size: int
     """Rows of the word embedding, over all ranks together."""
     transformer: dict[str, Any]

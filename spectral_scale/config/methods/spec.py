@@ -67,7 +67,7 @@ class MethodMemory:
     owned: int = 0
     """Kept by the rank that owns most."""
     workspace: int = 0
-    """Of the largest decomposition; not at the same time as a step's activations."""
+    """Held during the largest decomposition; not at the same time as a step's activations."""
     saved: int = 0
     """In a checkpoint besides trained weights and their moments, all ranks together."""
 
@@ -96,7 +96,7 @@ class MethodSpec:
     name: str
     """What `spectral.method` gives."""
     title: str
-    """Its name for a person."""
+    """Name of the method for a person."""
     converts: bool = False
     """Whether it replaces linears: those of `spectral.targets`, or all of the blocks' linears."""
     keys: frozenset[str] = frozenset()

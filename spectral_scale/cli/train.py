@@ -271,7 +271,8 @@ def _say_done(run_dir: Path, step: int, output: str) -> None:
     print(f"\nrun complete at step {step}")
     if points:
         print(f"validation perplexity: {points[0]:.1f} before, {points[-1]:.1f} after")
-    print(f"report:      {run_dir / 'report.html'}")
+    if (run_dir / "report.html").is_file():
+        print(f"report:      {run_dir / 'report.html'}")
     print(f"metrics:     {run_dir / 'metrics.jsonl'}")
     print(f"tensorboard: tensorboard --logdir {run_dir / 'tensorboard'}")
     print("next: train for longer with --train.steps, or start another run with --train.run_dir")

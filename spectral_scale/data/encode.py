@@ -19,7 +19,8 @@ from spectral_scale.data.records import BadDocument, Reason, Record, extract_tex
 from spectral_scale.errors import DataError
 
 _PIECE_CHARACTERS = 1 << 20
-_PIECES_AT_ONCE = 16
+_CHARACTERS_AT_ONCE = 1 << 22
+"""A call's text: the tokenizer's own results take about 60 bytes a character until it returns."""
 _BATCH_BYTES = 1 << 20
 _BATCH_RECORDS = 1024
 _BATCHES_AHEAD_PER_WORKER = 3
@@ -103,8 +104,7 @@ class DocumentEncoder:
             yield np.concatenate(list(islice(encoded, len(document))))
 
     def _encode_all(self, pieces: list[str]) -> Iterator[np.ndarray]:
-        for start in range(0, len(pieces), _PIECES_AT_ONCE):
-            group = pieces[start : start + _PIECES_AT_ONCE]
+        for group in _groups(pieces):
             for found in self._tokenizer.encode_batch_fast(group, add_special_tokens=False):
                 yield np.array(found.ids, dtype=np.uint32)
 
@@ -122,6 +122,20 @@ class DocumentEncoder:
             )
             return EncodedDocument(reason="id_beyond_vocabulary", message=message, input_bytes=size)
         return EncodedDocument(ids=found, input_bytes=size)
+
+
+def _groups(pieces: list[str]) -> Iterator[list[str]]:
+    """The pieces in order, in lists of at most `_CHARACTERS_AT_ONCE`; a longer one stands alone."""
+    group: list[str] = []
+    size = 0
+    for piece in pieces:
+        if group and size + len(piece) > _CHARACTERS_AT_ONCE:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += len(piece)
+    if group:
+        yield group
 
 
 def cut_pieces(

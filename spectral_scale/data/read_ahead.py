@@ -171,10 +171,8 @@ def _state(process: BaseProcess) -> str:
 
 def _work(read: Read, numbers: Sequence[int], pipe: Connection, parent: int) -> None:
     """Body of a worker: read and send, until all is sent or the parent is gone."""
-    for (
-        stop_signal
-    ) in STOP_SIGNALS:  # the main process decides, though the whole group is signalled
-        signal.signal(stop_signal, signal.SIG_IGN)
+    for number in STOP_SIGNALS:  # the main process decides, though the whole group is signalled
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     message: tuple[str, Any]
     for number in numbers:

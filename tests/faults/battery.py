@@ -1,4 +1,4 @@
-"""Forty-eight faults, their outcomes and the tests that hold them; rendered as docs/faults.md."""
+"""Fifty-seven faults, their outcomes and the tests that hold them; rendered as docs/faults.md."""
 
 from dataclasses import dataclass
 
@@ -77,6 +77,17 @@ SECTIONS: dict[str, list[Scenario]] = {
             "The run refuses to start, after trying to write and remove a file, and exits with code"
             " 78.",
             (f"{RUNS}test_bad_input.py::test_a_run_folder_that_cannot_be_made",),
+        ),
+        Scenario(
+            "a report that cannot be written, or a run folder whose name is not UTF-8",
+            "The outcome of the run stands, with exit code 0; a report that cannot be written is a "
+            "warning, and leaves no temporary file.",
+            (
+                "tests/unit/cli/test_train_command.py"
+                "::test_a_report_that_cannot_be_written_costs_only_the_report",
+                "tests/unit/metrics/report/test_report_page.py"
+                "::test_a_run_folder_whose_name_is_no_utf8_gets_its_page",
+            ),
         ),
         Scenario(
             "a signal or an error during a background save",
@@ -176,6 +187,11 @@ SECTIONS: dict[str, list[Scenario]] = {
                 f"{RUNS}test_resume.py::test_resume_at_another_world_size",
                 "tests/distributed/test_deepspeed_state.py::test_reshard_and_migrate",
             ),
+        ),
+        Scenario(
+            "resuming with a longer schedule",
+            "The run says by how much its learning rates jump.",
+            (f"{RUNS}test_learning_rate_jump.py::test_a_longer_cosine_is_said_on_resume",),
         ),
         Scenario(
             "resuming at any step: within an iteration, around swaps and SVDs, with dropout and "
@@ -282,6 +298,22 @@ SECTIONS: dict[str, list[Scenario]] = {
                 f"{RUNS}test_signals.py::test_one_rank_s_signal_stops_all",
                 "benchmarks/launchers.py",
             ),
+        ),
+        Scenario(
+            "SIGHUP, SIGUSR2, SIGXCPU or SIGPWR: a closed terminal, a warning before a limit, a "
+            "host that goes down",
+            "Each stops and saves as SIGTERM does. Under `nohup` a closed terminal changes nothing;"
+            " torchrun hands SIGHUP to its ranks even then, and they save.",
+            (
+                f"{RUNS}test_signals.py::test_the_step_is_finished_saved_and_continued",
+                f"{RUNS}test_signals.py::test_a_closed_terminal_does_not_end_what_nohup_started",
+                f"{RUNS}test_signals.py::test_a_closed_terminal_under_nohup_torchrun_saves",
+            ),
+        ),
+        Scenario(
+            "the shell script that started a rank in the background ends",
+            "The rank goes on: only the end of a launcher stops its ranks.",
+            (f"{SUPERVISION}test_launcher_watch.py::test_only_the_end_of_a_launcher_counts",),
         ),
         Scenario(
             "the files STOP and SAVE",
@@ -395,6 +427,60 @@ SECTIONS: dict[str, list[Scenario]] = {
             ("tests/unit/files/test_json_text.py::test_a_key_that_is_given_twice_is_named",),
         ),
         Scenario(
+            "a document of many megabytes on one line",
+            "It is tokenised in pieces, a few megabytes at once, to the same ids; a "
+            "tokenizer of another kind than byte-level BPE is asked where a line may be cut.",
+            (
+                f"{DATA}test_encode.py::test_a_long_line_is_cut_into_short_pieces_of_the_same_ids",
+                f"{DATA}test_encode.py::test_other_tokenizers_are_asked_where_a_line_may_be_cut",
+                f"{DATA}test_encode.py::test_the_tokenizer_gets_few_characters_at_once",
+            ),
+        ),
+        Scenario(
+            "a number that YAML reads otherwise (0100 is 64), or a key of DeepSpeed's JSON that "
+            "DeepSpeed has given up",
+            "It is refused with what to write instead.",
+            (
+                "tests/unit/files/test_paths.py"
+                "::test_numbers_that_yaml_would_read_otherwise_are_refused",
+                "tests/unit/config/test_deepspeed_json.py::test_what_breaks_the_method_is_refused",
+            ),
+        ),
+        Scenario(
+            "a model folder whose generation_config.json transformers would refuse to write",
+            "Sampling values without `do_sample` are exported with `do_sample: true`, after a "
+            "warning; anything else is refused at `import` and before the first step.",
+            (
+                "tests/unit/models/test_folder_generation_config.py"
+                "::test_sampling_values_without_do_sample_can_be_exported",
+                "tests/unit/models/test_folder_generation_config.py"
+                "::test_others_are_refused_before_training",
+            ),
+        ),
+        Scenario(
+            "a model whose own code reads the weight of its linears, or that keeps matrices "
+            "outside linears",
+            "A converted layer answers for its weight's dtype, device and shape; what stays dense "
+            "inside the blocks is logged with its share.",
+            (
+                "tests/unit/methods/test_layer_facts.py"
+                "::test_models_that_peek_at_their_linears_train_swap_and_merge",
+                "tests/unit/methods/test_layer_facts.py"
+                "::test_experts_that_stay_dense_are_named_with_their_share",
+            ),
+        ),
+        Scenario(
+            "an own loop under `torch.autocast`, in bf16 or fp16",
+            "Layers of every method and those on megatron-core have the dtypes of `nn.Linear`, and "
+            "its values within rounding; trained weights stay fp32.",
+            (
+                "tests/unit/methods/test_layer_autocast.py"
+                "::test_output_and_gradients_are_those_of_a_linear",
+                "tests/distributed/test_megatron_layers.py"
+                "::test_autocast_trains_them_as_it_trains_a_linear",
+            ),
+        ),
+        Scenario(
             "`~` or `$NAME` in a path",
             "`~` is the home folder in every key and argument; `$NAME` is refused by name.",
             (
@@ -417,10 +503,11 @@ SECTIONS: dict[str, list[Scenario]] = {
         Scenario(
             "a request to stop while data is waited for",
             "One process saves and stops with exit code 75; one of several ranks ends the run with "
-            "75 and is named.",
+            "75 and is named, and the last checkpoint is intact.",
             (
                 f"{RUNS}test_waiting_for_data.py::test_one_process_saves_and_stops",
                 f"{RUNS}test_waiting_for_data.py::test_several_ranks_end_and_name_it",
+                "benchmarks/launchers.py",
             ),
         ),
         Scenario(
@@ -435,11 +522,11 @@ SECTIONS: dict[str, list[Scenario]] = {
         ),
     ],
 }
-COUNT = 48
+COUNT = 57
 
 PAGE = """# Faults
 
-Forty-eight faults that clusters, file systems and inputs inflict on a training run, the outcome
+Fifty-seven faults that clusters, file systems and inputs inflict on a training run, the outcome
 of each, and the tests that hold it; a fault without a test says why. This page is rendered from
 `tests/faults/battery.py`, and a test compares the two.
 

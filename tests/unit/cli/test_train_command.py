@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
+from spectral_scale.cli import train as train_command
 from spectral_scale.cli.main import main
 from spectral_scale.config.load import known_keys, load_config
 from spectral_scale.metrics.history import read_metrics
 from spectral_scale.testing.tiny import tiny_words
 
+WRITE_REPORT = train_command._write_report
 SECRETS = {"HF_TOKEN": "hf_Xq7secret", "AWS_SECRET_ACCESS_KEY": "aws_Zz9secret"}
 STEPS = 12  # swaps after 4, 8 (re-SVD) and 12
 
@@ -222,6 +224,23 @@ def test_a_status_that_cannot_be_written_costs_only_the_status(
     assert train(corpus, tmp_path, train__steps=4) == 0
     assert checkpoints(tmp_path) == ["step_00000004"]
     assert "status.json could not be written" in (tmp_path / "logs/rank_00000.log").read_text()
+
+
+def test_a_report_that_cannot_be_written_costs_only_the_report(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Training was successful and stays so; nothing names a page that is not there."""
+    (tmp_path / "report.html" / "in the way").mkdir(parents=True)
+    monkeypatch.setattr(train_command, "_write_report", WRITE_REPORT)
+    assert train(corpus, tmp_path, train__steps=4) == 0
+    shown = capsys.readouterr()
+    assert "warning: report.html could not be written" in shown.err
+    assert "run complete at step 4" in shown.out and "report.html" not in shown.out
+    assert status(tmp_path)["state"] == "completed"
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 HUGE = {

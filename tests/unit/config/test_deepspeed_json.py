@@ -112,6 +112,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"zero_optimization": {"zero_quantized_gradients": True}}, "gradients would be rounded"),
     ({"zero_optimization": {"zeropp_loco_param": {"err_beta": 0.8}}}, "gradients would be rounded"),
     ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "use cpu"),
+    ({"zero_optimization": {"cpu_offload": True}}, 'write "offload_optimizer": {"device": "cpu"}'),
     ({"checkpoint": {"load_universal": True}}, "universal checkpoint loses frozen weights"),
     ({"scheduler": {"type": "WarmupLR"}}, "optimizer.schedule"),
     ({"zero_force_ds_cpu_optimizer": "yes"}, '="yes" must be true, false or "auto"'),

@@ -124,6 +124,32 @@ def test_pieces_do_not_change_the_ids(
         assert one.ids is not None and np.array_equal(one.ids, other.ids)
 
 
+def test_the_tokenizer_gets_few_characters_at_once(
+    settings: EncodeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its results take much memory until a call returns; the ids do not depend on the calls."""
+    texts = [random_text(seed) for seed in range(30)]
+    whole = DocumentEncoder(settings).encode(records(texts))
+    monkeypatch.setattr(encode, "_CHARACTERS_AT_ONCE", 100)
+    monkeypatch.setattr(encode, "cut_pieces", lambda text, is_safe: cut_pieces(text, 20))
+    encoder = DocumentEncoder(settings)
+    sizes: list[list[int]] = []
+
+    class Counted:
+        def encode_batch_fast(self, group: list[str], **options: bool) -> object:
+            sizes.append([len(piece) for piece in group])
+            return tokenizer.encode_batch_fast(group, **options)
+
+    tokenizer, encoder._tokenizer = encoder._tokenizer, Counted()
+    found = encoder.encode(records(texts))
+    assert all(
+        a.ids is not None and np.array_equal(a.ids, b.ids)
+        for a, b in zip(whole, found, strict=True)
+    )
+    assert all(len(group) == 1 or sum(group) <= 100 for group in sizes)
+    assert max(map(len, sizes)) > 1 and sum(map(sum, sizes)) >= sum(map(len, texts))
+
+
 def test_cutting_anywhere_would_change_the_ids(
     settings: EncodeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,10 +4,12 @@ A batch travels as bytes through the pipe of its worker. No socket in TMPDIR, no
 no file handle besides that pipe takes part, so that none of these can be what a worker lacks.
 """
 
+import ctypes
 import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -33,6 +35,7 @@ POLL_SECONDS = 1.0
 WARN_SECONDS = 20.0
 """A wait this long is said, and again whenever it has doubled."""
 _PARENT_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
 
 
 class ReadAhead:
@@ -173,6 +176,7 @@ def _work(read: Read, numbers: Sequence[int], pipe: Connection, parent: int) -> 
     """Body of a worker: read and send, until all is sent or the parent is gone."""
     for number in STOP_SIGNALS:  # the main process decides, though the whole group is signalled
         signal.signal(number, signal.SIG_IGN)
+    _die_with_parent()
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     message: tuple[str, Any]
     for number in numbers:
@@ -190,7 +194,14 @@ def _work(read: Read, numbers: Sequence[int], pipe: Connection, parent: int) -> 
             return
 
 
+def _die_with_parent() -> None:
+    """On Linux the kernel ends a worker whose parent dies, one that is suspended too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
 def _exit_with_parent(parent: int) -> None:
+    """Elsewhere, and for a parent that died before, the worker looks for itself."""
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)
     os._exit(1)

@@ -219,7 +219,9 @@ def test_the_wait_for_a_stopped_worker_can_be_given_up(
     assert multiprocessing.active_children() == []
 
 
-def test_workers_end_with_a_parent_that_is_killed(counting_folder: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suspended", [False, True])
+def test_workers_end_with_a_parent_that_is_killed(counting_folder: Make, suspended: bool) -> None:
+    """Also those that are suspended and could not look for their parent."""
     folder = counting_folder(401)
     program = (
         "import multiprocessing, os, signal\n"
@@ -229,7 +231,10 @@ def test_workers_end_with_a_parent_that_is_killed(counting_folder: Make, tmp_pat
         "    global_batch_size=512, micro_batch_size=512, seed=3, num_workers=2)\n"
         "steps = loader.steps(0, 10**6)\n"
         "next(steps)\n"
-        "print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
+        "pids = [p.pid for p in multiprocessing.active_children()]\n"
+        "print(*pids, flush=True)\n"
+        f"for pid in pids * {suspended}:\n"
+        "    os.kill(pid, signal.SIGSTOP)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, timeout=60)

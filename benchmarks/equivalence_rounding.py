@@ -144,9 +144,9 @@ PAGE = """# Rounding, step by step
 
 {text}
 Two processes add the same numbers in another order than one, so that their losses differ by
-rounding. Training amplifies every difference, dense training as much as SST, on every backend alike,
-and faster with larger learning rates and a wider model. In fp64 the same runs agree to the last
-digits, so the difference in fp32 is rounding and nothing else: neither of the two runs is the
+rounding. Training amplifies every difference, dense training as much as SST, on every backend
+alike, and faster with larger learning rates and a wider model. In fp64 the same runs agree to the
+last digits, so the difference in fp32 is rounding and nothing else: neither of the two runs is the
 better one.
 
 ![Largest difference of a loss so far, by step]({picture})

@@ -174,8 +174,9 @@ def _state(process: BaseProcess) -> str:
 
 def _work(read: Read, numbers: Sequence[int], pipe: Connection, parent: int) -> None:
     """Body of a worker: read and send, until all is sent or the parent is gone."""
-    for number in STOP_SIGNALS:  # the main process decides, though the whole group is signalled
-        signal.signal(number, signal.SIG_IGN)
+    # The main process decides, though the whole group is signalled.
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)
     _die_with_parent()
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     message: tuple[str, Any]

@@ -315,12 +315,12 @@ def test_state_round_trip_into_fresh_objects() -> None:
 
 
 def test_a_store_that_writes_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first swap reads back what it installed; the twin loses every write."""
+    """The first swap reads back what it scattered; the twin loses every write."""
     trainer = Trainer()
     trainer.run(4)
     trainer.step()
     monkeypatch.setattr(trainer.controller.store, "scatter", lambda *_, **__: None)
-    with pytest.raises(SpectralError, match=r"installed \d+ of 8 triplets"):
+    with pytest.raises(SpectralError, match=r"scattered \d+ of 8 triplets"):
         trainer.controller.after_step()
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from spectral_scale.methods.frod.layer import convert_frod as convert_frod
     from spectral_scale.methods.sst.controller import SpectralController as SpectralController
     from spectral_scale.methods.sst.layer import convert as convert
+    from spectral_scale.methods.tangent.controller import TangentController as TangentController
+    from spectral_scale.methods.tangent.layer import convert_tangent as convert_tangent
     from spectral_scale.optim.filter.adamw import SpectralFilterAdamW as SpectralFilterAdamW
     from spectral_scale.optim.filter.spectral_filter import SpectralFilter as SpectralFilter
     from spectral_scale.optim.groups import param_groups as param_groups
@@ -33,6 +35,8 @@ _EXPORTS = {
     "save_adapter": "spectral_scale.methods.frod.adapter",
     "FRoDController": "spectral_scale.methods.frod.controller",
     "param_groups": "spectral_scale.optim.groups",
+    "TangentController": "spectral_scale.methods.tangent.controller",
+    "convert_tangent": "spectral_scale.methods.tangent.layer",
     "SpectralController": "spectral_scale.methods.sst.controller",
     "FSDP2Store": "spectral_scale.backends.fsdp2.store",
     "ZeroStore": "spectral_scale.backends.deepspeed.store",

@@ -15,7 +15,7 @@ from spectral_scale.artifacts.compare import (
 )
 from spectral_scale.artifacts.model_folder import staged_folder
 from spectral_scale.artifacts.restore import SavedRun, open_run, restore_model
-from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods import chosen_spec
 from spectral_scale.engine.build import MASTER_DTYPES, initial_weights
 from spectral_scale.errors import ConfigError
 from spectral_scale.methods.frod.adapter import load_adapter, save_adapter
@@ -63,7 +63,7 @@ def export_adapter(target: Path, output: Path, *, device: str = "auto") -> Adapt
 
 def _require_adapter(run: SavedRun) -> None:
     spectral = run.config.spectral
-    if not method_spec(spectral.method).has_adapter:
+    if not chosen_spec(spectral).has_adapter:
         raise ConfigError(
             f"{run.folder} was trained with spectral.method={spectral.method}, and adapters are "
             "FRoD's; export it without --adapter"

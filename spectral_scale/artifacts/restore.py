@@ -12,7 +12,7 @@ from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.names import CHECKPOINTS_NAME, step_of
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.config.load import load_config
-from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods import chosen_spec, method_name
 from spectral_scale.config.presets import Architecture, resolve_architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.engine.build import MASTER_DTYPES, frozen_dtype, initial_weights
@@ -73,7 +73,7 @@ def open_run(target: Path) -> SavedRun:
     architecture = resolve_architecture(config.model)
     reader = _open_checkpoint(target, folder)
     _refuse_foreign(
-        reader, folder, model_identity(config, architecture, method_spec(config.spectral.method))
+        reader, folder, model_identity(config, architecture, chosen_spec(config.spectral))
     )
     return SavedRun(folder=folder, config=config, architecture=architecture, reader=reader)
 
@@ -169,7 +169,7 @@ def _initial_weights(run: SavedRun) -> InitialWeights:
 
     Raises CheckpointError if they have changed and ConfigError if they are gone.
     """
-    method = method_spec(run.config.spectral.method)
+    method = chosen_spec(run.config.spectral)
     if not keeps_initial_weights(run.config, method):
         return KeyedWeights(run.config.train.seed)
     weights = initial_weights(run.config)
@@ -186,7 +186,7 @@ def _load_frozen(
     optimizer = torch.optim.SGD(param_groups(model, lr=0.0, spectral_lr=0.0), lr=0.0)
     collective = SingleProcess()
     controller = open_controller(
-        METHODS[run.config.spectral.method],
+        METHODS[method_name(run.config.spectral)],
         model=model,
         optimizer=optimizer,
         config=run.config,

@@ -1,7 +1,8 @@
 """Bytes of persistent training state by formula, from shapes alone. No torch here.
 
 Trained elements cost 16 bytes (weight, gradient, two moments, all fp32), frozen ones those of their
-dtype, the bank 4 bytes an element of u (m, k), sigma (k,) and v (n, k), k = min(m, n).
+dtype, the bank 4 bytes an element of u (m, k), sigma (k,) and v (n, k), k = min(m, n). The tangent
+form keeps the weight (m, n) in the place of the bank.
 """
 
 from collections.abc import Iterable
@@ -33,6 +34,11 @@ def state_formula(
         k = min(m, n)
         if variant == "dense":
             trained += m * n
+            continue
+        if variant == "tangent":
+            trained += r * (m + n)
+            frozen += m * n + r * (m + n)
+            banked += m * n
             continue
         banked += k * (m + n) + k
         if variant == "sst residual":

@@ -9,10 +9,12 @@ from torch import Tensor
 from spectral_scale.backends.torch.backend import TorchBackend
 from spectral_scale.bench.settings import StepSettings, Variant, run_config
 from spectral_scale.bench.workload import Workload, build_on_meta, give_memory
+from spectral_scale.config.methods import method_name
 from spectral_scale.config.presets import Architecture
 from spectral_scale.engine.build import frozen_dtype
 from spectral_scale.engine.methods import METHODS, open_controller
 from spectral_scale.methods.sst.controller import SpectralController
+from spectral_scale.methods.tangent.controller import TangentController
 from spectral_scale.metrics.measures import StepTimer, tensor_bytes
 from spectral_scale.models.weights import KeyedWeights, initialise_dense
 from spectral_scale.ops.precision import set_product_precision
@@ -43,7 +45,7 @@ class Subject:
         self._backend = TorchBackend(RankInfo(), config.train.device)
         set_product_precision(tf32=config.train.tf32)
         self._autocast = config.train.precision == "bf16"
-        method = METHODS[config.spectral.method]
+        method = METHODS[method_name(config.spectral)]
         self.model = build_on_meta(settings, architecture)
         method.convert(self.model, config.spectral, frozen_dtype(config))
         give_memory(self.model, self._backend.device)
@@ -63,7 +65,9 @@ class Subject:
             dtype=torch.float32,
             fresh=True,
         )
-        self.controller = controller if isinstance(controller, SpectralController) else None
+        self.controller = (
+            controller if isinstance(controller, SpectralController | TangentController) else None
+        )
 
     @property
     def synchronize(self) -> Callable[[], None] | None:
@@ -113,5 +117,4 @@ class Subject:
     def _bank_tensors(self) -> list[Tensor]:
         if self.controller is None:
             return []
-        entries = [entry for _, entry in self.controller.bank.items()]
-        return [t for e in entries for t in (e.u, e.sigma, e.v, e.active)]
+        return [tensor for _, tensor in self.controller.state_tensors()]

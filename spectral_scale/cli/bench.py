@@ -10,9 +10,10 @@ from spectral_scale.bench.settings import StepSettings
 from spectral_scale.cli.arguments import add_device, positive, require_one_process
 from spectral_scale.errors import ConfigError
 
-DESCRIPTION = """Time and memory of one training step: dense AdamW, SST residual, SST factored.
+DESCRIPTION = """Time and memory of one training step: dense AdamW, SST (residual, factored), its
+tangent form.
 
-All three take steps in turn, in one process, with the parts and defaults of `train`; a step's time
+All take steps in turn, in one process, with the parts and defaults of `train`; a step's time
 is split into forward, backward and optimizer (clipping and retraction included). Swaps are measured
 by themselves and spread over the steps between them. Persistent state is counted and
 compared with the formula. For figures that mean something, leave the machine otherwise idle; a
@@ -25,7 +26,7 @@ def add_parser(commands: Any) -> None:
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     step = benches.add_parser(
         "step",
-        help="dense AdamW against SST, residual and factored",
+        help="dense AdamW against SST, residual and factored, and its tangent form",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

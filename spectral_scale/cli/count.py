@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_scale.config.check import check_spectral
-from spectral_scale.config.methods import METHOD_SPECS, method_spec
+from spectral_scale.config.methods import METHOD_SPECS, chosen_spec
 from spectral_scale.config.presets import PRESETS, Architecture, resolve_architecture
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
 from spectral_scale.errors import ConfigError
@@ -85,7 +85,7 @@ def _resolve(name: str, variants: list[SpectralConfig]) -> tuple[ModelConfig, Ar
     model = ModelConfig(name=None, path=name) if is_folder else ModelConfig(name=name)
     architecture = resolve_architecture(replace(model, sequence_length=1))
     for spectral in variants:
-        for problem in check_spectral(spectral, architecture, method_spec(spectral.method)):
+        for problem in check_spectral(spectral, architecture, chosen_spec(spectral)):
             raise ConfigError(f"{name}: {problem}")
     return model, architecture
 
@@ -101,7 +101,7 @@ def _count(
     rows = []
     for variant, spectral in variants.items():
         counts = counts_of(architecture, model, spectral)
-        by_rank = method_spec(spectral.method).counted_by == "spectral_rank"
+        by_rank = chosen_spec(spectral).counted_by == "spectral_rank"
         rows.append(
             {
                 "model": name,

@@ -5,7 +5,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods import chosen_spec
 from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.schema import ParallelConfig, RunConfig
 from spectral_scale.config.support import FEATURES, No, Support, Yes
@@ -61,8 +61,8 @@ def shards_residual(parallel: ParallelConfig) -> bool:
 def requested(config: RunConfig, spec: MethodSpec | None = None) -> Iterator[str]:
     """The features a configuration asks for."""
     spectral, model = config.spectral, config.model
-    spec = spec or method_spec(spectral.method)
-    yield f"method={spectral.method}"
+    spec = spec or chosen_spec(spectral)
+    yield spec.feature
     yield f"precision={config.train.precision}"
     yield from spec.features(spectral)
     if not spectral.train_dense:
@@ -150,7 +150,7 @@ def refusals(
     yield from key_problems(parallel, world_size=world_size)
     row = variant(parallel, world_size=world_size)
     supported = dict(capabilities[row])
-    method = f"method={spec.name}"
+    method = spec.feature
     if parallel.tensor_parallel > 1 and not spec.tensor_parallel:
         told = supported.get(method)
         supported[method] = told if isinstance(told, No) else NO_TENSOR_PARALLEL_FORM

@@ -7,7 +7,7 @@ from typing import Any
 
 from spectral_scale.config.capability import CAPABILITIES, data_parallel_size, refusals
 from spectral_scale.config.filter_rules import filter_problems
-from spectral_scale.config.methods import METHOD_SPECS, method_spec
+from spectral_scale.config.methods import METHOD_SPECS, chosen_spec
 from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.presets import Architecture, linear_shapes, resolve_architecture
 from spectral_scale.config.rules_megatron import megatron_run_problems
@@ -74,7 +74,7 @@ def check_config(
     capabilities: Mapping[str, Mapping[str, Support]] = CAPABILITIES,
 ) -> Architecture:
     """Raise one ConfigError that lists every broken rule; return the model's shapes if none is."""
-    spec = method_spec(config.spectral.method, methods)
+    spec = chosen_spec(config.spectral, methods)
     data_ranks = data_parallel_size(config.parallel, world_size)
     problems = [*_check_ranges(config), *_check_batches(config, data_ranks)]
     if config.train.tf32 and config.train.precision != "fp32":
@@ -166,7 +166,9 @@ def _check_targets(
             yield f"spectral.targets holds {name}, but the blocks' linears are {known}"
     if not spec.converts and (spectral.targets or not spectral.train_dense):
         key = "targets" if spectral.targets else "train_dense=false"
-        converting = ", ".join(s.name for s in METHOD_SPECS.values() if s.converts)
+        converting = ", ".join(
+            s.name for s in METHOD_SPECS.values() if s.converts and not s.chosen_by
+        )
         yield (
             f"spectral.{key} needs a method that converts linears ({converting}), not "
             f"spectral.method={spectral.method}; leave it out"
@@ -179,7 +181,7 @@ def keys_without_effect(config: RunConfig) -> list[str]:
 
     They are no error, so that one file can serve several methods; a run names them at its start.
     """
-    used = method_spec(config.spectral.method).keys
+    used = chosen_spec(config.spectral).keys
     known = sorted(frozenset().union(*(spec.keys for spec in METHOD_SPECS.values())))
     if not config.filter.enabled:
         known += [f"filter.{field.name}" for field in fields(FilterConfig)]

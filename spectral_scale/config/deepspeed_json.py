@@ -16,7 +16,7 @@ from typing import Any, Literal
 from spectral_scale.config.capability import zero_stage
 from spectral_scale.config.check import gradient_accumulation_steps
 from spectral_scale.config.deepspeed_keys import PASSED_ON, PASSED_ON_SECTIONS, REFUSED
-from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods import chosen_spec
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
@@ -98,7 +98,7 @@ def resolve_deepspeed(
             "flops_profiler.enabled=true is refused in stage 3: it runs on rank 0 alone, whose "
             "gathers of weights then no longer match those of other ranks; profile in stage 2"
         )
-    if given.get(CPU_ADAM) is True and method_spec(config.spectral.method).own_optimizer:
+    if given.get(CPU_ADAM) is True and chosen_spec(config.spectral).own_optimizer:
         problems.append(
             f"{CPU_ADAM}=true is refused with spectral.method={config.spectral.method}, whose "
             'optimizer is its own; set it to false or "auto"'

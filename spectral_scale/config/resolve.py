@@ -16,7 +16,7 @@ from spectral_scale.config.deepspeed_json import (
     resolve_deepspeed,
     with_deepspeed_json,
 )
-from spectral_scale.config.methods import METHOD_SPECS, method_spec
+from spectral_scale.config.methods import METHOD_SPECS, chosen_spec
 from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.presets import Architecture, resolve_architecture
 from spectral_scale.config.rules_tensor_parallel import tensor_parallel_problems
@@ -93,7 +93,7 @@ def resolve(
         config=config,
         world_size=world_size,
         architecture=architecture,
-        method=method_spec(config.spectral.method, methods),
+        method=chosen_spec(config.spectral, methods),
         capability_row=variant(config.parallel, world_size=world_size),
         data_parallel_size=data_parallel_size(config.parallel, world_size),
         gradient_accumulation_steps=gradient_accumulation_steps(config, world_size=world_size),

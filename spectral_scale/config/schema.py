@@ -50,6 +50,13 @@ class SpectralConfig:
     settings: Literal["default", "paper"] = "default"
     """paper: keys that are not given take the values of the SST paper (all triplets stay factored,
     all sigma train, T3 = 200, constant rates after 2000 steps) instead of the defaults."""
+    form: Literal["sst", "tangent"] = "sst"
+    """sst: the triplets of a matrix train themselves. tangent: factors train from zero beside fixed
+    orthonormal bases, W + U0 C^T + D V0^T, and are added to the weight at every swap."""
+    basis: Literal["auto", "svd", "random"] = "auto"
+    """Where directions come from. svd: singular vectors, drawn by `sampling`. random (tangent form
+    only): columns of a random orthonormal matrix, all of them once a round. auto: random in the
+    tangent form, else svd."""
     storage: Literal["residual", "factored"] = "residual"
     """residual: inactive triplets are merged into one frozen matrix. factored: all triplets stay
     factored."""
@@ -83,8 +90,8 @@ class SpectralConfig:
     stagger_rounds: bool = False
     """Spread the re-decompositions of the matrices over the iterations of a round."""
     bank_device: Literal["auto", "model", "cpu"] = "auto"
-    """Where the fp32 triplets (relora: the base weights) are held. auto: beside the model. cpu: in
-    pinned host memory."""
+    """Where the fp32 triplets (tangent form: the weights, relora: the base weights) are held. auto:
+    beside the model. cpu: in pinned host memory."""
     direction_lr_scaling: Literal["none", "width"] = "none"
     """width: a factor of m rows trains at spectral_lr * sqrt(768 / m), which turns directions by a
     constant angle per step."""

@@ -24,7 +24,9 @@ class No:
 Support = Yes | No
 
 FEATURES: dict[str, str] = {
-    **{f"method={spec.name}": spec.title for spec in METHOD_SPECS.values()},
+    **{spec.feature: spec.title for spec in METHOD_SPECS.values()},
+    "basis=random": "tangent form, random bases",
+    "basis=svd": "tangent form, bases of singular vectors",
     "storage=residual": "SST, residual storage",
     "storage=factored": "SST, factored storage",
     "extra_sigma": "SST, extra trained singular values",

@@ -9,6 +9,7 @@ _FEATURES = "tests/distributed/test_deepspeed_features.py::"
 _FROD = "tests/distributed/test_frod_backends.py::"
 _GALORE = "tests/distributed/test_galore_backends.py::"
 _STATE = "tests/distributed/test_deepspeed_state.py::"
+_TANGENT = Yes("tests/distributed/test_tangent_backends.py::test_equals_one_process")
 _FILTER = Yes("tests/distributed/test_filter_equivalence.py::test_equals_one_process")
 
 
@@ -19,6 +20,9 @@ def _refused(reason: str) -> dict[str, Support]:
 _COMMON: dict[str, Support] = {
     "method=full": Yes(f"{_TESTS}test_methods"),
     "method=sst": _EQUAL,
+    "form=tangent": _TANGENT,
+    "basis=random": _TANGENT,
+    "basis=svd": _TANGENT,
     "method=lora": Yes(f"{_TESTS}test_methods"),
     "method=relora": Yes(f"{_TESTS}test_methods"),
     "method=galore": Yes(f"{_GALORE}test_zero_equals_one_process"),

@@ -10,11 +10,15 @@ _BF16 = f"{_FOLDER}test_equivalence_fsdp2.py::test_bf16_trains_the_numbers_of_pl
 _FROD = f"{_FOLDER}test_frod_backends.py::"
 _SAME = f"{_FOLDER}test_fsdp2_resume.py::test_same_ranks_resume_bit_exactly"
 _ELSEWHERE = f"{_FOLDER}test_fsdp2_resume.py::test_resume_elsewhere"
+_TANGENT = Yes("tests/distributed/test_tangent_backends.py::test_equals_one_process")
 _FILTER = Yes("tests/distributed/test_filter_equivalence.py::test_equals_one_process")
 
 _BOTH: dict[str, Support] = {
     "method=full": Yes(_OTHERS),
     "method=sst": Yes(_EQUAL),
+    "form=tangent": _TANGENT,
+    "basis=random": _TANGENT,
+    "basis=svd": _TANGENT,
     "method=lora": Yes(_OTHERS),
     "method=relora": Yes(_OTHERS),
     "method=galore": Yes(f"{_FOLDER}test_galore_backends.py::test_fsdp2_equals_one_process"),
@@ -62,6 +66,7 @@ FSDP2_TP: dict[str, Support] = {
         "its owners exchange rows of matrices, and tensor parallelism also shards columns; "
         "leave parallel.tensor_parallel out"
     ),
+    "form=tangent": No("no test has shown it yet; leave parallel.tensor_parallel out"),
     "storage=residual": _TP_EQUAL,
     "storage=factored": _TP_EQUAL,
     "extra_sigma": _TP_EQUAL,

@@ -14,6 +14,10 @@ _NO_MATRIX = No(
 MEGATRON: dict[str, Support] = {
     "method=full": No("Megatron trains dense models by itself; set parallel.backend=fsdp2"),
     "method=sst": _EQUAL,
+    "form=tangent": No(
+        "it has no form of Megatron's fused weights; set parallel.backend=fsdp2, with "
+        "parallel.tensor_parallel if wanted"
+    ),
     "method=lora": No("its layers have no tensor-parallel form; set parallel.backend=fsdp2"),
     "method=relora": No("its layers have no tensor-parallel form; set parallel.backend=fsdp2"),
     "method=galore": No(

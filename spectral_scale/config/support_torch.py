@@ -6,11 +6,15 @@ _RESUME = "tests/integration/test_resume.py::"
 _DDP = "tests/distributed/test_ddp.py::test_ddp_equals_one_process"
 _METHODS = "tests/unit/methods/test_methods_runs.py"
 _FROD = "tests/distributed/test_frod_backends.py::"
+_TANGENT = "tests/distributed/test_tangent_backends.py::"
 _FILTER = Yes("tests/distributed/test_filter_equivalence.py::test_equals_one_process")
 
 TORCH: dict[str, Support] = {
     "method=full": Yes(f"{_RESUME}test_resume_is_bit_exact[dense training]"),
     "method=sst": Yes(_DDP),
+    "form=tangent": Yes(f"{_TANGENT}test_equals_one_process"),
+    "basis=random": Yes(f"{_TANGENT}test_equals_one_process"),
+    "basis=svd": Yes(f"{_TANGENT}test_equals_one_process"),
     "method=lora": Yes(_METHODS),
     "method=relora": Yes(_METHODS),
     "method=galore": Yes(_METHODS),

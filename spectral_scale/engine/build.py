@@ -14,6 +14,7 @@ from spectral_scale.backends.base import Backend
 from spectral_scale.backends.limits import wait_limits
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
+from spectral_scale.config.methods import method_name
 from spectral_scale.config.methods.rules import converted_shapes
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.resolve import ResolvedRun
@@ -199,7 +200,7 @@ def build_run(inputs: Inputs, methods: Mapping[str, Method] = METHODS) -> Run:
     if reader is None and config.model.path is not None:
         check_folder(Path(config.model.path), model)
         check_folder_tokenizer(Path(config.model.path), train_tokens)
-    method = methods[config.spectral.method]
+    method = methods[method_name(config.spectral)]
     convert_model(model, config.spectral, frozen_dtype(config), method)
     check_converted(model, config.spectral, architecture)
     table = parameter_table(model)

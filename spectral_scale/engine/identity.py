@@ -31,6 +31,9 @@ FREE_KEYS = {
     "optimizer.min_lr_ratio",
 }
 """Keys of the compared sections that may change on resume without being named."""
+SINCE = {"spectral.form": "sst", "spectral.basis": "auto"}
+"""Keys that older checkpoints do not hold -> the value that such checkpoints stand for, at which
+the key is left out."""
 
 
 def model_identity(
@@ -57,8 +60,9 @@ def run_identity(run: ResolvedRun, loader: TrainLoader) -> dict[str, Any]:
     sections = ["spectral", "optimizer", *(["filter"] if config.filter.enabled else [])]
     for section in sections:
         for key, value in values[section].items():
-            if f"{section}.{key}" not in FREE_KEYS:
-                facts[f"{section}.{key}"] = value
+            name = f"{section}.{key}"
+            if name not in FREE_KEYS and not (name in SINCE and value == SINCE[name]):
+                facts[name] = value
     return facts | {f"data.{key}": value for key, value in loader.state_fingerprint.items()}
 
 

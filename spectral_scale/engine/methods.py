@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from spectral_scale.config.methods import method_name
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig, SpectralConfig
 from spectral_scale.methods.base import ControllerParts, Method, MethodController
@@ -14,6 +15,7 @@ from spectral_scale.methods.galore.method import METHOD as GALORE
 from spectral_scale.methods.layer import factored_layers
 from spectral_scale.methods.lora.method import METHOD as LORA
 from spectral_scale.methods.sst.method import METHOD as SST
+from spectral_scale.methods.tangent.method import METHOD as TANGENT
 from spectral_scale.models.weights import InitialWeights
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
 from spectral_scale.parallel.collective import Collective
@@ -23,12 +25,13 @@ from spectral_scale.parallel.table import ParameterTable
 METHODS: Mapping[str, Method] = {
     "full": Method(),
     "sst": SST,
+    "tangent": TANGENT,
     "lora": LORA,
     "relora": LORA,
     "galore": GALORE,
     "frod": FROD,
 }
-"""Every method by the name that `spectral.method` gives; a specification has the same name."""
+"""Every method by the name that `method_name` gives; a specification has the same name."""
 
 
 def convert_model(
@@ -45,7 +48,7 @@ def convert_model(
         frozen_dtype: the dtype of frozen weights.
         method: the method itself; by default the shipped one that `config` names.
     """
-    (method or METHODS[config.method]).convert(model, config, frozen_dtype)
+    (method or METHODS[method_name(config)]).convert(model, config, frozen_dtype)
     if not config.train_dense:
         freeze_dense(model, frozen_dtype)
 

@@ -37,11 +37,13 @@ _SHARDED_DIMS: dict[Kind, dict[str, int | None]] = {
         **{"weight": 0, "bias": 0, "u": 0, "v": None, "sigma": None},
         **{"residual": 0, "u_fixed": 0, "v_fixed": None},
         **{"base": 0, "mixing": None, "value_delta": None},
+        **{"c": None, "d": 0, "u0": 0, "v0": None},
     },
     "row": {
         **{"weight": 1, "bias": None, "u": None, "v": 0, "sigma": None},
         **{"residual": 1, "u_fixed": None, "v_fixed": 0},
         **{"base": 1, "mixing": None, "value_delta": None},
+        **{"c": 0, "d": None, "u0": None, "v0": 0},
     },
     "vocabulary": {"weight": 0},
     "whole": {"weight": None, "bias": None},

@@ -7,7 +7,7 @@ under bf16 autocast products are kept in bf16, the residual stream and the norms
 from dataclasses import dataclass
 
 from spectral_scale.config.families import family_of
-from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods import chosen_spec
 from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
@@ -109,6 +109,6 @@ def _factors(
     config: RunConfig, architecture: Architecture, product: int, method: MethodSpec | None
 ) -> int:
     """What the method keeps of each token beside a dense layer: x v of each SST matrix, x a."""
-    spec = method or method_spec(config.spectral.method)
+    spec = method or chosen_spec(config.spectral)
     matrices = len(family_of(architecture.family).linears)
     return matrices * spec.kept_per_token(config.spectral, architecture) * product

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spectral_scale.config.methods import method_spec
+from spectral_scale.config.methods import chosen_spec, method_name
 from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
@@ -91,7 +91,7 @@ def take_inventory(
     from spectral_scale.parallel.table import parameter_table
 
     model = build_model(architecture, config.model, eos_token_id=None)
-    runtime = (methods or METHODS)[config.spectral.method]
+    runtime = (methods or METHODS)[method_name(config.spectral)]
     convert_model(model, config.spectral, frozen_dtype(config), runtime)
     master = MASTER_DTYPES[config.train.precision].itemsize
     items = [
@@ -114,7 +114,7 @@ def take_inventory(
         items=tuple(items),
         matrices=matrices,
         architecture=architecture,
-        method=method or method_spec(config.spectral.method),
+        method=method or chosen_spec(config.spectral),
     )
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from spectral_scale.backends.base import Backend
 from spectral_scale.config.load import load_config
+from spectral_scale.config.methods import method_name
 from spectral_scale.config.resolve import ResolvedRun, resolve
 from spectral_scale.data.loader import Batch, StepBatch
 from spectral_scale.engine.backends import autocast_dtype, open_backend
@@ -99,7 +100,7 @@ def _resolve(changes: dict[str, Any], world_size: int) -> ResolvedRun:
 def _build(resolved: ResolvedRun, world_size: int) -> Run:
     """As `engine.build.build_run` does, without data, weights and checkpoints."""
     config, architecture = resolved.config, resolved.architecture
-    method = METHODS[config.spectral.method]
+    method = METHODS[method_name(config.spectral)]
     backend = _open(resolved, world_size)
     model = build_model(architecture, config.model, eos_token_id=0)
     precision = config.train.precision

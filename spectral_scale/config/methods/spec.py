@@ -94,13 +94,20 @@ class MethodSpec:
     """One choice of `spectral.method`; its runtime counterpart is `methods.base.Method`."""
 
     name: str
-    """What `spectral.method` gives."""
+    """What `spectral.method` gives, or the name of a form (see `config.methods.method_name`)."""
     title: str
     """Name of the method for a person."""
+    chosen_by: str = ""
+    """For a form of a method, the setting that chooses it, as the capability tables name it."""
     converts: bool = False
     """Whether it replaces linears: those of `spectral.targets`, or all of the blocks' linears."""
     keys: frozenset[str] = frozenset()
     """Dotted configuration keys that it uses, among those that only some methods use."""
+
+    @property
+    def feature(self) -> str:
+        """Its row of the capability tables."""
+        return self.chosen_by or f"method={self.name}"
 
     # -- rules -----------------------------------------------------------------------------
     problems: Callable[[SpectralConfig, Architecture], Iterable[str]] = no_problems

@@ -38,6 +38,11 @@ def trains_all_sigma(spectral: SpectralConfig) -> bool:
 
 def _problems(spectral: SpectralConfig, architecture: Architecture) -> Iterator[str]:
     yield from rank_problems(spectral, architecture)
+    if spectral.basis == "random":
+        yield (
+            "spectral.basis=random needs spectral.form=tangent: triplets are singular vectors; "
+            "leave it out"
+        )
     if spectral.iterations_per_round != "auto" and spectral.iterations_per_round < 1:
         yield f"spectral.iterations_per_round={spectral.iterations_per_round} must be at least 1"
     if spectral.trained_sigma == "all" and spectral.storage == "residual":

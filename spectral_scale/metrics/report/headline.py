@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from spectral_scale.config.methods import METHOD_SPECS
+from spectral_scale.config.methods import METHOD_SPECS, named_method
 from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.metrics.history import Line
 from spectral_scale.metrics.report.run import RunRecord, Series
@@ -119,12 +119,13 @@ def compare_losses(first: Sequence[Line], second: Sequence[Line]) -> LossCompari
 
 
 def _identity(run: RunRecord) -> dict[str, Any]:
-    spec = METHOD_SPECS.get(str(run.setting("spectral", "method")), UNKNOWN)
+    method, form = run.setting("spectral", "method"), run.setting("spectral", "form")
+    spec = METHOD_SPECS.get(named_method(str(method), form), UNKNOWN)
     spectral = {key: run.setting("spectral", key) for key in spec.headline_settings}
     return {
         "model": run.setting("model", "path") or run.setting("model", "name"),
-        "method": run.setting("spectral", "method"),
-        "storage": spectral.get("storage"),
+        "method": method,
+        "storage": spectral.get("storage") or spectral.get("form"),
         "spectral_rank": spectral.get("spectral_rank"),
         "parameters_trained": run.fact("parameters_trained"),
         "parameters_dense": run.fact("parameters_dense"),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_runs import BF16, FP64, FULL, LORA, OPT, POST_NORM, command, train
+from tiny_runs import BF16, FP64, FULL, LORA, OPT, POST_NORM, TANGENT, command, train
 
 from spectral_scale.testing.tiny import save_tiny_llama
 
@@ -28,7 +28,7 @@ def run_of(
     llama = {"model.path": llama_folder, "model.name": "null"}
     llama |= dict.fromkeys(("model.hidden_size", "model.num_layers", "model.num_heads"), "null")
     kinds = {"opt": OPT, "post_norm": POST_NORM, "llama": llama}
-    kinds |= {"bf16": BF16, "lora": LORA, "full": FULL, "fp64": FP64}
+    kinds |= {"bf16": BF16, "lora": LORA, "full": FULL, "fp64": FP64, "tangent": TANGENT}
     runs: dict[str, Path] = {}
 
     def get(kind: str) -> Path:

@@ -19,7 +19,9 @@ def logged(run: Path) -> float:
     return [line["validation/loss"] for line in read_metrics(run) if "validation/loss" in line][-1]
 
 
-@pytest.mark.parametrize("kind", ["opt", "post_norm", "llama", "bf16", "fp64", "lora", "full"])
+@pytest.mark.parametrize(
+    "kind", ["opt", "post_norm", "llama", "bf16", "fp64", "lora", "full", "tangent"]
+)
 def test_a_run_gives_exactly_the_loss_it_logged(kind: str, run_of: Runs) -> None:
     found = command("evaluate", run_of(kind), "--sequences", 8, *JSON).json
     assert found["loss"] == logged(run_of(kind))

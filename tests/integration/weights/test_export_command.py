@@ -33,7 +33,7 @@ def resumed_logits(run_dir: Path, ids: torch.Tensor) -> torch.Tensor:
         return run.model.eval()(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("kind", ["opt", "post_norm", "llama", "fp64", "lora", "full"])
+@pytest.mark.parametrize("kind", ["opt", "post_norm", "llama", "fp64", "lora", "full", "tangent"])
 def test_the_folder_gives_the_logits_of_the_model_that_trained(
     kind: str, run_of: Runs, exported: Runs
 ) -> None:

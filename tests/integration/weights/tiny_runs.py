@@ -18,6 +18,7 @@ BF16 = {"train.precision": "bf16"}
 FP64 = {"train.precision": "fp64"}
 LORA = {"spectral.method": "lora"}
 FULL = {"spectral.method": "full"}
+TANGENT = {"spectral.form": "tangent"}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,13 @@ def test_formula_by_hand() -> None:
         "moments": 8 * factored,
         "bank": bank,
     }
+    tangent = 20 + 16 + 10
+    assert formula("tangent", 2) == {
+        "weights": 4 * tangent + 2 * (39 + 36),
+        "gradients": 4 * tangent,
+        "moments": 8 * tangent,
+        "bank": 4 * 39,
+    }
 
 
 def test_spread() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from spectral_scale.config.check import check_config, keys_without_effect
 from spectral_scale.config.load import known_keys, load_config
-from spectral_scale.config.methods import METHOD_SPECS
+from spectral_scale.config.methods import METHOD_SPECS, method_name
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.engine.methods import METHODS
 from spectral_scale.errors import ConfigError
@@ -16,16 +16,25 @@ def config(**changes: object) -> RunConfig:
     return load_config([], [f"--{k.replace('__', '.')}={v}" for k, v in changes.items()]).config
 
 
+def choosing(method: str) -> dict[str, str]:
+    """Settings that choose a method, or the form of one that has a name of its own."""
+    if method == "tangent":
+        return {"spectral__form": "tangent"}
+    return {"spectral__method": method}
+
+
 def test_every_method_is_known_everywhere() -> None:
     assert METHODS.keys() == METHOD_SPECS.keys()
     for method in METHODS:
-        assert check_config(config(spectral__method=method), world_size=1)
+        chosen = config(**choosing(method))
+        assert method_name(chosen.spectral) == method
+        assert check_config(chosen, world_size=1)
     assert set().union(*(spec.keys for spec in METHOD_SPECS.values())) <= set(known_keys())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_never_named(method: str) -> None:
-    assert keys_without_effect(config(spectral__method=method)) == []
+    assert keys_without_effect(config(**choosing(method))) == []
 
 
 def test_keys_given_in_vain_are_named() -> None:
@@ -34,13 +43,12 @@ def test_keys_given_in_vain_are_named() -> None:
         "spectral__lora_alpha": 32,
         "optimizer__galore_scale": 1.0,
     }
-    named = {
-        method: keys_without_effect(config(spectral__method=method, **given)) for method in METHODS
-    }
+    named = {method: keys_without_effect(config(**choosing(method), **given)) for method in METHODS}
     storage, alpha, scale = "spectral.storage", "spectral.lora_alpha", "optimizer.galore_scale"
     assert named == {
         "full": [scale, alpha, storage],
         "sst": [scale, alpha],
+        "tangent": [scale, alpha, storage],
         "lora": [scale, storage],
         "relora": [scale, storage],
         "galore": [alpha, storage],
@@ -52,6 +60,37 @@ def test_keys_given_in_vain_are_named() -> None:
 def test_a_rank_that_does_not_fit_is_refused(method: str) -> None:
     with pytest.raises(ConfigError, match="spectral_rank=300 exceeds"):
         check_config(config(spectral__method=method, spectral__spectral_rank=300), world_size=1)
+
+
+def test_a_form_belongs_to_its_method() -> None:
+    """Other methods say that it has no effect on them."""
+    chosen = config(spectral__method="lora", spectral__form="tangent")
+    assert method_name(chosen.spectral) == "lora"
+    assert keys_without_effect(chosen) == ["spectral.form"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"settings": "paper", "form": "tangent"}, "has no spectral.form=tangent; leave one"),
+        ({"basis": "random"}, "spectral.basis=random needs spectral.form=tangent"),
+        (
+            {"form": "tangent", "sampling": "uniform"},
+            "spectral.sampling=uniform needs spectral.basis=svd",
+        ),
+        ({"form": "tangent", "spectral_rank": 300}, "spectral_rank=300 exceeds"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_a_form_is_refused(changes: dict[str, object], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        check_config(config(**{f"spectral__{k}": v for k, v in changes.items()}), world_size=1)
+
+
+def test_megatron_refuses_the_tangent_form_by_name() -> None:
+    chosen = config(spectral__form="tangent", parallel__backend="megatron")
+    with pytest.raises(ConfigError, match=r"SST, tangent form \(form=tangent\) does not run on"):
+        check_config(chosen, world_size=2)
 
 
 def test_full_training_has_no_rank_to_check() -> None:

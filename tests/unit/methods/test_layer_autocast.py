@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectral_scale import FRoDController, SpectralConfig, SpectralController, param_groups
+from spectral_scale import (
+    FRoDController,
+    SpectralConfig,
+    SpectralController,
+    TangentController,
+    convert_tangent,
+    param_groups,
+)
 from spectral_scale.methods.frod.layer import convert_frod
 from spectral_scale.methods.layer import factored_layers
 from spectral_scale.methods.lora.controller import LowRankController
@@ -21,6 +28,9 @@ METHODS: dict[str, tuple[Callable[..., object], Callable[..., object], SpectralC
     ),
     "SST, factored": (
         convert, SpectralController, SpectralConfig(spectral_rank=4, storage="factored"),
+    ),
+    "tangent form": (
+        convert_tangent, TangentController, SpectralConfig(form="tangent", spectral_rank=4),
     ),
     "LoRA": (convert_lora, LowRankController, SpectralConfig(method="lora", spectral_rank=4)),
     "FRoD": (convert_frod, FRoDController, SpectralConfig(method="frod", sparsity=0.05)),

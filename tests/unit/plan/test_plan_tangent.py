@@ -1,0 +1,55 @@
+"""`plan` of the tangent form: weights in the place of a bank, and no decomposition unless asked."""
+
+import pytest
+
+from spectral_scale.config.load import load_config
+from spectral_scale.config.resolve import resolve
+from spectral_scale.plan.build import Plan, plan_run
+
+WORDS = (
+    "--model.name=opt-125m",
+    "--train.precision=bf16",
+    "--spectral.spectral_rank=48",
+    "--data.train=nowhere",
+)
+MATRICES = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
+COLUMNS = 12 * (4 * 2 * 768 + 2 * (768 + 3072))
+
+
+def planned(*words: str) -> Plan:
+    run = resolve(load_config([], [*WORDS, *words]).config, world_size=1)
+    return plan_run(run, gpu_memory_bytes=80e9)
+
+
+def test_random_bases_need_neither_bank_nor_decomposition() -> None:
+    sst, plan = planned(), planned("--spectral.form=tangent")
+    assert plan.memory["svd_workspace"] == 0 < sst.memory["svd_workspace"]
+    assert plan.memory["bank"] == 4 * MATRICES + 16 * 72 < 0.7 * sst.memory["bank"]
+    assert plan.parameters_trained == sst.parameters_trained - 72 * 48
+    assert plan.parameters_frozen == MATRICES + 48 * COLUMNS
+    assert plan.step_traffic_bytes == plan.boundary_traffic_bytes == 0  # one process
+    saved = 12 * plan.parameters_trained + 4 * MATRICES + 16 * 72
+    assert plan.checkpoint_bytes == saved < sst.checkpoint_bytes
+
+
+def test_singular_vectors_are_decomposed_and_kept() -> None:
+    plan = planned("--spectral.form=tangent", "--spectral.basis=svd")
+    assert plan.memory["svd_workspace"] == planned().memory["svd_workspace"]
+    assert plan.memory["bank"] == 4 * (MATRICES + 48 * COLUMNS)
+
+
+@pytest.mark.parametrize("basis", ["random", "svd"])
+def test_host_memory_takes_the_weights(basis: str) -> None:
+    words = ("--spectral.form=tangent", f"--spectral.basis={basis}")
+    beside, host = planned(*words), planned(*words, "--spectral.bank_device=cpu")
+    assert host.memory["bank"] == 0
+    assert host.host_bytes == beside.memory["bank"]
+    assert host.memory["svd_workspace"] > 0  # where a matrix is changed
+
+
+def test_a_formed_weight_is_counted_where_there_is_one() -> None:
+    words = ("--spectral.form=tangent", "--model.sequence_length=512")
+    half = planned(*words)
+    single = planned(*words, "--train.precision=fp32", "--train.micro_batch_size=8")
+    assert half.memory["gathered"] == 0
+    assert single.memory["gathered"] == 4 * 768 * 3072

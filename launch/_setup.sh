@@ -1,8 +1,14 @@
 # Sourced by quickstart and selftest: installs this checkout and its dependencies into .venv.
+# SPECTRAL_SCALE_TORCH=cpu, cu130 or cu126 chooses the build of torch instead of this machine's driver.
 # Sets $root and $venv. Installs nothing while the stamp of the last installation matches.
 # shellcheck shell=bash
 
-CPU_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDICES=https://download.pytorch.org/whl
+CPU_INDEX=$TORCH_INDICES/cpu
+# CUDA builds of the torch in constraints.txt, best first: the oldest NVIDIA driver that runs the
+# build, and the lowest and highest compute capability it has code for (V100 is 7.0, H100 9.0, B200
+# 10.0). Drivers run every CUDA of their own major version. The first build is that of PyPI.
+CUDA_BUILDS=("cu130 580.65.06 7.5 99.0" "cu126 525.60.13 5.0 9.0")
 CPU_NEED_MB=3000
 CUDA_NEED_MB=10000
 
@@ -46,10 +52,68 @@ one_at_a_time() {
     fi
 }
 
-# The CUDA build of torch if there is an NVIDIA GPU, otherwise the much smaller CPU build.
+# The build of torch: the one asked for, or the one that this machine's GPUs and driver can run.
 wanted_build() {
-    if [[ "$(nvidia-smi -L 2>/dev/null || true)" == *GPU\ [0-9]* ]]; then echo cuda; else echo cpu; fi
+    local entry build
+    if [[ -n ${SPECTRAL_SCALE_TORCH:-} ]]; then
+        for entry in cpu "${CUDA_BUILDS[@]}"; do
+            [[ ${entry%% *} != "$SPECTRAL_SCALE_TORCH" ]] || { echo "${entry%% *}"; return; }
+        done
+        die "SPECTRAL_SCALE_TORCH=$SPECTRAL_SCALE_TORCH is no build of torch $(torch_pin)" \
+            "Give one of: cpu ${CUDA_BUILDS[*]%% *}; or leave it out."
+    fi
+    build=$(fitting_build)
+    echo "${build:-cpu}"
 }
+
+# The best CUDA build that the driver and all GPUs run; nothing if there is none, or no GPU.
+fitting_build() {
+    local driver lowest highest entry build least from to
+    has_gpu || return 0
+    read_gpus
+    for entry in "${CUDA_BUILDS[@]}"; do
+        read -r build least from to <<<"$entry"
+        if [[ -z $driver ]] || at_least "$driver" "$least"; then
+            if at_least "$lowest" "$from" && at_least "$to" "$highest"; then
+                echo "$build"
+                return
+            fi
+        fi
+    done
+}
+
+has_gpu() { [[ "$(nvidia-smi -L 2>/dev/null || true)" == *GPU\ [0-9]* ]]; }
+
+# Sets the caller's driver (empty if unknown), lowest and highest (compute capabilities).
+read_gpus() {
+    local ask=(nvidia-smi --format=csv,noheader) line capability
+    driver='' lowest='' highest=''
+    while IFS=', ' read -r line capability; do
+        [[ $line =~ ^[0-9]+(\.[0-9]+)+$ ]] || continue
+        driver=$line
+        [[ $capability =~ ^[0-9]+\.[0-9]+$ ]] || continue
+        [[ -n $lowest ]] && at_least "$capability" "$lowest" || lowest=$capability
+        [[ -n $highest ]] && at_least "$highest" "$capability" || highest=$capability
+    done < <("${ask[@]}" --query-gpu=driver_version,compute_cap 2>/dev/null ||
+        "${ask[@]}" --query-gpu=driver_version 2>/dev/null || true)
+    # Where an old nvidia-smi does not tell, take the usual.
+    lowest=${lowest:-8.0} highest=${highest:-8.0}
+}
+
+# at_least 570.10 525.60.13: whether a dotted version is as high as another one.
+at_least() {
+    local i have need
+    IFS=. read -ra have <<<"$1"
+    IFS=. read -ra need <<<"$2"
+    for ((i = 0; i < ${#need[@]}; i++)); do
+        if ((10#${have[i]:-0} != 10#${need[i]})); then
+            ((10#${have[i]:-0} > 10#${need[i]}))
+            return
+        fi
+    done
+}
+
+torch_pin() { sed -n 's/^torch==//p' constraints.txt; }
 
 # Prints what an installation depends on as one line; fails if $venv has no Python >= 3.11.
 fingerprint() {
@@ -67,7 +131,7 @@ is_ready() {
     local was_extra was_build was_fingerprint was_root
     read_stamp || return 1
     [[ $was_extra == "$1" || $was_extra == test ]] &&
-        [[ $was_build == "$2" || $was_build == cuda ]] &&
+        [[ $was_build == "$2" || ($2 == cpu && $was_build == cu*) ]] &&
         [[ $was_fingerprint == "$(fingerprint)" ]]
 }
 
@@ -79,15 +143,16 @@ read_stamp() {
 
 install() {
     local extra=$1 build=$2 seconds=$SECONDS need=$CPU_NEED_MB torch_source=()
-    if [[ $build == cuda ]]; then need=$CUDA_NEED_MB; fi
+    if [[ $build != cpu ]]; then need=$CUDA_NEED_MB; fi
     require_space "$need"
     require_venv
     rm -f "$stamp"
     : >"$log"
     say "installing into $venv ($build build of torch; some minutes the first time)"
-    if [[ $build == cuda ]]; then
-        remove_cpu_torch
-    elif answers "$CPU_INDEX/torch/"; then
+    if [[ $build != cpu ]]; then
+        require_cuda_source "$build"
+        remove_other_torch "$build"
+    elif warn_of_old_driver && answers "$CPU_INDEX/torch/"; then
         torch_source=(--extra-index-url "$CPU_INDEX")
     else
         warn_of_cuda_packages
@@ -96,7 +161,7 @@ install() {
     if [[ $extra == test ]]; then target='.[test]'; fi
     "${pip_install[@]}" ${torch_source[@]+"${torch_source[@]}"} --editable "$target" \
         >>"$log" 2>&1 || explain_failed_install
-    if [[ $build == cuda ]]; then warn_of_unusable_gpu; fi
+    if [[ $build != cpu ]]; then warn_of_unusable_gpu; fi
     printf '%s\n' "$extra" "$build" "$(fingerprint)" "$root" >"$stamp.new"
     mv -- "$stamp.new" "$stamp"
     say "installed in $((SECONDS - seconds)) s"
@@ -171,11 +236,37 @@ urllib.request.urlopen(sys.argv[1], timeout=5).close()
 PYTHON
 }
 
-# pip accepts 2.13.0+cpu for torch==2.13.0, so a GPU added later needs a forced reinstallation.
-remove_cpu_torch() {
-    if [[ "$(torch_version)" == *+cpu ]]; then
+# Sets the caller's torch_source: where pip finds a CUDA build that PyPI does not have.
+require_cuda_source() {
+    [[ $1 != "${CUDA_BUILDS[0]%% *}" ]] || return 0
+    answers "$TORCH_INDICES/$1/torch/" || die \
+        "$TORCH_INDICES/$1, which has the build of torch for this driver, cannot be reached" \
+        "PyPI has only ${CUDA_BUILDS[0]%% *}, which needs an NVIDIA driver and GPUs that this" \
+        "machine does not have. Allow access to that address, or update the driver, or train on" \
+        "the CPU: SPECTRAL_SCALE_TORCH=cpu $0"
+    torch_source=(--extra-index-url "$TORCH_INDICES/$1")
+}
+
+# pip accepts 2.13.0+cpu for torch==2.13.0, so another build needs a forced reinstallation.
+# PyPI's build has no label behind its version.
+remove_other_torch() {
+    local found label
+    found=$(torch_version) label=+$1
+    if [[ $1 == "${CUDA_BUILDS[0]%% *}" && $found != *+* ]]; then label=''; fi
+    [[ -z $found || $found == *"$label" ]] ||
         "$venv/bin/python" -m pip uninstall --yes torch >>"$log" 2>&1
-    fi
+}
+
+# Says before the download why a machine with a GPU gets the CPU build. Always succeeds.
+warn_of_old_driver() {
+    local driver lowest highest
+    if [[ -n ${SPECTRAL_SCALE_TORCH:-} ]] || ! has_gpu; then return 0; fi
+    read_gpus
+    say "note: the NVIDIA driver ${driver:-} is too old for every CUDA build of torch $(torch_pin)" \
+        "that has code for this GPU (compute capability $highest). Build and oldest driver:"
+    printf '  %s\n' "${CUDA_BUILDS[@]% * *}" >&2
+    say "The CPU build is installed; training will run on the CPU. Update the driver and run the" \
+        "same command again."
 }
 
 torch_version() {
@@ -198,10 +289,10 @@ print(sum(name.startswith(("nvidia-", "cuda-")) for name in names))' 2>>"$log") 
 }
 
 warn_of_unusable_gpu() {
-    if ! "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+    if has_gpu && ! "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
         >>"$log" 2>&1; then
-        say "note: nvidia-smi lists a GPU, but torch $(torch_version) cannot use it (an old driver" \
-            "is the usual cause; details: $log). Training will run on the CPU."
+        say "note: nvidia-smi lists a GPU, but torch $(torch_version) cannot use it (details: $log)." \
+            "Training will run on the CPU."
     fi
 }
 

@@ -4,7 +4,9 @@
         --extra-index-url https://download.pytorch.org/whl/cpu .
     python launch/lock.py report.json > requirements-linux-x86_64-py311-cpu.lock
 
-A lock file holds for the platform, Python and build of torch with which the report was made.
+Without that index the report, and the lock, are those of PyPI's CUDA build. A lock file holds for
+the platform, Python and build of torch with which the report was made. pip's
+`--use-feature=fast-deps` reads metadata by range requests instead of downloading gigabytes.
 """
 
 import json
@@ -15,10 +17,11 @@ from pathlib import Path
 def lock(report: dict) -> str:
     """The text of the lock file: every package except this one, pinned with its hashes."""
     facts = report["environment"]
+    labels = {item["metadata"]["version"].partition("+")[2] for item in report["install"]}
     lines = [
         f"# Python {facts['python_full_version']}, {facts['sys_platform']}, "
         f"{facts['platform_machine']}; made by launch/lock.py.",
-        "--extra-index-url https://download.pytorch.org/whl/cpu",
+        *(f"--extra-index-url https://download.pytorch.org/whl/{b}" for b in sorted(labels) if b),
     ]
     for item in sorted(report["install"], key=lambda i: i["metadata"]["name"].lower()):
         hashes = item["download_info"].get("archive_info", {}).get("hashes", {})

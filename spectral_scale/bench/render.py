@@ -73,7 +73,7 @@ def _swaps(bench: StepBench) -> str:
         for r in bench.results
         if r.boundary is not None
     ]
-    return _table(header, rows)
+    return _table(header, rows) if rows else ""
 
 
 def _memory(bench: StepBench) -> str:

@@ -48,6 +48,10 @@ class StepSettings:
     """Untimed steps of each variant before."""
     steps_per_iteration: int = 200
     """T3, the number of steps over which the time of a swap is spread."""
+    variants: tuple[Variant, ...] = VARIANTS
+    """What is measured; the first is dense, with which the others are compared."""
+    swaps: bool = True
+    """Measure swaps, too; their decompositions take minutes for a large model."""
 
 
 def architecture_of(settings: StepSettings) -> Architecture:

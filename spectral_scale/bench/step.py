@@ -18,7 +18,6 @@ from spectral_scale.bench.sampling import (
     warm_up,
 )
 from spectral_scale.bench.settings import (
-    VARIANTS,
     StepSettings,
     Variant,
     architecture_of,
@@ -46,7 +45,7 @@ def bench_step(settings: StepSettings, notify: Notify = lambda _: None) -> StepB
     with _threads(settings.threads):
         workload = make_workload(settings, architecture, device)
         subjects, counted = [], {}
-        for variant in VARIANTS:
+        for variant in settings.variants:
             notify(f"building {variant}")
             subjects.append(Subject(settings, variant, architecture, workload))
             counted[variant] = warm_up(subjects[-1], settings.warmup_steps)
@@ -59,9 +58,9 @@ def bench_step(settings: StepSettings, notify: Notify = lambda _: None) -> StepB
                 samples,
                 counted=counted[variant],
                 formula=formula_of(settings, variant, architecture),
-                boundary=_swap_times(subject, samples[variant], notify),
+                boundary=_swap_times(subject, samples[variant], notify) if settings.swaps else None,
             )
-            for variant, subject in zip(VARIANTS, subjects, strict=True)
+            for variant, subject in zip(settings.variants, subjects, strict=True)
         ]
     return StepBench(
         machine=describe_machine(device),

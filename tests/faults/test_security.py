@@ -182,8 +182,9 @@ def test_a_hostile_heartbeat_names_no_foreign_process(tmp_path: Path) -> None:
     assert process_of(beat) is None
 
 
-def test_the_lock_names_every_file_and_agrees_with_the_pins() -> None:
-    text = (ROOT / "requirements-linux-x86_64-py311-cpu.lock").read_text(encoding="utf-8")
+@pytest.mark.parametrize("build", ["cpu", "cuda"])
+def test_the_lock_names_every_file_and_agrees_with_the_pins(build: str) -> None:
+    text = (ROOT / f"requirements-linux-x86_64-py311-{build}.lock").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith(("#", "--"))]
     locked = {}
     for line in lines:
@@ -197,3 +198,36 @@ def test_the_lock_names_every_file_and_agrees_with_the_pins() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = {re.match(r"[\w.-]+", line)[0].lower() for line in project["dependencies"]}
     assert wanted <= locked.keys()
+    assert ("nvidia-nccl-cu13" in locked) is (build == "cuda")
+    index = "--extra-index-url https://download.pytorch.org/whl/cpu"
+    assert (index in text.splitlines()) is (build == "cpu")
+
+
+def lock_of(*packages: tuple[str, str]) -> str:
+    """What launch/lock.py makes of a report that names these packages and versions."""
+    import runpy
+
+    install = [
+        {
+            "metadata": {"name": name, "version": version},
+            "download_info": {"archive_info": {"hashes": {"sha256": "0" * 64}}},
+        }
+        for name, version in packages
+    ]
+    facts = {"python_full_version": "3.11.7", "sys_platform": "linux", "platform_machine": "x86_64"}
+    make = runpy.run_path(str(ROOT / "launch" / "lock.py"))["lock"]
+    text: str = make({"environment": facts, "install": install})
+    return text
+
+
+@pytest.mark.parametrize(
+    ("version", "index"), [("2.13.0", None), ("2.13.0+cpu", "cpu"), ("2.13.0+cu126", "cu126")]
+)
+def test_the_lock_names_the_index_of_its_build(version: str, index: str | None) -> None:
+    text = lock_of(("torch", version), ("numpy", "2.4.6"))
+    named = [line for line in text.splitlines() if line.startswith("--")]
+    wanted = (
+        [] if index is None else [f"--extra-index-url https://download.pytorch.org/whl/{index}"]
+    )
+    assert named == wanted
+    assert f"torch=={version} --hash=sha256:{'0' * 64}" in text

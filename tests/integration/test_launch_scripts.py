@@ -63,7 +63,21 @@ echo "/dev/x 100000000 99000000 524288 99% /"
 """
 ROOMY_DISK = FULL_DISK.replace("524288", "52428800")
 SOME_SPACE = FULL_DISK.replace("524288", "5242880")
-GPU = "#!/usr/bin/env bash\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n"
+
+
+def gpu(driver: str = "580.82.07", *capabilities: str, tells_capability: bool = True) -> str:
+    """An nvidia-smi of a machine with GPUs, 9.0 by default."""
+    asks = "driver_version,compute_cap" if tells_capability else "driver_version"
+    lines = [f"{driver}, {c}" if tells_capability else driver for c in capabilities or ("9.0",)]
+    told = "\n".join(lines)
+    return f"""#!/usr/bin/env bash
+if [[ "$*" == -L ]]; then echo 'GPU 0: NVIDIA H200 (UUID: GPU-1)'; exit; fi
+if [[ "$*" == *--query-gpu={asks} ]]; then echo '{told}'; exit; fi
+echo 'Field is not a valid field to query.'; exit 2
+"""
+
+
+GPU = gpu()
 NO_GPU = "#!/usr/bin/env bash\necho 'No devices found.'; exit 6\n"
 CUDA_REPORT = '{"install": [{"metadata": {"name": "nvidia-cublas"}}]}'
 CPU_REPORT = '{"install": [{"metadata": {"name": "torch"}}]}'
@@ -353,10 +367,84 @@ def test_gpu_takes_the_cuda_build(checkout):
     checkout.stub("nvidia-smi", GPU)
     done = checkout.run("launch/quickstart", TORCH_VERSION="2.13.0+cu130")
     assert done.returncode == 0
-    assert "cuda build of torch" in done.stderr
+    assert "cu130 build of torch" in done.stderr
     calls = checkout.calls()
     assert "download.pytorch.org" not in " ".join(calls)
     assert not [call for call in calls if "uninstall" in call]
+
+
+@pytest.mark.parametrize(
+    ("driver", "capabilities", "tells", "build"),
+    [
+        ("580.65.06", ["9.0"], True, "cu130"),
+        ("590.44.01", ["10.0"], True, "cu130"),
+        ("610.1", ["8.0"], False, "cu130"),
+        ("580.65.05", ["9.0"], True, "cu126"),
+        ("570.195.03", ["8.0"], True, "cu126"),
+        ("525.60.13", ["8.0"], False, "cu126"),
+        ("580.82.07", ["7.0"], True, "cu126"),  # CUDA 13 has no code for a V100
+        ("580.82.07", ["9.0", "7.0"], True, "cu126"),
+        ("[N/A]", ["9.0"], True, "cu130"),
+        ("525.60.12", ["8.0"], True, "cpu"),
+        ("470.256.02", ["8.0"], False, "cpu"),
+        ("570.195.03", ["10.0"], True, "cpu"),  # CUDA 12.6 has no code for a B200
+        ("580.82.07", ["10.0", "7.0"], True, "cpu"),
+    ],
+)
+def test_the_build_fits_driver_and_gpus(checkout, driver, capabilities, tells, build):
+    checkout.stub("nvidia-smi", gpu(driver, *capabilities, tells_capability=tells))
+    done = checkout.run("launch/quickstart", TORCH_VERSION="")
+    assert done.returncode == 0, done.stderr
+    assert f"{build} build of torch" in done.stderr
+    _, install, _ = checkout.calls()
+    index = f"--extra-index-url https://download.pytorch.org/whl/{build} "
+    assert (index in install) is (build != "cu130")
+    assert install.count("--extra-index-url") == (build != "cu130")
+    assert ("is too old for every CUDA build of torch 2.13.0" in done.stderr) is (build == "cpu")
+    if build == "cpu":
+        assert "  cu130 580.65.06\n  cu126 525.60.13\n" in done.stderr
+    checkout.run("launch/quickstart")
+    assert installs(checkout.calls()) == []
+
+
+def test_an_older_build_that_cannot_be_reached_ends_before_the_wrong_one_is_loaded(checkout):
+    checkout.stub("nvidia-smi", gpu("570.195.03"))
+    done = checkout.run("launch/quickstart", INDEX_DOWN="1")
+    assert done.returncode == 1
+    assert "error: https://download.pytorch.org/whl/cu126, which has the build" in done.stderr
+    assert "SPECTRAL_SCALE_TORCH=cpu" in done.stderr
+    assert installs(checkout.calls()) == []
+    done = checkout.run("launch/quickstart", INDEX_DOWN="1", SPECTRAL_SCALE_TORCH="cpu")
+    assert done.returncode == 0 and "cpu build of torch" in done.stderr
+
+
+def test_a_build_that_is_asked_for_is_taken(checkout):
+    checkout.stub("nvidia-smi", GPU)
+    done = checkout.run("launch/quickstart", SPECTRAL_SCALE_TORCH="cu126", TORCH_VERSION="2.13.0")
+    assert "cu126 build of torch" in done.stderr
+    _, uninstall, install, _ = checkout.calls()
+    assert uninstall == "pip uninstall --yes torch" and "whl/cu126" in install
+    done = checkout.run("launch/quickstart", SPECTRAL_SCALE_TORCH="cu118")
+    assert done.returncode == 1
+    assert "SPECTRAL_SCALE_TORCH=cu118 is no build of torch 2.13.0" in done.stderr
+    assert "cpu cu130 cu126" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("installed", "driver", "replaced"),
+    [
+        ("2.13.0", "580.82.07", False),
+        ("2.13.0+cu130", "580.82.07", False),
+        ("2.13.0+cu126", "580.82.07", True),
+        ("2.13.0+cu126", "570.195.03", False),
+        ("2.13.0", "570.195.03", True),
+        ("2.13.0+cpu", "570.195.03", True),
+    ],
+)
+def test_another_build_of_torch_is_replaced(checkout, installed, driver, replaced):
+    checkout.stub("nvidia-smi", gpu(driver))
+    checkout.run("launch/quickstart", TORCH_VERSION=installed)
+    assert ("pip uninstall --yes torch" in checkout.calls()) is replaced
 
 
 def test_listing_no_gpu_takes_the_cpu_build(checkout):

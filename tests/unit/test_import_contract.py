@@ -31,6 +31,7 @@ FLOORS = (
     {"supervision"},
     {"engine"},
     {"plan", "artifacts", "bench"},
+    {"gpu_checks"},
     {"cli"},
     {"testing", "__main__"},
 )
@@ -64,7 +65,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "plan": BELOW_BACKENDS - {"ops"} | {"data", "engine"},
     "artifacts": BELOW_ENGINE | {"engine"},
     "bench": BELOW_ENGINE | {"engine"},
-    "cli": BELOW_ENGINE | {"cluster", "engine", "artifacts", "bench", "plan", "doctor"},
+    "gpu_checks": BELOW_ENGINE | {"cluster", "engine", "bench", "plan"},
+    "cli": BELOW_ENGINE
+    | {"cluster", "engine", "artifacts", "bench", "plan", "doctor", "gpu_checks"},
     "testing": BELOW_ENGINE | {"engine", "cli", "cluster"},
     "__main__": frozenset({"cli"}),
 }
@@ -76,6 +79,7 @@ ONLY_IN = {
     "torch": (
         *("ops/", "parallel/", "optim/", "models/", "methods/", "doctor/", "backends/", "data/"),
         *("checkpoint/", "metrics/", "supervision/", "engine/", "artifacts/", "bench/", "testing/"),
+        "gpu_checks/",
     ),
     "torch.distributed": (
         *("parallel/", "doctor/", "backends/", "checkpoint/", "supervision/", "engine/"),

@@ -23,7 +23,7 @@ def hang(run_dir: Path, device: str) -> None:
     """Wait for ever, after leaving a note that it begins."""
     (run_dir / "hangs").touch()
     if device == "cuda":
-        torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(SPIN_CYCLES)
         torch.cuda.synchronize()
     time.sleep(3600)
 

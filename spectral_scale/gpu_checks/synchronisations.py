@@ -68,7 +68,7 @@ def counting_syncs(place: Place) -> Iterator[SyncCounter]:
             else:
                 shown(message, category, filename, lineno, *rest)
 
-        warnings.showwarning = note
+        warnings.showwarning = note  # type: ignore[assignment]
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield counter

@@ -160,7 +160,9 @@ def _defaults(config: RunConfig, architecture: Architecture) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "steps_per_print": 2**31,
         "zero_optimization.reduce_bucket_size": max(width * width, SMALLEST_BUCKET),
-        "zero_optimization.overlap_comm": False,
+        # Stage 3 reduces on a stream of its own, as DeepSpeed does by default. In stages 1 and 2 it
+        # takes a second bucket, and data races have been reported (DeepSpeed issues 5545, 8061).
+        "zero_optimization.overlap_comm": zero_stage(config.parallel) == 3,
     }
     if zero_stage(config.parallel) == 3:
         defaults |= {

@@ -9,6 +9,10 @@ from torch import Tensor
 Sharding = Literal["column_parallel", "row_parallel"]
 """Ranks hold different outputs of a layer (column_parallel), or different inputs (row_parallel)."""
 
+StartSum = Callable[[Tensor], Callable[[], Tensor]]
+"""Starts the sum of a tensor over ranks and returns at once; what it returns waits for the sum, a
+new tensor. All ranks start their sums in the same order."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorParallelContext:
@@ -18,8 +22,8 @@ class TensorParallelContext:
     """Whether the layer's outputs or its inputs are sharded."""
     index: int
     """This rank's index in the tensor-parallel group."""
-    sum: Callable[[Tensor], Tensor]
-    """Sums what is partial inside the product over ranks, as a new tensor without a gradient."""
+    start_sum: StartSum
+    """Starts the sum over ranks of what is partial inside the product, without a gradient."""
     copy_to_region: Callable[[Tensor], Tensor]
     """Casts the input, equal on all ranks, to the product's precision, and sums its gradient over
     ranks."""
@@ -27,6 +31,11 @@ class TensorParallelContext:
     """Sums a tensor over ranks; the gradient, equal on all ranks, goes to each."""
     local: Callable[[Tensor], Tensor]
     """Takes this rank's shard of a parameter, differentiably."""
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum over ranks of what is partial inside the product, as a new tensor without a
+        gradient."""
+        return self.start_sum(partial)()
 
     @property
     def column_parallel(self) -> bool:

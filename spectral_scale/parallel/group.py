@@ -101,6 +101,7 @@ def leave_group(*, failed: bool = False) -> None:
     if not failed:
         dist.barrier()
     dist.destroy_process_group()
+    _kept.clear()
 
 
 def _abort() -> None:

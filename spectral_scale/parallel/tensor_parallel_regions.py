@@ -10,6 +10,7 @@ Invariant: outside the region, activations and their gradients are equal on all 
 tensor-parallel group.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +20,19 @@ from torch import Tensor
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over the group, as a new tensor; not differentiable. Collective."""
+    return start_all_reduce(tensor, group)()
+
+
+def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Start `all_reduce` of the tensor's present values; what this returns waits for the sum."""
     result = tensor.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, group=group)
-    return result
+    work = dist.all_reduce(result, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return result
+
+    return finish
 
 
 class _CopyToRegion(torch.autograd.Function):

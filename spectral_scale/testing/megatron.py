@@ -138,7 +138,7 @@ def megatron_in_one_group() -> Iterator[None]:
 
 def _skip_tensor_sum() -> AbstractContextManager[Any]:
     matrix: Any = import_module("spectral_scale.backends.megatron.matrix")
-    return mock.patch.object(matrix.SpectralMatrix, "_total", lambda _, tensor: tensor.clone())
+    return mock.patch.object(matrix.SpectralMatrix, "_start_sum", lambda _, t: t.clone)
 
 
 def _sum_twice() -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import tiny_config
 
 SETTINGS: dict[str, Any] = {
+    "health__hang_timeout_seconds": 1000,  # so that waits are longer than by default
     "model__hidden_size": 64,
     "model__num_layers": 8,
     "spectral__method": "full",
@@ -32,9 +33,13 @@ def start(config: Any, whole_first: bool) -> dict[str, int]:
         config: the run.
         whole_first: give every rank the whole model before it is sharded.
     """
+    import torch
+    from torch.distributed.distributed_c10d import _world
+
     from spectral_scale.backends.base import Backend
     from spectral_scale.backends.deepspeed.backend import DeepSpeedBackend
     from spectral_scale.backends.fsdp2.backend import FSDP2Backend
+    from spectral_scale.backends.limits import wait_limits
     from spectral_scale.supervision.run_folder import create_run_folder
     from spectral_scale.testing.memory import PeakMemory
     from spectral_scale.testing.tiny import build_from_config
@@ -60,6 +65,8 @@ def start(config: Any, whole_first: bool) -> dict[str, int]:
             numel *= length
         block = fqn.split("layers.")[-1].split(".")[0] if "layers." in fqn else fqn
         sizes[block] = sizes.get(block, 0) + size * numel
+    limits = {group._get_backend(torch.device("cpu")).options._timeout for group in _world.pg_map}
+    assert limits == {wait_limits(run.resolved, "cpu").collective}, "of every group there is"
     run.backend.close()
     counted |= {"whole": sum(sizes.values()), "block": max(sizes.values())}
     return counted | {"start": all_of_it.peak_bytes}
@@ -82,5 +89,4 @@ def test_a_rank_never_holds_more_than_its_shards_and_a_block(
         else:
             assert found["peak"] <= shards + found["block"]
             assert found["kept"] == pytest.approx(shards, rel=0.05)
-            print(found, plan.start_peak_bytes - RESERVED_BYTES)
             assert found["start"] <= plan.start_peak_bytes - RESERVED_BYTES + found["block"]

@@ -184,15 +184,15 @@ def test_state_moves_between_backends(corpus: Path, tmp_path: Path) -> None:
 
 
 def without_the_sum_in_the_bottleneck() -> Iterator[Any]:
-    target = "spectral_scale.backends.fsdp2.tensor_parallel.all_reduce"
-    yield patch(target, lambda tensor, group: tensor.detach().clone())
+    target = "spectral_scale.backends.fsdp2.tensor_parallel.start_all_reduce"
+    yield patch(target, lambda tensor, group: tensor.detach().clone)
 
 
 def with_the_sum_doubled() -> Iterator[Any]:
     from spectral_scale.parallel.tensor_parallel_regions import all_reduce
 
-    target = "spectral_scale.backends.fsdp2.tensor_parallel.all_reduce"
-    yield patch(target, lambda tensor, group: all_reduce(all_reduce(tensor, group), group))
+    target = "spectral_scale.backends.fsdp2.tensor_parallel.start_all_reduce"
+    yield patch(target, lambda tensor, group: lambda: all_reduce(all_reduce(tensor, group), group))
 
 
 def without_the_sum_of_input_gradients() -> Iterator[Any]:

@@ -36,7 +36,7 @@ from spectral_scale.models.build import give_memory
 from spectral_scale.models.weights import InitialWeights, dense_names
 from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 from spectral_scale.parallel.device import pick_device
-from spectral_scale.parallel.group import join_alone, join_group, leave_group
+from spectral_scale.parallel.group import join_alone, join_group, keep_until_exit, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
 from spectral_scale.parallel.table import ParameterTable
 
@@ -119,6 +119,9 @@ class DeepSpeedBackend(Backend):
         self._engine, *_ = self._deepspeed.initialize(
             model=self._model, optimizer=optimizer, config=self.deepspeed_config
         )
+        # DeepSpeed's own copies of the group of all ranks, in which it reduces.
+        keep_until_exit(self._engine.data_parallel_group)
+        keep_until_exit(self._engine.seq_data_parallel_group)
         if self._measures("flops_profiler"):
             count_products_in_place(self._model)
         self._store = ZeroStore(self._engine, self.collective)

@@ -29,9 +29,9 @@ from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 from spectral_scale.models.build import tie, tied_names
 from spectral_scale.ops.losses import negative_log_likelihood_sum
 from spectral_scale.parallel.tensor_parallel_regions import (
-    all_reduce,
     copy_to_region,
     reduce_from_region,
+    start_all_reduce,
 )
 from spectral_scale.parallel.tensor_parallel_table import kind_of, sharded_dimension
 
@@ -114,7 +114,7 @@ def _context(mesh: DeviceMesh, common_input: CommonInput, *, column: bool) -> Te
     return TensorParallelContext(
         sharding="column_parallel" if column else "row_parallel",
         index=mesh.get_local_rank(),
-        sum=partial(all_reduce, group=group),
+        start_sum=partial(start_all_reduce, group=group),
         copy_to_region=common_input,
         reduce_from_region=partial(reduce_from_region, group=group),
         local=_local,

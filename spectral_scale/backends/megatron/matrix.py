@@ -1,5 +1,6 @@
 """One logical matrix of a Megatron layer, as one tensor-parallel rank holds it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.methods.sst.product import Bottleneck, SpectralProduct
+from spectral_scale.parallel.tensor_parallel_regions import start_all_reduce
 from spectral_scale.parallel.tensor_parallel_table import factor_sharded_dim
 
 Completion = Literal["bottleneck", "per_step"]
@@ -119,13 +121,11 @@ class SpectralMatrix(SpectralLinear):
                 setattr(getattr(self, leaf), PARTIAL, True)
             return None
         return Bottleneck(
-            "column_parallel" if self.kind == "column" else "row_parallel", self._total
+            "column_parallel" if self.kind == "column" else "row_parallel", self._start_sum
         )
 
-    def _total(self, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total, group=self.group)
-        return total
+    def _start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        return start_all_reduce(tensor, self.group)
 
     def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
         """Column-parallel: (..., in) -> this rank's outputs; row-parallel: its inputs -> a summand,

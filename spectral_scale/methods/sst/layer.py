@@ -119,7 +119,7 @@ class SpectralLinear(FactoredLinear):
     def sharded_product(self, context: TensorParallelContext) -> ShardedProduct:
         """Column-parallel: this rank's rows of u and of the residual; row-parallel: its rows of v
         and columns of the residual."""
-        bottleneck, local = Bottleneck(context.sharding, context.sum), context.local
+        bottleneck, local = Bottleneck(context.sharding, context.start_sum), context.local
 
         def product(x: Tensor, bias: Tensor | None) -> Tensor:
             y: Tensor = SpectralProduct.apply(

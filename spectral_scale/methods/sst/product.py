@@ -8,14 +8,14 @@ directions' temporaries are scaled in place.
 Shape suffixes: T tokens, O out_features, I in_features, R trained triplets, F fixed triplets.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spectral_scale.methods.tensor_parallel_context import Sharding, StartSum
 from spectral_scale.ops.token_sums import column_sums, sum_of_products
 
 
@@ -29,10 +29,14 @@ class Bottleneck:
     (T, R) then makes the gradients of the factors that every rank holds whole complete and equal.
     """
 
-    sharding: Literal["column_parallel", "row_parallel"]
+    sharding: Sharding
     """The sharding: by outputs (column_parallel) or by inputs (row_parallel) of the layer."""
-    sum: Callable[[Tensor], Tensor]
-    """The sum over ranks, as a new tensor."""
+    start_sum: StartSum
+    """Starts a sum over ranks, which travels while the widest product is computed."""
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum over ranks, as a new tensor."""
+        return self.start_sum(partial)()
 
 
 class SpectralProduct(torch.autograd.Function):
@@ -92,11 +96,17 @@ class SpectralProduct(torch.autograd.Function):
         u_dtype, v_dtype, sigma_dtype, bias_dtype = ctx.dtypes
         r = u.shape[1]
         h = g @ u
-        complete = h
-        if ctx.bottleneck is not None and ctx.bottleneck.sharding == "column_parallel":
-            complete = ctx.bottleneck.sum(h)
-        elif ctx.bottleneck is not None:  # here, not in forward: evaluation needs no sum
-            z = ctx.bottleneck.sum(z)
+        complete, finish = h, None
+        by_columns = ctx.bottleneck is not None and ctx.bottleneck.sharding == "column_parallel"
+        if ctx.bottleneck is not None:  # of z here, not in forward: evaluation needs no sum
+            finish = ctx.bottleneck.start_sum(h if by_columns else z)
+        rest = None
+        if ctx.needs_input_grad[0] and residual is not None:
+            rest = g @ residual.to(g.dtype)
+        if finish is not None and by_columns:
+            complete = finish()
+        elif finish is not None:
+            z = finish()
         d_u, d_v = g.t() @ z, x.t() @ complete
         if not ctx.enhanced:
             d_u, d_v = d_u.mul_(s[:r]), d_v.mul_(s[:r])
@@ -104,7 +114,7 @@ class SpectralProduct(torch.autograd.Function):
         d_x = None
         if ctx.needs_input_grad[0]:
             h.mul_(s[:r])
-            d_x = h @ v.t() if residual is None else (g @ residual.to(g.dtype)).addmm_(h, v.t())
+            d_x = h @ v.t() if rest is None else rest.addmm_(h, v.t())
         if u_fixed is not None:
             d_fixed, d_x = _backward_fixed(ctx, g, d_x, u_fixed, v_fixed, s[r:], z_fixed)
             if ctx.bottleneck is not None and z_fixed is not None:

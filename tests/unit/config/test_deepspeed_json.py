@@ -204,3 +204,16 @@ def test_other_backends_do_not_read_the_file() -> None:
     config = load_config([], ["--parallel.deepspeed_config=/nowhere.json"]).config
     with pytest.raises(ConfigError, match="set parallel.backend=deepspeed"):
         resolve(config, world_size=1)
+
+
+def test_stage_3_overlaps_communication_unless_the_file_says_no(tmp_path: Path) -> None:
+    """As DeepSpeed does by default; in the other stages only where the file asks for it."""
+
+    def overlaps(stage: int, **given: Any) -> bool:
+        path = written(tmp_path, {"zero_optimization": {"stage": stage} | given})
+        found: bool = settings(run_with(path))["zero_optimization"]["overlap_comm"]
+        return found
+
+    assert [overlaps(stage) for stage in (1, 2, 3)] == [False, False, True]
+    assert overlaps(2, overlap_comm=True) and not overlaps(3, overlap_comm=False)
+    assert overlaps(3, overlap_comm="auto")

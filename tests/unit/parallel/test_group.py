@@ -42,7 +42,7 @@ def test_a_failed_rank_aborts_and_does_not_wait_for_the_others(calls: list[str])
     assert calls == ["abort part", "abort all"]
     calls.clear()
     group.leave_group()
-    assert calls == ["barrier", "destroy"]
+    assert calls == ["barrier", "destroy"] and not group._kept
 
 
 def test_gloo_needs_no_abort(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,18 @@
 """The fast product against the plain one, over storages, shapes, dtypes and layouts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_scale.methods.sst import product as sst_product
 from spectral_scale.methods.sst.layer import SpectralLinear
-from spectral_scale.methods.sst.product import SpectralProduct
+from spectral_scale.methods.sst.product import Bottleneck, SpectralProduct
+from spectral_scale.methods.tensor_parallel_context import Sharding
 from spectral_scale.ops import token_sums
 from spectral_scale.ops.token_sums import BLOCK_ROWS, column_sums, sum_of_products
 from spectral_scale.testing.oracle import PlainSpectralProduct
@@ -184,3 +187,53 @@ def test_layer_under_autocast_trains_in_fp32(storage: str) -> None:
         found = gradients[torch.bfloat16][name]
         assert found.dtype == torch.float32
         assert (found - expected).norm() < 0.02 * expected.norm(), name
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("sharding", ["column_parallel", "row_parallel"])
+def test_the_sum_over_ranks_travels_beside_the_widest_product(
+    sharding: Sharding, early: bool
+) -> None:
+    """It is started before dL/dx's part of the residual is computed and waited for after it, with
+    the same gradients; the twin waits at once."""
+    events: list[str] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.mm.default and tuple(args[1].shape) == (7, 5):
+                events.append("g @ residual")
+            return func(*args, **(kwargs or {}))
+
+    def start(partial: Tensor) -> Callable[[], Tensor]:
+        events.append("start")
+        total = partial.clone() * 2
+
+        def finish() -> Tensor:
+            events.append("finish")
+            return total
+
+        if early:
+            return finish
+        total = finish()
+        return lambda: total
+
+    def gradients(bottleneck: Bottleneck) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"x": (6, 5), "residual": (7, 5), "u": (7, 3), "v": (5, 3), "sigma": (3,)}
+        values = {k: torch.randn(s, generator=generator) for k, s in shapes.items()}
+        trained = [values[k].requires_grad_() for k in ("x", "u", "v", "sigma")]
+        x, residual, u, v, sigma = values.values()
+        y = SpectralProduct.apply(
+            x, residual, u, v, None, None, sigma, None, True, False, bottleneck
+        )
+        with Products():
+            y.sum().backward()
+        return [t.grad for t in trained if t.grad is not None]
+
+    found = gradients(Bottleneck(sharding, start))
+    order = ["start", "g @ residual", "finish"] if early else ["start", "finish", "g @ residual"]
+    assert events == order
+    at_once = gradients(Bottleneck(sharding, lambda partial: lambda: partial * 2))
+    assert len(found) == 4 and all(torch.equal(a, b) for a, b in zip(found, at_once, strict=True))

@@ -249,24 +249,34 @@ def _first_overlap(rectangles: Sequence[Rectangle]) -> tuple[Rectangle, Rectangl
     return None
 
 
-def column_square_sums(shard: Tensor, start: int, columns: int) -> Tensor:
-    """Sums of squares by column of the flat range that begins at `start`, shape (columns,).
+def column_square_sums(shards: Tensor, start: int, columns: int) -> Tensor:
+    """Sums of squares by column of flat ranges that begin at `start`, shape (..., columns).
 
-    The range is padded with zeros to whole rows: of the elements 2 to 8 of a 3 x 4 matrix, two
+    A range is padded with zeros to whole rows: of the elements 2 to 8 of a 3 x 4 matrix, two
     zeros before and three after make 3 rows of 4.
 
     Args:
-        shard: the range's elements, 1-D.
-        start: where the range begins in the flattened matrix.
-        columns: columns of the matrix.
+        shards: the ranges' elements, shape (..., elements).
+        start: where the ranges begin in their flattened matrices.
+        columns: columns of the matrices.
     """
+    return _whole_rows(shards, start, columns).square().sum(-2)
+
+
+def columns_divided(shards: Tensor, start: int, divisors: Tensor) -> Tensor:
+    """The elements of flat ranges (..., elements), each divided by its column's divisor.
+
+    Args:
+        shards: the ranges' elements.
+        start: where the ranges begin in their flattened matrices.
+        divisors: shape (..., columns).
+    """
+    rows = _whole_rows(shards, start, divisors.shape[-1]).div_(divisors.unsqueeze(-2))
+    return rows.flatten(-2).narrow(-1, start % divisors.shape[-1], shards.shape[-1])
+
+
+def _whole_rows(shards: Tensor, start: int, columns: int) -> Tensor:
+    """A copy of flat ranges (..., elements) as (..., rows, columns), zeros around them."""
     before = start % columns
-    after = -(before + shard.numel()) % columns
-    return F.pad(shard, (before, after)).view(-1, columns).square().sum(0)
-
-
-def divide_columns(shard: Tensor, start: int, divisors: Tensor) -> None:
-    """Divide each element of a flat range by its column's divisor, in place."""
-    columns = divisors.numel()
-    index = torch.arange(start, start + shard.numel(), device=shard.device) % columns
-    shard.div_(divisors.to(shard.device)[index])
+    after = -(before + shards.shape[-1]) % columns
+    return F.pad(shards, (before, after)).unflatten(-1, (-1, columns))

@@ -16,6 +16,7 @@ from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.flat_shards import ParameterShards, TensorShards
 from spectral_scale.parallel.packing import broadcast_into
 from spectral_scale.parallel.shard_geometry import Range
+from spectral_scale.parallel.stacking import raise_to_zero, unit_columns
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Replicated = tuple[str, Tensor, int]
@@ -58,10 +59,11 @@ class ParameterStore(ABC):
         )
 
     @abstractmethod
-    def retract_columns(self, fqns: Iterable[str]) -> None:
+    def retract_columns(self, fqns: Iterable[str], *, unless: Tensor | None = None) -> None:
         """Scale every column to unit length, weights and masters alike.
 
-        Raises SpectralError from a store that `retracts_in_step`.
+        If `unless` (0-dim bool, on the parameters' device) is true, no bit changes; nobody waits
+        for its value. Raises SpectralError from a store that `retracts_in_step`.
         """
 
     def require_retracted(self, fqns: Iterable[str]) -> None:
@@ -138,18 +140,14 @@ class TorchStore(ParameterStore):
         return rearrange_moments(self._optimizer, self._parameters[fqn], source, rearrange)
 
     @torch.no_grad()
-    def retract_columns(self, fqns: Iterable[str]) -> None:
+    def retract_columns(self, fqns: Iterable[str], *, unless: Tensor | None = None) -> None:
         """Scale every column to unit length, which the method does after every step."""
-        for fqn in fqns:
-            factor = self._parameters[fqn]
-            norms = torch.linalg.vector_norm(factor, dim=0)
-            factor.div_(norms.clamp_min_(torch.finfo(factor.dtype).tiny))
+        unit_columns([self._parameters[fqn] for fqn in fqns], unless=unless)
 
     @torch.no_grad()
     def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
         """sigma = max(sigma, 0)."""
-        for fqn in fqns:
-            self._parameters[fqn].clamp_min_(0)
+        raise_to_zero(self._parameters[fqn] for fqn in fqns)
 
     def shards(self) -> TensorShards:
         """Whole parameters, of which this rank is one replica."""

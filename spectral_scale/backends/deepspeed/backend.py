@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from spectral_scale.backends.base import Backend
 from spectral_scale.backends.deepspeed import cpu_adam, loss_scale
-from spectral_scale.backends.deepspeed.clipping import gradients_by_kind, norms_by_kind
+from spectral_scale.backends.deepspeed.clipping import gradients_by_kind, norms_by_kind, scale
 from spectral_scale.backends.deepspeed.cpu_adam import offloaded_adam
 from spectral_scale.backends.deepspeed.optimizer_state import without_update
 from spectral_scale.backends.deepspeed.profiling import (
@@ -185,9 +185,8 @@ class DeepSpeedBackend(Backend):
         return torch.where(norm.isfinite(), super()._clip_factor(norm, max_norm), 1.0)
 
     def _scale_gradients(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
-        """Offloaded gradients are on the CPU, where the factor is sent once for each."""
-        for gradient in gradients:
-            gradient.mul_(factor.to(gradient.device, gradient.dtype))
+        """Offloaded gradients are on the CPU."""
+        scale(gradients, factor)
 
     def _update(self) -> bool:
         """DeepSpeed updates masters and weights, and clears the gradients."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spectral_scale.backends.deepspeed.store import ZeroStore
 from spectral_scale.optim.groups import group_kind
+from spectral_scale.parallel.packing import by_dtype
 
 
 def gradients_by_kind(store: ZeroStore) -> dict[str, list[Tensor]]:
@@ -39,8 +40,16 @@ def norms_by_kind(
     return dict(zip(gradients, squares.sqrt() / loss_scale, strict=True))
 
 
+def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply gradients by a 0-dim factor, in place; it is sent once to each device."""
+    for packet in by_dtype(gradients):
+        torch._foreach_mul_(packet, factor.to(packet[0].device, packet[0].dtype))
+
+
 def _square_sum(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of squares of all elements, in float32, on `device`."""
     total = torch.zeros((), dtype=torch.float32, device=device)
-    for part in parts:
-        total += part.detach().float().square().sum().to(device)
+    for packet in by_dtype(part.detach() for part in parts):
+        norms = torch._foreach_norm(packet, 2, dtype=torch.float32)
+        total += torch.stack(norms).square().sum().to(device)
     return total

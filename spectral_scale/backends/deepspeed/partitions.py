@@ -106,8 +106,8 @@ class Layout(Protocol):
     def write_weight(self, parameter: nn.Parameter, part: Tensor) -> None:
         """Overwrite that range of the module's weight with a 1-D tensor of any precision."""
 
-    def clamp_weight(self, parameter: nn.Parameter) -> None:
-        """Raise negative elements of the module's weight to zero."""
+    def weight_copies(self, parameter: nn.Parameter) -> list[Tensor]:
+        """All that the module has of the weight on this rank: its shard, or the whole, or both."""
 
 
 class _WholeWeights:
@@ -127,8 +127,8 @@ class _WholeWeights:
     def write_weight(self, parameter: nn.Parameter, part: Tensor) -> None:
         parameter.data.view(-1).copy_(part)
 
-    def clamp_weight(self, parameter: nn.Parameter) -> None:
-        parameter.data.clamp_min_(0)
+    def weight_copies(self, parameter: nn.Parameter) -> list[Tensor]:
+        return [parameter.data]
 
 
 class ReplicatedLayout(_WholeWeights):
@@ -249,10 +249,9 @@ class ShardedLayout:
         if gathered:
             parameter.all_gather()
 
-    def clamp_weight(self, parameter: Any) -> None:
-        parameter.ds_tensor.data.clamp_min_(0)
-        if parameter.ds_status.name == "AVAILABLE":
-            parameter.data.clamp_min_(0)
+    def weight_copies(self, parameter: Any) -> list[Tensor]:
+        whole = [parameter.data] if parameter.ds_status.name == "AVAILABLE" else []
+        return [parameter.ds_tensor.data, *whole]
 
 
 def layout_of(optimizer: Any) -> Layout:

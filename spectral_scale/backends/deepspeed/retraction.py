@@ -10,7 +10,8 @@ from spectral_scale.backends.deepspeed.partitions import Layout
 from spectral_scale.backends.deepspeed.shards import ZeroShards
 from spectral_scale.errors import SpectralError
 from spectral_scale.parallel.collective import Collective
-from spectral_scale.parallel.shard_geometry import column_square_sums, divide_columns
+from spectral_scale.parallel.shard_geometry import column_square_sums, columns_divided
+from spectral_scale.parallel.stacking import alike, stack
 
 
 class Directions:
@@ -58,22 +59,28 @@ class Directions:
 
     @torch.no_grad()
     def _retract(self, fqns: list[str]) -> None:
+        """Fragments that cover the same part of matrices of one shape are worked on as a stack."""
         if not fqns:
             return
         shards = self._shards
         columns = [shards.shapes[fqn][1] for fqn in fqns]
         squares = torch.zeros(sum(columns), dtype=torch.float32, device=shards.device)
-        for fqn, part in zip(fqns, squares.split(columns), strict=True):
-            fragment = shards.fragments[fqn]
-            if fragment is not None:
-                sums = column_square_sums(fragment.master, fragment.start, len(part))
-                part += sums.to(shards.device)
-        squares = self._sum_over_ranks(squares)
-        norms = squares.sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
-        for fqn, part in zip(fqns, norms.split(columns), strict=True):
-            fragment = shards.fragments[fqn]
-            if fragment is not None:
-                divide_columns(fragment.master, fragment.start, part)
+        held = [(i, f) for i, fqn in enumerate(fqns) if (f := shards.fragments[fqn]) is not None]
+        masters = [fragment.master for _, fragment in held]
+        starts = [(fragment.start % columns[i], columns[i]) for i, fragment in held]
+        groups = alike(masters, starts)
+        parts = squares.split(columns)
+        for group in groups:
+            sums = column_square_sums(stack(masters, group), *starts[group[0]])
+            into = [parts[held[i][0]] for i in group]
+            torch._foreach_copy_(into, sums.to(shards.device).unbind())
+        norms = self._sum_over_ranks(squares).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
+        parts = norms.split(columns)
+        for group in groups:
+            whole = stack(masters, group)
+            divisors = torch.stack([parts[held[i][0]] for i in group]).to(whole.device)
+            divided = columns_divided(whole, starts[group[0]][0], divisors)
+            torch._foreach_copy_([masters[i] for i in group], divided.unbind())
         self._done.update(fqns)
 
     def _sum_over_ranks(self, squares: Tensor) -> Tensor:

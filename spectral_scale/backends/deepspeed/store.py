@@ -21,8 +21,9 @@ from spectral_scale.backends.deepspeed.retraction import Directions
 from spectral_scale.backends.deepspeed.shards import ZeroShards
 from spectral_scale.errors import SpectralError
 from spectral_scale.parallel.collective import Collective, ProcessGroup, SingleProcess
-from spectral_scale.parallel.packing import broadcast_into, unpack
+from spectral_scale.parallel.packing import broadcast_into, by_dtype, unpack
 from spectral_scale.parallel.shard_geometry import Range
+from spectral_scale.parallel.stacking import raise_to_zero
 from spectral_scale.parallel.store import MOMENTS, ParameterStore, Replicated
 from spectral_scale.parallel.table import parameter_table
 
@@ -151,11 +152,11 @@ class ZeroStore(ParameterStore):
     @torch.no_grad()
     def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
         """Rounding keeps the sign, so both copies are clamped where they are."""
-        for fqn in fqns:
-            fragment = self.fragments[fqn]
-            if fragment is not None:
-                fragment.master.clamp_min_(0)
-            self.layout.clamp_weight(self.parameters[fqn])
+        names = list(fqns)
+        masters = [f.master for fqn in names if (f := self.fragments[fqn]) is not None]
+        weights = [w for fqn in names for w in self.layout.weight_copies(self.parameters[fqn])]
+        for group in by_dtype([*masters, *weights]):
+            raise_to_zero(group)
 
     # -- shards and state -------------------------------------------------------------------
 

@@ -16,6 +16,13 @@ from spectral_scale.parallel.flat_shards import TensorShards
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into
 from spectral_scale.parallel.shard_geometry import Rectangle
+from spectral_scale.parallel.stacking import (
+    alike,
+    column_norms,
+    divide_columns,
+    keep_if,
+    raise_to_zero,
+)
 from spectral_scale.parallel.store import (
     ParameterStore,
     Replicated,
@@ -98,25 +105,25 @@ class FSDP2Store(ParameterStore):
         return rearrange_moments(self._optimizer, parameter, source, self._rearrange, local)
 
     @torch.no_grad()
-    def retract_columns(self, fqns: Iterable[str]) -> None:
+    def retract_columns(self, fqns: Iterable[str], *, unless: Tensor | None = None) -> None:
         """Scale every column to unit length: one all-reduce of r squared norms a factor.
 
         Norms are summed over ranks only where rows are spread over ranks.
         """
         self._reshard()
         factors = [self._parameters[fqn] for fqn in fqns]
-        squares = [torch.linalg.vector_norm(local(f), dim=0).square_() for f in factors]
-        by_rows = [self._row_layout(f) for f in factors]
-        for factor, square in zip(factors, sum_over_shards(squares, by_rows), strict=True):
-            norms = square.sqrt_().clamp_min_(torch.finfo(factor.dtype).tiny)
-            local(factor).div_(norms)
+        shards, by_rows = [local(f) for f in factors], [self._row_layout(f) for f in factors]
+        kinds = [(f.shape, id(layout)) for f, layout in zip(factors, by_rows, strict=True)]
+        groups = alike(shards, kinds)
+        squares = [norms.square_() for norms in column_norms(shards, groups)]
+        sums = sum_over_shards(squares, [by_rows[group[0]] for group in groups])
+        divide_columns(shards, groups, keep_if(unless, [square.sqrt() for square in sums]))
 
     @torch.no_grad()
     def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
         """sigma = max(sigma, 0)."""
         self._reshard()
-        for fqn in fqns:
-            local(self._parameters[fqn]).clamp_min_(0)
+        raise_to_zero(local(self._parameters[fqn]) for fqn in fqns)
 
     def shards(self) -> TensorShards:
         """The DTensors' local shards."""

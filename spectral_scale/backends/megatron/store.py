@@ -19,6 +19,13 @@ from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.group import present_group
 from spectral_scale.parallel.packing import broadcast_into, unpack
 from spectral_scale.parallel.shard_geometry import Range
+from spectral_scale.parallel.stacking import (
+    alike,
+    column_norms,
+    divide_columns,
+    keep_if,
+    raise_to_zero,
+)
 from spectral_scale.parallel.store import MOMENTS, ParameterStore, Replicated
 from spectral_scale.parallel.table import ParameterTable
 
@@ -105,24 +112,24 @@ class MegatronStore(ParameterStore):
         return int(self.collective.all_reduce_sum(zeroed))
 
     @torch.no_grad()
-    def retract_columns(self, fqns: Iterable[str]) -> None:
+    def retract_columns(self, fqns: Iterable[str], *, unless: Tensor | None = None) -> None:
         """Scale every column to unit length: one all-reduce of sharded factors' squared norms."""
         names = list(fqns)
         factors = [self._parameters[fqn] for fqn in names]
-        squares = [torch.linalg.vector_norm(f, dim=0).square_() for f in factors]
-        cut = [s for fqn, s in zip(names, squares, strict=True) if self._sharded_dims[fqn] == 0]
+        by_rows = [self._sharded_dims[fqn] == 0 for fqn in names]
+        groups = alike(factors, by_rows)
+        squares = [norms.square_() for norms in column_norms(factors, groups)]
+        cut = [s for group, s in zip(groups, squares, strict=True) if by_rows[group[0]]]
         if cut and self._tensor.size() > 1:
-            total = torch.cat(cut)
+            total = torch.cat([square.flatten() for square in cut])
             dist.all_reduce(total, group=self._tensor)
             unpack(total, cut)
-        for factor, square in zip(factors, squares, strict=True):
-            factor.div_(square.sqrt_().clamp_min_(torch.finfo(factor.dtype).tiny))
+        divide_columns(factors, groups, keep_if(unless, [s.sqrt_() for s in squares]))
 
     @torch.no_grad()
     def clamp_nonnegative(self, fqns: Iterable[str]) -> None:
         """sigma = max(sigma, 0)."""
-        for fqn in fqns:
-            self._parameters[fqn].clamp_min_(0)
+        raise_to_zero(self._parameters[fqn] for fqn in fqns)
 
     def shards(self) -> MegatronShards:
         """Flat shards of what the optimizer steps. Collective.

@@ -23,8 +23,9 @@ from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore, Replicated
 from spectral_scale.parallel.table import ParameterTable
 
-Accept = Callable[[Mapping[str, Tensor]], bool]
-"""Given a step's gradient norms by group kind, whether it may be applied; alike on all ranks."""
+Judge = Callable[[Mapping[str, Tensor]], Tensor]
+"""Given a step's gradient norms by group kind: 1 if it must be left out, else 0; float32, 0-dim, on
+the device, alike on all ranks."""
 CLIP_EPSILON = 1e-6
 """Added to a norm before dividing by it, as torch.nn.utils.clip_grads_with_norm_ does."""
 
@@ -33,15 +34,18 @@ CLIP_EPSILON = 1e-6
 class StepStats:
     """Outcome of one optimizer step."""
 
-    applied: bool
-    """False if it was refused, or skipped by the backend (an overflow); no counter may advance."""
+    applied: bool | None
+    """False if it was left out, or skipped by the backend (an overflow); no counter may advance.
+    None: the device decides, and has the answer in `left_out`."""
     grad_norms: Mapping[str, Tensor]
     """Norm of the averaged gradient before clipping, by group kind; 0-dim tensors."""
     loss_scale: float | None = None
     """What the step's loss was multiplied by, where fp16 needs it."""
     overflowed: bool = False
     """Not applied because gradients overflowed in fp16, so that norms are not finite. No fault of
-    the run: the backend lowers the loss scale and goes on, and `accept` was not asked."""
+    the run: the backend lowers the loss scale and goes on, and `judge` was not asked."""
+    left_out: Tensor | None = None
+    """1 if the device has left the step out, else 0, where no host has read it yet."""
 
 
 class Backend(ABC):
@@ -117,12 +121,13 @@ class Backend(ABC):
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of a loss whose sum over ranks and micro-batches is the step's."""
 
-    def step(self, *, clip_grad_norm: float, accept: Accept | None = None) -> StepStats:
+    def step(self, *, clip_grad_norm: float, judge: Judge | None = None) -> StepStats:
         """Clip each group kind by its own norm, update, and clear the gradients.
 
-        `accept` is asked after the norms are known and before anything changes. If it refuses,
-        the gradients are dropped and weights, moments and step counts stay as they are, bit for
-        bit. `clip_grad_norm` 0 leaves gradients as they are.
+        `judge` is asked after the norms are known and before anything changes. If the step must be
+        left out, the gradients are dropped and weights, moments and step counts stay as they are,
+        bit for bit. Where the optimizer can obey on the device, the host does not wait for the
+        answer. `clip_grad_norm` 0 leaves gradients as they are.
         """
         loss_scale = self._loss_scale()
         gradients = self._gradients_by_kind()
@@ -131,16 +136,28 @@ class Backend(ABC):
             return StepStats(
                 applied=False, grad_norms=norms, loss_scale=loss_scale, overflowed=True
             )
-        if accept is not None and not accept(norms):
-            self._drop_gradients()
-            return StepStats(applied=False, grad_norms=norms, loss_scale=loss_scale)
+        left_out = None if judge is None else judge(norms)
+        if left_out is not None and not self._obeys_on_device():
+            refused, left_out = bool(left_out), None
+            if refused:
+                self._drop_gradients()
+                return StepStats(applied=False, grad_norms=norms, loss_scale=loss_scale)
         if clip_grad_norm > 0:
             for kind, members in gradients.items():
                 if members:  # this rank may hold none of a kind
                     factor = self._clip_factor(norms[kind], clip_grad_norm)
                     self._scale_gradients(members, factor)
-        applied = self._update()
-        return StepStats(applied=applied, grad_norms=norms, loss_scale=loss_scale)
+        applied = self._update(left_out)
+        return StepStats(
+            applied=applied if left_out is None else None,
+            grad_norms=norms,
+            loss_scale=loss_scale,
+            left_out=left_out,
+        )
+
+    def _obeys_on_device(self) -> bool:
+        """Whether `_update` takes a flag; otherwise the host asks for it before the update."""
+        return False
 
     @abstractmethod
     def _gradients_by_kind(self) -> Mapping[str, Sequence[Tensor]]:
@@ -151,8 +168,11 @@ class Backend(ABC):
         """Norm of each kind's averaged gradient over all ranks, alike on all ranks."""
 
     @abstractmethod
-    def _update(self) -> bool:
-        """Step the optimizer and clear the gradients; whether it was applied."""
+    def _update(self, left_out: Tensor | None) -> bool:
+        """Step the optimizer and clear the gradients; whether it was applied.
+
+        If `left_out` is given and 1, nothing but the gradients may change by a bit.
+        """
 
     @abstractmethod
     def _drop_gradients(self) -> None:

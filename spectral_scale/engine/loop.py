@@ -12,17 +12,18 @@ from spectral_scale.backends.limits import wait_limits
 from spectral_scale.data.loader import Batch, StepBatch
 from spectral_scale.engine.build import Run
 from spectral_scale.engine.evaluate import Evaluation, evaluate
+from spectral_scale.engine.late_verdict import LateVerdicts
 from spectral_scale.engine.learning_rate import LearningRates, no_ramp
 from spectral_scale.engine.measure import memory
 from spectral_scale.engine.outcome import Outcome, Progress
 from spectral_scale.engine.rollback import checkpoint_before, no_way_back
 from spectral_scale.engine.saver import Saver
 from spectral_scale.engine.step_log import StepLog, StepNumbers
+from spectral_scale.methods.base import FollowsOpenSteps
 from spectral_scale.metrics.sinks import MetricsLog, NullLog
 from spectral_scale.models.loss import token_loss_sum
 from spectral_scale.ops.keyed_random import keyed_seed
 from spectral_scale.supervision.finite_check import require_finite_state, require_finite_step
-from spectral_scale.supervision.incidents import step_data
 from spectral_scale.supervision.supervisor import Supervisor
 from spectral_scale.supervision.watchdog import End, exit_at_once
 
@@ -47,7 +48,7 @@ class TrainingLoop:
         end: End = exit_at_once,
     ) -> None:
         self.run, self.log, self.progress = run, log, progress
-        self.step, self.skipped_steps = run.start_step, run.skipped_steps
+        self.step = run.start_step
         self.data_offset: int = run.saved_state.get("data_offset", 0)
         """Batches passed over: step s reads the batch of step s + data_offset."""
         config, controller = run.config, run.controller
@@ -68,10 +69,16 @@ class TrainingLoop:
             end=end,
             limits=wait_limits(run.resolved, run.backend.device.type),
         )
+        self.verdicts = LateVerdicts(run, self.supervisor, log)
         self._leads = run.backend.collective.rank == 0
         self._saved_step: int | None = run.start_step or None
         self._evaluations: list[Evaluation] = []
         self._first: Evaluation | None = None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that updated nothing, up to the latest one whose verdict is known."""
+        return self.verdicts.skipped_steps
 
     def train(self) -> Outcome:
         """Run to the end. A stop request is honoured after the step in progress."""
@@ -111,6 +118,7 @@ class TrainingLoop:
         """Train until the last step (None) or an agreed stop (its reason)."""
         while self.step < self.run.config.train.steps:
             stopped = self._steps_in_order()
+            self._close_step()
             if stopped is not None:
                 return stopped
         return None
@@ -141,8 +149,11 @@ class TrainingLoop:
         started = time.perf_counter()
         last = self.step + 1 == config.train.steps
         log_now = last or (self.step + 1) % config.metrics.log_interval == 0
+        evaluate_now = last or (self.step + 1) % config.train.eval_interval == 0
+        save_now = (self.step + 1) % config.checkpoint.interval == 0
         values: dict[str, Any] = {}
-        loss, stats = self._train_on(batch, values, measure=log_now)
+        wait = not (log_now or evaluate_now or save_now)
+        loss, stats = self._train_on(batch, values, measure=log_now, wait=wait)
         self.step += 1
         self.step_log.add(loss, stats)
         numbers = self._read_finite() if log_now else None
@@ -152,7 +163,7 @@ class TrainingLoop:
             values |= self.step_log.metrics(self.step, numbers, skipped=self.skipped_steps)
             values |= self.supervisor.rank_metrics()
             values |= {} if run.gradient_filter is None else run.gradient_filter.metrics()
-        if last or self.step % config.train.eval_interval == 0:
+        if evaluate_now:
             self._evaluate(values)
             values |= memory(run)
         # Before the save, so that no checkpoint holds a replica that differs.
@@ -164,7 +175,7 @@ class TrainingLoop:
             self.progress.advance(self.step, values)
 
     def _train_on(
-        self, batch: StepBatch, values: dict[str, Any], *, measure: bool
+        self, batch: StepBatch, values: dict[str, Any], *, measure: bool, wait: bool
     ) -> tuple[torch.Tensor, StepStats]:
         """Take one optimizer step, or leave it out; the order of these calls is the method's.
 
@@ -172,15 +183,21 @@ class TrainingLoop:
             batch: this rank's data.
             values: receives what is to be logged of a swap or a skipped step.
             measure: whether the gradient filter measures what it does.
+            wait: whether nothing that follows in this step needs its verdict.
         """
         run = self.run
-        self.rates.set_for_step(self.step - self.skipped_steps)
         loss = self._forward_backward(batch)
+        self._close_step()  # the step before, while the device works on this one
+        self.rates.set_for_step(self.step - self.skipped_steps)
         if run.gradient_filter is not None:
             run.gradient_filter.apply(measure=measure)  # before norms are taken for clipping
+        wait = wait and self.verdicts.may_wait()
         stats = self._update(loss)
+        stats = self.verdicts.add(self.step + 1, batch, stats, values, wait=wait)
+        if stats.applied is None:
+            self._follow_open_step(stats)
+            return loss, stats
         if not stats.applied:
-            self._count_skipped(batch, stats, values)
             return loss, stats
         if run.gradient_filter is not None:
             run.gradient_filter.commit()
@@ -215,33 +232,26 @@ class TrainingLoop:
         return total
 
     def _update(self, loss: torch.Tensor) -> StepStats:
-        """Apply the step unless a rank finds that it must not be. All ranks agree once."""
+        """Apply the step unless a rank finds that it must not be, and agree with all ranks."""
         config, supervisor = self.run.config, self.supervisor
         supervisor.begin_step(self.step, loss)
         stats = self.run.backend.step(
             clip_grad_norm=config.optimizer.clip_grad_norm,
-            accept=supervisor.accept_step if config.health.skip else None,
+            judge=supervisor.judge_step if config.health.skip else None,
         )
         supervisor.end_step()
         return stats
 
-    def _count_skipped(self, batch: StepBatch, stats: StepStats, values: dict[str, Any]) -> None:
-        """The step's data is consumed; schedules and swaps count applied steps only."""
-        self.skipped_steps += 1
-        if stats.overflowed:
-            logger.warning(
-                "step %d updated nothing: gradients overflowed in fp16 at loss scale %g",
-                self.step + 1,
-                stats.loss_scale,
-            )
-            return
-        reason = self.supervisor.skip_reason or "the backend skipped it"
-        values["health/skipped"] = reason
-        if self._leads:
-            read = step_data(self.run.loader, batch.step)
-            message = "step %d is left out: %s; its batch holds samples %s"
-            logger.warning(message, self.step + 1, reason, read["samples"])
-            self.supervisor.record_incident("skipped step", self.step + 1, reason=reason, **read)
+    def _follow_open_step(self, stats: StepStats) -> None:
+        """What the method does after a step of which only the device knows whether it counts."""
+        if isinstance(self.run.controller, FollowsOpenSteps):
+            self.run.controller.after_step(stats.left_out)
+
+    def _close_step(self) -> None:
+        """Read the verdict of the step before, if it was left open."""
+        applied = self.verdicts.close()
+        if applied is not None:
+            self.step_log.close(applied=applied)
 
     def _read_finite(self) -> StepNumbers | None:
         """Read the latest step's loss and norms. Collective. Raises if they are not finite."""
@@ -304,7 +314,7 @@ class TrainingLoop:
                 "rollback", self.step, to_step=reader.step, passed_over=passed
             )
         self.step = self._saved_step = reader.step
-        self.skipped_steps = reader.state.get("skipped_steps", 0)
+        self.verdicts.skipped_steps = reader.state.get("skipped_steps", 0)
         supervisor.rolled_back(reader.state.get("health"))
         self.log.go_back(self.step)
 
@@ -331,6 +341,7 @@ class TrainingLoop:
             return 0.0
         self.supervisor.mark(self.step, "save")
         started = time.perf_counter()
+        self._close_step()
         # Neither a step that is not finite nor its tensors may replace the last good checkpoint.
         self._read_finite()
         chunks = run.state_chunks()

@@ -12,7 +12,7 @@ write, in a run whose steps take 1 s:
     20       save(120) would raise: it must be      still writes; a second save would double the
              preceded by finish()                   host memory and could overtake the first
     32                                              commits with the other ranks, and ends
-    33       accept_step: every rank reports that
+    33       end_step: every rank reports that
              its part is written; all call finish()
 
 So a tensor may change as soon as save() has returned, and not before. Without `background` nothing

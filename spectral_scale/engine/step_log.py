@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ class StepLog:
         self._loss, self._stats = loss, stats
         self._steps += 1
 
+    def close(self, *, applied: bool) -> None:
+        """Whether the latest step was applied, which `add` could not know."""
+        self._stats = replace(self._stats, applied=applied, left_out=None)
+
     def add_seconds(self, seconds: float) -> None:
         """Add what the step took, with the wait for its numbers if they were read."""
         self._seconds += seconds
@@ -57,9 +61,11 @@ class StepLog:
         if self._loss is None or (not self._stats.applied and not self._stats.overflowed):
             return None
         stats, collective = self._stats, self._run.backend.data_collective
-        norms = {} if stats.overflowed else {k: float(n) for k, n in stats.grad_norms.items()}
-        loss = float(collective.all_reduce_sum(self._loss.clone()))
-        return StepNumbers(loss=loss, grad_norms=norms)
+        norms = {} if stats.overflowed else stats.grad_norms
+        loss = collective.all_reduce_sum(self._loss.clone())
+        numbers = torch.stack([loss, *(norm.to(loss) for norm in norms.values())])
+        mean, *found = numbers.tolist()  # one wait for the device
+        return StepNumbers(loss=mean, grad_norms=dict(zip(norms, found, strict=True)))
 
     def metrics(self, step: int, numbers: StepNumbers | None, *, skipped: int) -> dict[str, Any]:
         """The values of a logged step, by metric path; the clock starts anew.

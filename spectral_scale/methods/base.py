@@ -5,7 +5,7 @@ Each method's folder exports one `METHOD`; `config.methods` holds its torch-free
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,24 @@ class MethodController(Protocol):
 
     def load_state(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
         """Take over a checkpoint."""
+
+
+@runtime_checkable
+class FollowsOpenSteps(Protocol):
+    """A controller that can follow a step of which only the device knows whether it was applied.
+
+    It spares the GPU a wait in every step; a controller without these methods is told of applied
+    steps only, once they are known.
+    """
+
+    def needs_verdict(self) -> bool:
+        """Whether `after_step` of the coming step must know that it was applied, as a swap must."""
+
+    def after_step(self, left_out: Tensor | None = None) -> ControllerReport | None:
+        """Follow one step; if `left_out` (0-dim, on the device) is 1, change no tensor by a bit.
+
+        The caller takes the step off `applied_steps` when it learns that it was left out.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The optimizer of a run, and its state, created up front."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -23,6 +24,33 @@ class OwnState(Protocol):
 def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW over `groups`, without state yet."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def obeys_flag(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer can leave a step out on the device: torch's fused AdamW can."""
+    groups = optimizer.param_groups
+    return type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in groups)
+
+
+@contextmanager
+def flag_given(optimizer: Any, left_out: Tensor | None) -> Iterator[None]:
+    """Inside, a step of the optimizer is left out if the flag is 1: weights, moments and step
+    counts keep every bit. Nothing waits for its value.
+
+    The fused kernels read the flag as torch's GradScaler gives it to them.
+
+    Args:
+        optimizer: one that `obeys_flag`.
+        left_out: float32, 0-dim, on the parameters' device; None: the step is taken.
+    """
+    if left_out is None:
+        yield
+        return
+    optimizer.found_inf = left_out
+    try:
+        yield
+    finally:
+        del optimizer.found_inf
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:

@@ -1,32 +1,26 @@
-"""What all ranks must agree on before a step may be applied, in one small all-reduce on the host.
+"""What all ranks must agree on in every step, in one small all-reduce on the host.
 
 Ranks must never act on what only one of them knows: one that stops while the others go on leaves
 them waiting in the next collective for ever. So each rank reports what it has seen, the reports
 are added up, and every rank draws the same conclusions from the same sum.
 
 A sum can carry all of it because each kind of report has slots of its own. With two ranks the
-tensor has 15 slots of float64, 120 bytes. Say rank 0 finds the file SAVE, rank 1 has received
-SIGTERM (15), and the part of the mean loss is 2.0 on rank 0 but infinite on rank 1, so that the
-gradient of both is not finite:
+tensor has 11 slots of float64, 88 bytes. Say rank 0 finds the file SAVE, and rank 1 has received
+SIGTERM (15):
 
     slot     meaning                                         rank 0   rank 1      sum
     0 1 2    the file STOP, by manner                         0 0 0    0 0 0    0 0 0
     3 4      the time is up; the launcher is gone               0 0      0 0      0 0
     5        the file SAVE                                        1        0        1
     6        this rank's part of a background save is done        0        1        1
-    7        part of the mean loss, 0 if it is not finite       2.0        0      2.0
-    8        gradient norm / world size, likewise               0.0      0.0      0.0
-    9 10     signal received, a slot for each rank              0 0     0 15     0 15
-    11 12    fault found, a slot for each rank                  1 0      0 2      1 2
-    13 14    seconds of own work, a slot for each rank        0.2 0    0 0.3  0.2 0.3
+    7 8      signal received, a slot for each rank              0 0     0 15     0 15
+    9 10     seconds of own work, a slot for each rank        0.2 0    0 0.3  0.2 0.3
 
-All ranks conclude: save, stop because of "SIGTERM to rank 1", do not wait for the background save
-yet (1 of 2 parts is done), and leave the step out because of rank 1, whose fault is the graver
-one. A value that is not finite never enters the sum, since it would hide those of other ranks: the
-fault slot stands for it.
+All ranks conclude: save, stop because of "SIGTERM to rank 1", and do not wait for the background
+save yet (1 of 2 parts is done). Nothing here comes from the device, so that nothing waits for it;
+whether the step may be applied is agreed there (`step_judge`).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +30,9 @@ from spectral_scale.supervision.control_files import Manner, Request
 from spectral_scale.supervision.signals import StopRequest
 
 _MANNERS: tuple[Manner, ...] = ("requeue", "hold", "now")
-_TIME, _LAUNCHER, _SAVE, _WRITTEN, _LOSS, _NORM = range(len(_MANNERS), len(_MANNERS) + 6)
-_FIXED = len(_MANNERS) + 6
-"""Slots before those of the single ranks, of which each rank has three."""
-_BAD_GRADIENT, _BAD_LOSS = 1, 2
-"""Fault codes: the gradient of all ranks is not finite, or this rank's own loss is not."""
+_TIME, _LAUNCHER, _SAVE, _WRITTEN = range(len(_MANNERS), len(_MANNERS) + 4)
+_FIXED = len(_MANNERS) + 4
+"""Slots before those of the single ranks, of which each rank has two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +45,6 @@ class RankReport:
     """Whether this rank's clock says to stop."""
     written: bool
     """Whether this rank's part of a checkpoint in the background is done."""
-    loss: float
-    """This rank's part of the step's mean loss."""
-    norm: float
-    """The norm of the whole gradient."""
-    faulty: bool
-    """Whether the gradient norms that this rank knows are not finite."""
     work_seconds: float
     """What this rank did without the others: from asking for the batch to the last backward."""
 
@@ -75,12 +61,6 @@ class Consensus:
     """Whether someone asked to save and go on."""
     written: bool
     """Whether every rank's part of the checkpoint in the background is done."""
-    loss: float
-    """The step's mean loss; NaN if a rank found something not finite."""
-    norm: float
-    """The norm of the whole gradient: the mean of what ranks found, which is equal on all."""
-    faulty_ranks: tuple[int, ...]
-    """Ranks whose own loss is not finite or, without one, ranks that saw such a gradient."""
     work_seconds: tuple[float, ...]
     """Each rank's seconds of work, by rank."""
 
@@ -88,33 +68,23 @@ class Consensus:
 def reach_consensus(collective: Collective, stop: StopRequest, report: RankReport) -> Consensus:
     """Exchange the reports of all ranks and draw the conclusions. Collective."""
     rank, world_size = collective.rank, collective.world_size
-    slots = torch.zeros(_FIXED + 3 * world_size, dtype=torch.float64)
+    slots = torch.zeros(_FIXED + 2 * world_size, dtype=torch.float64)
     if report.request.stop is not None:
         slots[_MANNERS.index(report.request.stop)] = 1
     slots[_TIME] = report.time_is_up
     slots[_LAUNCHER] = stop.launcher_gone()
     slots[_SAVE] = report.request.save
     slots[_WRITTEN] = report.written
-    slots[_LOSS] = report.loss if math.isfinite(report.loss) else 0.0
-    slots[_NORM] = report.norm / world_size if math.isfinite(report.norm) else 0.0
-    signals, faults, work = (slots[_FIXED + i * world_size :][:world_size] for i in range(3))
+    signals, work = (slots[_FIXED + i * world_size :][:world_size] for i in range(2))
     signals[rank] = stop.received_number
-    faults[rank] = (
-        _BAD_LOSS if not math.isfinite(report.loss) else _BAD_GRADIENT if report.faulty else 0
-    )
     work[rank] = report.work_seconds
     collective.all_reduce_sum(slots)
-    # One bad loss spoils the gradient on all ranks: only ranks with the highest code are to blame.
-    faulty = tuple((faults == faults.max()).nonzero().flatten().tolist()) if faults.any() else ()
     reason, manner = _stop_reason(slots, signals, stop, rank)
     return Consensus(
         stop=reason,
         manner=manner,
         save=bool(slots[_SAVE]),
         written=int(slots[_WRITTEN]) == world_size,
-        loss=math.nan if faulty else float(slots[_LOSS]),
-        norm=float(slots[_NORM]),
-        faulty_ranks=faulty,
         work_seconds=tuple(work.tolist()),
     )
 

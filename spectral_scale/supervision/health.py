@@ -63,9 +63,21 @@ class HealthMonitor:
             self.streak += 1
         return verdict
 
+    def limits(self) -> tuple[float, float]:
+        """The largest loss and gradient norm that are no spikes; infinite while none is known."""
+        if not self._config.spike_sigmas:
+            return math.inf, math.inf
+        loss, norm = self._limit(self._losses), self._limit(self._norms)
+        return math.inf if loss is None else loss, math.inf if norm is None else norm
+
     def forget_norms(self) -> None:
         """Start the window of gradient norms anew: other triplets train from now on."""
         self._norms.clear()
+
+    @property
+    def may_have_to_go_back(self) -> bool:
+        """Whether one more step that is left out would be one too many."""
+        return 0 < self._config.rollback_after <= self.streak + 1
 
     @property
     def must_go_back(self) -> bool:

@@ -1,6 +1,5 @@
 """Everything that may stop a run, leave a step out or end a hang: the loop asks one object."""
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from spectral_scale.backends.limits import WaitLimits
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.errors import WaitingForDataError
+from spectral_scale.errors import HealthError, WaitingForDataError
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import Replicated
 from spectral_scale.supervision.consensus import Consensus, RankReport, reach_consensus
@@ -25,6 +24,7 @@ from spectral_scale.supervision.incidents import record
 from spectral_scale.supervision.replica_check import ReplicaCheck
 from spectral_scale.supervision.signals import StopRequest
 from spectral_scale.supervision.status import read_status, write_status
+from spectral_scale.supervision.step_judge import JudgedStep, StepJudge
 from spectral_scale.supervision.stragglers import Stragglers
 from spectral_scale.supervision.time_limit import TimeLimit
 from spectral_scale.supervision.watchdog import End, Watchdog
@@ -38,8 +38,9 @@ class Supervisor:
     """One rank's signals, clock, control files and heartbeat, and what all ranks make of them.
 
     Use it as a context manager around the loop. In each step every rank calls, in this order:
-    `begin_step`, `accept_step` (asked by the backend, perhaps never), `end_step`. After that
-    `consensus` holds what all ranks agreed on in the step.
+    `begin_step`, `judge_step` (asked by the backend, perhaps never), `end_step`. After that
+    `consensus` holds what all ranks agreed on in the step. `read_verdict` tells what `judge_step`
+    found, at the latest before the next `begin_step`.
 
     Args:
         config: the run's; its `train` and `health` sections are read.
@@ -65,9 +66,12 @@ class Supervisor:
         self._collective, self._checkpoint_written = collective, checkpoint_written
         self._run_dir, self._steps = Path(config.train.run_dir), config.train.steps
         self._leads = collective.rank == 0
-        # Tensor-parallel ranks see the same data and so the same loss: each counts in part.
-        self._loss_weight = data_world_size / collective.world_size
-        self._overflow_is_ordinary = config.train.precision == "fp16"
+        self._judge = StepJudge(
+            collective,
+            # Tensor-parallel ranks see the same data and so the same loss: each counts in part.
+            loss_weight=data_world_size / collective.world_size,
+            overflow_is_ordinary=config.train.precision == "fp16",
+        )
         self._stack = ExitStack()
         self._stop = StopRequest(launched="RANK" in os.environ)
         self._control_files = ControlFiles(self._run_dir)
@@ -91,8 +95,8 @@ class Supervisor:
         self._work_seconds = 0.0
         self._stop_noticed_at: float | None = None
         self._step, self._loss = 0, torch.zeros(())
+        self._judged: JudgedStep | None = None
         self._verdict = Verdict()
-        self._has_consensus = False
         self.consensus: Consensus
         """What all ranks agreed on in the latest step that has ended."""
 
@@ -154,8 +158,7 @@ class Supervisor:
             WaitingForDataError: a rank of several was asked to stop, and its data did not come.
         """
         if self._collective.world_size == 1:
-            agreed = self._reach_consensus(loss=0.0, norm=0.0, faulty=False)
-            return agreed.stop is not None
+            return self._reach_consensus().stop is not None
         reason = self._stop.reason()
         if reason is None and self._leads and self._control_files.read().stop is not None:
             reason = "the file STOP"
@@ -178,66 +181,72 @@ class Supervisor:
         """
         self.mark(step, "agree")
         self._step, self._loss = step, loss
-        self._has_consensus, self._verdict = False, Verdict()
+        self._judged, self._verdict = None, Verdict()
 
-    def accept_step(self, norms: Mapping[str, Tensor]) -> bool:
-        """Whether the step may be applied. Collective; the same answer on all ranks.
+    def judge_step(self, norms: Mapping[str, Tensor]) -> Tensor:
+        """1 if the step must be left out, else 0: float32, 0-dim, on the device. Collective.
 
-        A backend asks when it knows the gradient norms and before it changes anything. The answer
-        and all else that ranks agree on in a step take one all-reduce together.
+        The answer is the same on all ranks, and no host waits for it. A backend asks when it has
+        the gradient norms and before it changes anything.
 
         Args:
             norms: of the averaged gradients, by group kind, 0-dim; the same on all ranks.
         """
-        device = self._loss.device
-        numbers = [self._loss.detach(), *(norm.to(device) for norm in norms.values())]
-        # The one wait for the device in a step.
-        loss, *found = torch.stack([number.double() for number in numbers]).tolist()
-        norm = math.sqrt(sum(value * value for value in found))
-        faulty = not (self._overflow_is_ordinary or math.isfinite(norm))
-        agreed = self._reach_consensus(loss=loss, norm=norm, faulty=faulty)
-        self._verdict = self._monitor.judge(
-            loss=agreed.loss, norm=agreed.norm, faulty_ranks=agreed.faulty_ranks
-        )
+        self._judged = self._judge.judge(self._loss, norms, self._monitor.limits())
         self.mark(self._step, "step")  # the update may take longer than the agreement did
-        return self._verdict.healthy
+        return self._judged.left_out
+
+    def read_verdict(self) -> Verdict:
+        """What `judge_step` found of the latest step, which is counted when this is first called.
+
+        Waits until the device has judged the step. A step that was not judged is healthy. Raises
+        HealthError if the device did something else than the rules say.
+        """
+        judged, self._judged = self._judged, None
+        if judged is None:
+            return self._verdict
+        found = judged.read()
+        self._verdict = self._monitor.judge(
+            loss=found.loss, norm=found.norm, faulty_ranks=found.faulty_ranks
+        )
+        if self._verdict.healthy == found.left_out:
+            did = "left out" if found.left_out else "applied"
+            raise HealthError(
+                f"step {self._step + 1} was {did} on the device of rank {self._collective.rank}, "
+                f"against the rules ({self._verdict.reason or 'it is healthy'}); the device "
+                "computed something else than the host: start again to resume from the last "
+                "checkpoint, without that host if it happens twice"
+            )
+        return self._verdict
 
     def end_step(self) -> None:
-        """Reach the step's consensus unless `accept_step` has. Collective.
-
-        It has not where health.skip is off, and where fp16 gradients overflowed. Nothing is judged
-        then, and nothing waits for the device.
-        """
-        if not self._has_consensus:
-            self._reach_consensus(loss=0.0, norm=0.0, faulty=False)
+        """Reach the step's consensus. Collective; nothing waits for the device."""
+        self.mark(self._step, "agree")
+        self._reach_consensus()
         self.mark(self._step, "step")
 
-    def _reach_consensus(self, *, loss: float, norm: float, faulty: bool) -> Consensus:
+    def _reach_consensus(self) -> Consensus:
         report = RankReport(
             request=self._control_files.read() if self._leads else Request(),
             time_is_up=self._leads and self._time_limit.reached(),
             written=self._checkpoint_written(),
-            loss=loss * self._loss_weight,
-            norm=norm,
-            faulty=faulty,
             work_seconds=self._work_seconds,
         )
         self.consensus = reach_consensus(self._collective, self._stop, report)
-        self._has_consensus = True
         self._stragglers.add(self.consensus.work_seconds)
         return self.consensus
 
     # -- health ----------------------------------------------------------------------------------
 
     @property
-    def skip_reason(self) -> str | None:
-        """Why the latest step is left out; None if it may be applied."""
-        return self._verdict.reason
-
-    @property
     def skipped_in_a_row(self) -> int:
         """Steps left out in a row, up to the latest one."""
         return self._monitor.streak
+
+    @property
+    def verdict_may_roll_back(self) -> bool:
+        """Whether the coming step, if it is left out, makes the run return to a checkpoint."""
+        return self._monitor.may_have_to_go_back
 
     @property
     def must_roll_back(self) -> bool:

@@ -188,7 +188,7 @@ class DeepSpeedBackend(Backend):
         """Offloaded gradients are on the CPU."""
         scale(gradients, factor)
 
-    def _update(self) -> bool:
+    def _update(self, left_out: Tensor | None) -> bool:
         """DeepSpeed updates masters and weights, and clears the gradients."""
         self._engine.step()
         applied = bool(self._engine.was_step_applied())

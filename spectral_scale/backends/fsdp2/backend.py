@@ -26,7 +26,7 @@ from spectral_scale.config.capability import shard_group_size, shards_residual
 from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.models.build import give_memory, set_trained_dtype
 from spectral_scale.models.weights import InitialWeights, dense_names
-from spectral_scale.optim.build import create_state
+from spectral_scale.optim.build import create_state, flag_given, obeys_flag
 from spectral_scale.parallel.collective import ProcessGroup
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.dtensor_collectives import local, sum_over_shards
@@ -170,8 +170,12 @@ class FSDP2Backend(Backend):
         """Each rank scales its own shards."""
         super()._scale_gradients([local(gradient) for gradient in gradients], factor)
 
-    def _update(self) -> bool:
-        self._optimizer.step()
+    def _obeys_on_device(self) -> bool:
+        return obeys_flag(self._optimizer)
+
+    def _update(self, left_out: Tensor | None) -> bool:
+        with flag_given(self._optimizer, left_out):
+            self._optimizer.step()
         self._drop_gradients()
         return True
 

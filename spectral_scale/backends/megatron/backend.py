@@ -36,7 +36,7 @@ from spectral_scale.config.resolve import ResolvedRun
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.models.attention import uses_fused_attention
 from spectral_scale.models.weights import InitialWeights
-from spectral_scale.optim.build import create_state
+from spectral_scale.optim.build import create_state, flag_given, obeys_flag
 from spectral_scale.optim.groups import kinds
 from spectral_scale.parallel.collective import Collective, ProcessGroup
 from spectral_scale.parallel.device import pick_device
@@ -167,8 +167,13 @@ class MegatronBackend(Backend):
         dist.all_reduce(squares, group=None if sharded else self._tensor)
         return {k: s.sqrt().float() for k, s in zip(by_kind, squares, strict=True)}
 
-    def _update(self) -> bool:
-        self._wrapper.step_with_ready_grads()
+    def _obeys_on_device(self) -> bool:
+        return obeys_flag(self._optimizer)
+
+    def _update(self, left_out: Tensor | None) -> bool:
+        """Megatron's optimizers step the AdamW that they wrap."""
+        with flag_given(self._optimizer, left_out):
+            self._wrapper.step_with_ready_grads()
         self._drop_gradients()
         return True
 

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spectral_scale.backends.base import Backend, gradients_of
 from spectral_scale.config.resolve import ResolvedRun
-from spectral_scale.optim.build import create_state
+from spectral_scale.optim.build import create_state, flag_given, obeys_flag
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import join_group, leave_group
 from spectral_scale.parallel.rank_info import RankInfo
@@ -70,8 +70,12 @@ class TorchBackend(Backend):
         """Every rank has whole gradients, so nothing is sent."""
         return {kind: nn.utils.get_total_norm(members) for kind, members in gradients.items()}
 
-    def _update(self) -> bool:
-        self._optimizer.step()
+    def _obeys_on_device(self) -> bool:
+        return obeys_flag(self._optimizer)
+
+    def _update(self, left_out: Tensor | None) -> bool:
+        with flag_given(self._optimizer, left_out):
+            self._optimizer.step()
         self._drop_gradients()
         return True
 

@@ -86,8 +86,15 @@ class FRoDController:
 
     # -- what a training loop calls ---------------------------------------------------------
 
-    def after_step(self) -> None:
-        """Count the step; after the first, see that coefficients train. Raises SpectralError."""
+    def needs_verdict(self) -> bool:
+        """Whether the coming step, if it is applied, is the first, which is checked."""
+        return self.applied_steps == 0
+
+    def after_step(self, left_out: Tensor | None = None) -> None:
+        """Count the step; after the first, see that coefficients train. Raises SpectralError.
+
+        No tensor is touched, whether or not the step is `left_out`.
+        """
         self.applied_steps += 1
         if self.applied_steps == 1:
             self._check_that_coefficients_train()

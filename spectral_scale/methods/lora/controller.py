@@ -114,11 +114,17 @@ class LowRankController:
 
     # -- what a training loop calls ---------------------------------------------------------
 
-    def after_step(self) -> MergeReport | None:
+    def needs_verdict(self) -> bool:
+        """Whether the coming step, if it is applied, is checked or followed by a merge."""
+        merge = self.merges and self.schedule.is_swap(self.applied_steps + 1)
+        return merge or self.applied_steps == 0
+
+    def after_step(self, left_out: Tensor | None = None) -> MergeReport | None:
         """Count the step and, for relora, merge when T3 steps are complete.
 
         Call it once after every *applied* optimizer step, never inside gradient accumulation.
         Returns the merge's report when one took place. Raises SpectralError on all ranks alike.
+        Unless `needs_verdict`, no tensor is touched, whether or not the step is `left_out`.
         """
         self.applied_steps += 1
         if self.applied_steps == 1:

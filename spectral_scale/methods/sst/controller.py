@@ -101,18 +101,28 @@ class SpectralController:
 
     # -- what a training loop calls ---------------------------------------------------------
 
-    def after_step(self) -> SwapReport | None:
+    def needs_verdict(self) -> bool:
+        """Whether triplets swap after the coming step, if it is applied."""
+        return self.schedule.is_swap(self.applied_steps + 1)
+
+    def after_step(self, left_out: Tensor | None = None) -> SwapReport | None:
         """Retract the trained factors and, when an iteration is complete, swap triplets.
 
         Call it once after every *applied* optimizer step, never inside gradient accumulation.
         Returns the swap's report when one took place. Raises SpectralError on all ranks alike.
+
+        Args:
+            left_out: given where only the device knows whether the step was applied, and not where
+                `needs_verdict`. If it is 1, directions keep every bit, and singular values do so
+                because they were clamped in the step before.
         """
         self.applied_steps += 1
         directions = [f"{n}.{leaf}" for n in self.layers for leaf in ("u", "v")]
         if self.store.retracts_in_step:
             self.store.require_retracted(directions)
         else:
-            self.store.retract_columns(directions)
+            unless = None if left_out is None else left_out.bool()
+            self.store.retract_columns(directions, unless=unless)
         self.store.clamp_nonnegative(f"{n}.sigma" for n in self.layers)
         if not self.schedule.is_swap(self.applied_steps):
             return None

@@ -239,6 +239,11 @@ class Supervisor:
     # -- health ----------------------------------------------------------------------------------
 
     @property
+    def skip_reason(self) -> str | None:
+        """Why the latest step whose verdict was read is left out; None if it was applied."""
+        return self._verdict.reason
+
+    @property
     def skipped_in_a_row(self) -> int:
         """Steps left out in a row, up to the latest one."""
         return self._monitor.streak

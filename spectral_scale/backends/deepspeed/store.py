@@ -138,7 +138,7 @@ class ZeroStore(ParameterStore):
             return zeroed
         return int(self.collective.all_reduce_sum(torch.tensor(zeroed, device=self.device)))
 
-    def retract_columns(self, fqns: Iterable[str]) -> None:
+    def retract_columns(self, fqns: Iterable[str], *, unless: Tensor | None = None) -> None:
         """Raise SpectralError: the step retracts, and nothing is left to do after it."""
         raise SpectralError(
             "behind DeepSpeed each optimizer step retracts directions itself; call "

@@ -2,8 +2,11 @@
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterator
+
+import torch
+
+from spectral_scale.parallel.device_time import Span
 
 logger = logging.getLogger(__name__)
 
@@ -20,17 +23,36 @@ Listener = Callable[[str, int], None]
 
 
 class PhaseClock:
-    """Times the phases of the swap in progress on this rank."""
+    """Times the phases of the swap in progress on this rank.
 
-    def __init__(self, rank: int) -> None:
+    On a GPU a phase lasts from when the device comes to its begin until it comes to its end: the
+    host has queued it long before, or has waited for it in another phase.
+
+    Args:
+        rank: this process.
+        device: where the work is done; None: on the host.
+    """
+
+    def __init__(self, rank: int, device: torch.device | None = None) -> None:
         self.rank = rank
         self.iteration = 0
-        self.seconds: dict[str, float] = {}
         self.listeners: list[Listener] = []
+        self._device = device
+        self._spans: list[tuple[str, Span]] = []
+        self._seconds: dict[str, float] = {}
 
     def start(self, iteration: int) -> None:
         """Begin a swap: every phase is back at zero seconds."""
-        self.iteration, self.seconds = iteration, dict.fromkeys(PHASES, 0.0)
+        self.iteration, self._seconds = iteration, dict.fromkeys(PHASES, 0.0)
+        self._spans = []
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase of the swap so far; waits until the device has done it."""
+        spans, self._spans = self._spans, []
+        for name, span in spans:
+            self._seconds[name] = self._seconds.get(name, 0.0) + span.seconds()
+        return self._seconds
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -41,7 +63,8 @@ class PhaseClock:
         logger.debug("iteration %d: %s", self.iteration, name)
         for listener in self.listeners:
             listener(name, self.iteration)
-        started = time.perf_counter()
+        span = Span(self._device)
+        self._spans.append((name, span))
         try:
             yield
         except RuntimeError as error:
@@ -52,7 +75,7 @@ class PhaseClock:
                 )
             raise
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            span.end()
 
 
 class OwnerWork:

@@ -72,7 +72,8 @@ class Launches(TorchDispatchMode):
         if func.is_view or name.startswith(_FREE) or func.namespace == "prim" or not written:
             return
         if name in ("_to_copy", "copy_") and written[0].device.type != self.device_type:
-            self.waits += not kwargs.get("non_blocking", False)
+            positional = args[2] if name == "copy_" and len(args) > 2 else False
+            self.waits += not kwargs.get("non_blocking", positional)
         self.launches += 1
         self.nbytes += sum(t.nbytes for t in (*read, *written))
         self.by_operator[name] += 1

@@ -91,7 +91,7 @@ class SpectralController:
             bank=self.bank,
             store=self.store,
             collective=self.collective,
-            clock=PhaseClock(self.collective.rank),
+            clock=PhaseClock(self.collective.rank, compute_device),
         )
         if optimizer is not None:
             self.ramp_learning_rates(optimizer)

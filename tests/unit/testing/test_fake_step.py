@@ -26,11 +26,26 @@ def step(family: str, backend: str, world_size: int) -> dict[str, Any]:
 
 @needs_fake_cuda
 @pytest.mark.parametrize(("backend", "world_size"), [("torch", 1), ("fsdp2", 8)])
-def test_an_opt_step_waits_for_the_device_once(backend: str, world_size: int) -> None:
+def test_an_opt_step_waits_for_no_value_of_its_own(backend: str, world_size: int) -> None:
     found = on_fake_cuda(step, "opt-125m", backend, world_size)
-    assert found["step"]["waits"] <= 1
+    assert found["step"]["waits"] == 0
     operators = found["step"]["by_operator"]
     assert operators["_fused_adamw_"] >= 1, "the step was refused"
     assert operators["_scaled_dot_product_flash_attention"] == 1
     collectives = found["step"]["collectives"]
     assert ("reduce_scatter_base" in collectives) == (backend == "fsdp2")
+
+
+def step_that_is_asked_first() -> dict[str, Any]:
+    """A step whose update the host decides."""
+    from unittest.mock import patch
+
+    from spectral_scale.backends.torch.backend import TorchBackend
+
+    with patch.object(TorchBackend, "_obeys_on_device", lambda _: False):
+        return step("opt-125m", "torch", 1)
+
+
+@needs_fake_cuda
+def test_a_host_that_decides_waits() -> None:
+    assert on_fake_cuda(step_that_is_asked_first)["step"]["waits"] == 1

@@ -9,7 +9,8 @@ import torch
 
 from spectral_scale.backends.base import StepStats
 from spectral_scale.backends.limits import wait_limits
-from spectral_scale.data.loader import Batch, StepBatch
+from spectral_scale.data.loader import StepBatch
+from spectral_scale.data.to_device import BatchMover
 from spectral_scale.engine.build import Run
 from spectral_scale.engine.evaluate import Evaluation, evaluate
 from spectral_scale.engine.late_verdict import LateVerdicts
@@ -63,6 +64,7 @@ class TrainingLoop:
         self.supervisor = Supervisor(
             config,
             run.backend.collective,
+            device=run.backend.device,
             data_world_size=run.backend.data_world_size,
             saved_health=run.saved_state.get("health"),
             checkpoint_written=lambda: self.saver.written,
@@ -70,6 +72,7 @@ class TrainingLoop:
             limits=wait_limits(run.resolved, run.backend.device.type),
         )
         self.verdicts = LateVerdicts(run, self.supervisor, log)
+        self._to_device = BatchMover(run.backend.device)
         self._leads = run.backend.collective.rank == 0
         self._saved_step: int | None = run.start_step or None
         self._evaluations: list[Evaluation] = []
@@ -218,10 +221,9 @@ class TrainingLoop:
             key = (run.config.train.seed, "dropout", batch.step, run.backend.data_rank)
             torch.manual_seed(keyed_seed(*key))
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for i, micro in enumerate(batch.micro_batches):
+        for i, moved in enumerate(self._to_device.move(batch.micro_batches)):
             self.supervisor.mark(self.step, "forward")
             last = i == len(batch.micro_batches) - 1
-            moved = Batch(*(t.to(device, non_blocking=True) for t in micro))
             with run.backend.accumulate(last=last):
                 with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
                     loss = token_loss_sum(run.forward, *moved) / run.loader.tokens_per_step
@@ -235,6 +237,7 @@ class TrainingLoop:
         """Apply the step unless a rank finds that it must not be, and agree with all ranks."""
         config, supervisor = self.run.config, self.supervisor
         supervisor.begin_step(self.step, loss)
+        self.saver.before_update()
         stats = self.run.backend.step(
             clip_grad_norm=config.optimizer.clip_grad_norm,
             judge=supervisor.judge_step if config.health.skip else None,

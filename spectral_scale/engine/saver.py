@@ -5,7 +5,8 @@ write, in a run whose steps take 1 s:
 
     t        main thread                            thread "save"
     0        save(100): copies each chunk to host
-             memory; nothing trains meanwhile
+             memory; nothing trains meanwhile (a GPU
+             computes step 101 up to its update)
     2        starts the thread; step 101 begins     writes the copies
     2..32    trains: weights, moments, banks and    reads only the copies, `state` (made for this
              masters change in place                save) and `identity` (never changed)
@@ -15,7 +16,8 @@ write, in a run whose steps take 1 s:
     33       end_step: every rank reports that
              its part is written; all call finish()
 
-So a tensor may change as soon as save() has returned, and not before. Without `background` nothing
+So a tensor may change as soon as save() has returned, and not before; on a GPU, what is queued after
+before_update() may change it. Without `background` nothing
 is copied, and save() returns after the commit. The thread's collectives have a process group of
 their own: on the training's they would mix with the gradients' in an order that differs by rank.
 `_error` and `_seconds` belong to the thread until finish() has joined it. If the run fails,
@@ -30,6 +32,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spectral_scale.checkpoint.manager import CheckpointManager
+from spectral_scale.engine.host_copies import HostCopies
 from spectral_scale.errors import CheckpointError
 from spectral_scale.parallel.chunks import TensorChunk
 
@@ -54,6 +57,7 @@ class Saver:
         self, checkpoints: CheckpointManager, identity: Mapping[str, Any], *, background: bool
     ) -> None:
         self._checkpoints, self._identity, self.background = checkpoints, identity, background
+        self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._step = 0
         self._error: Exception | None = None
@@ -74,7 +78,8 @@ class Saver:
 
         Args:
             step: steps taken.
-            chunks: what this rank saves; the tensors may change once this returns.
+            chunks: what this rank saves; the tensors may change once this returns and, where they
+                are a GPU's, `before_update` has been called.
             state: counters, as JSON values; must not change before `finish`.
         """
         if self.in_flight:
@@ -85,14 +90,15 @@ class Saver:
             self._write(chunks, state, started)
             self._raise()
             return
-        snapshot = [
-            TensorChunk(c.name, c.tensor.detach().to("cpu", copy=True), c.global_shape, c.offset)
-            for c in chunks
-        ]
+        snapshot = self._copies.take(chunks)
         self._thread = threading.Thread(
             target=self._write, args=(snapshot, state, started), name="save", daemon=True
         )
         self._thread.start()
+
+    def before_update(self) -> None:
+        """Let the device make the copies of a save, if it has not, before what it is given next."""
+        self._copies.before_change()
 
     def finish(self) -> int | None:
         """Wait for the save in flight.
@@ -131,6 +137,7 @@ class Saver:
     ) -> None:
         self._error = None
         try:
+            self._copies.wait()
             self._checkpoints.save(self._step, chunks, state=state, identity=self._identity)
         except Exception as error:
             self._error = error

@@ -5,6 +5,7 @@ the queue says when the device came to it; the time between two of them is read 
 """
 
 import time
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class Span:
     def __init__(self, device: torch.device | None) -> None:
         self._on_gpu = device is not None and device.type == "cuda"
         self._began = self._now()
-        self._ended: float | torch.cuda.Event | None = None
+        self._ended: Any = None
 
     def end(self) -> None:
         """The work is done, or queued."""
@@ -27,16 +28,15 @@ class Span:
 
     def seconds(self) -> float:
         """From the creation to `end`; waits until the device has come there. 0 without an end."""
-        began, ended = self._began, self._ended
-        if ended is None:
+        if self._ended is None:
             return 0.0
-        if isinstance(began, float) and isinstance(ended, float):
-            return ended - began
-        assert not isinstance(began, float) and not isinstance(ended, float)
-        ended.synchronize()
-        return float(began.elapsed_time(ended)) / 1000
+        if not self._on_gpu:
+            return float(self._ended - self._began)
+        self._ended.synchronize()
+        return float(self._began.elapsed_time(self._ended)) / 1000
 
-    def _now(self) -> "float | torch.cuda.Event":
+    def _now(self) -> Any:
+        """The host's seconds, or an event in the device's queue."""
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -7,6 +7,9 @@ ends with an error, and its last checkpoint is the last good one.
 import math
 from collections.abc import Iterable, Mapping
 
+import torch
+from torch import Tensor
+
 from spectral_scale.errors import SpectralScaleError
 from spectral_scale.parallel.chunks import TensorChunk
 from spectral_scale.parallel.collective import Collective
@@ -47,10 +50,30 @@ def require_finite_state(
         step: the step that would be saved.
         saved_step: the step of the last checkpoint.
     """
-    broken = next((c.name for c in chunks if not bool(c.tensor.isfinite().all())), None)
-    agreed = collective.agree(broken, what="not finite after the update")
+    agreed = collective.agree(_first_not_finite(chunks), what="not finite after the update")
     if agreed is not None:
         raise SpectralScaleError(
             f"step {step} was not saved: {agreed}; lower the learning rates, then start "
             f"again to resume from step {saved_step}"
         )
+
+
+def _first_not_finite(chunks: Iterable[TensorChunk]) -> str | None:
+    """The first chunk with an entry that is not finite. The host waits once for each device."""
+    kept = [c for c in chunks if c.tensor.is_floating_point() and c.tensor.numel()]
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, chunk in enumerate(kept):
+        alike.setdefault((chunk.tensor.device, chunk.tensor.dtype), []).append(i)
+    flags: dict[torch.device, list[Tensor]] = {}
+    places: dict[torch.device, list[int]] = {}
+    for (device, _), members in alike.items():
+        largest = torch._foreach_norm([kept[i].tensor.detach() for i in members], math.inf)
+        flags.setdefault(device, []).append(torch.stack(largest).isfinite())  # NaN if an entry is
+        places.setdefault(device, []).extend(members)
+    broken = [
+        place
+        for device, parts in flags.items()
+        for place, finite in zip(places[device], torch.cat(parts).tolist(), strict=True)
+        if not finite
+    ]
+    return kept[min(broken)].name if broken else None

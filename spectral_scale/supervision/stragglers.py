@@ -5,6 +5,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
+from spectral_scale.parallel.device_time import Span
+
 logger = logging.getLogger(__name__)
 
 FACTOR = 1.5
@@ -13,6 +17,35 @@ LEAST_SECONDS = 0.02
 """... at least this much longer a step, ..."""
 IN_A_ROW = 2
 """... and that at this many logged steps in a row."""
+
+
+class WorkClock:
+    """Times what this rank does in a step without the others.
+
+    Args:
+        device: of the run. On a GPU the clock is the device's, from the end of the work before to
+            the end of this rank's own, with the wait for data in between.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._span = Span(device)
+        self._before: Span | None = None
+
+    def start(self) -> None:
+        """This rank asks for the batch of a step."""
+        self._span = Span(self._device)
+
+    def stop(self) -> None:
+        """This rank comes to where it needs the others."""
+        self._span.end()
+
+    def seconds(self) -> float:
+        """Of the latest step; on a GPU of the step before, so that nothing waits. Once a step."""
+        if self._device.type != "cuda":
+            return self._span.seconds()
+        before, self._before = self._before, self._span
+        return 0.0 if before is None else before.seconds()
 
 
 class Stragglers:

@@ -25,7 +25,7 @@ from spectral_scale.supervision.replica_check import ReplicaCheck
 from spectral_scale.supervision.signals import StopRequest
 from spectral_scale.supervision.status import read_status, write_status
 from spectral_scale.supervision.step_judge import JudgedStep, StepJudge
-from spectral_scale.supervision.stragglers import Stragglers
+from spectral_scale.supervision.stragglers import Stragglers, WorkClock
 from spectral_scale.supervision.time_limit import TimeLimit
 from spectral_scale.supervision.watchdog import End, Watchdog
 
@@ -45,6 +45,7 @@ class Supervisor:
     Args:
         config: the run's; its `train` and `health` sections are read.
         collective: all ranks of the run.
+        device: of the run.
         data_world_size: ranks that see different data.
         saved_health: `health_state()` of the checkpoint that the run goes on from, if any.
         checkpoint_written: tells whether this rank's part of a background save is done.
@@ -57,6 +58,7 @@ class Supervisor:
         config: RunConfig,
         collective: Collective,
         *,
+        device: torch.device,
         data_world_size: int,
         saved_health: dict[str, Any] | None,
         checkpoint_written: Callable[[], bool],
@@ -91,8 +93,7 @@ class Supervisor:
         self._monitor = HealthMonitor(config.health, saved_health)
         self._replica_check = ReplicaCheck(collective, interval=config.health.replica_interval)
         self._stragglers = Stragglers(self._watchdog.host_of)
-        self._work_started = time.perf_counter()
-        self._work_seconds = 0.0
+        self._work = WorkClock(device)
         self._stop_noticed_at: float | None = None
         self._step, self._loss = 0, torch.zeros(())
         self._judged: JudgedStep | None = None
@@ -128,12 +129,12 @@ class Supervisor:
         """This rank enters a phase of a step; cheap enough to be called often."""
         self._watchdog.mark(step, phase)
         if phase == "data":
-            self._work_started = time.perf_counter()
+            self._work.start()
 
     def own_work_done(self, step: int) -> None:
         """This rank comes to where it exchanges gradients with the others."""
         self.mark(step, "backward")
-        self._work_seconds = time.perf_counter() - self._work_started
+        self._work.stop()
 
     def step_took(self, seconds: float) -> None:
         """Tell how long a step took with all that happened in it, so that the run stops in time."""
@@ -230,7 +231,7 @@ class Supervisor:
             request=self._control_files.read() if self._leads else Request(),
             time_is_up=self._leads and self._time_limit.reached(),
             written=self._checkpoint_written(),
-            work_seconds=self._work_seconds,
+            work_seconds=self._work.seconds(),
         )
         self.consensus = reach_consensus(self._collective, self._stop, report)
         self._stragglers.add(self.consensus.work_seconds)

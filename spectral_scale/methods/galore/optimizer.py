@@ -20,7 +20,7 @@ from spectral_scale.methods.galore.projection import (
     adamw_step,
     leading_subspace,
     low_rank_state,
-    low_rank_update,
+    low_rank_updates,
     projects_right,
     subspace_overlap,
 )
@@ -28,6 +28,7 @@ from spectral_scale.methods.owners import assign_owners
 from spectral_scale.ops.precision import exact_products
 from spectral_scale.optim.build import adamw_state
 from spectral_scale.parallel.collective import Collective, SingleProcess
+from spectral_scale.parallel.stacking import alike
 
 ADVICE = "restart from the last checkpoint, lower learning rates"
 """Advice in the error after a projection that failed."""
@@ -151,19 +152,21 @@ class GaLoreAdamW(ProjectedAdamW):
         taken = int(self.state[group["params"][0]]["step"])
         if taken % group["update_interval"] == 0:
             self._renew(group, first=taken == 0)
-        for parameter in group["params"]:
-            self._update(parameter, group)
-            self.stats.projected += 1
+        for places in alike([self.state[p]["exp_avg"] for p in group["params"]]):
+            self._update([group["params"][i] for i in places], group)
+            self.stats.projected += len(places)
 
-    @exact_products()
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        update = low_rank_update(gradient_of(parameter), state, group)
-        parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-        if projects_right(parameter.shape):
-            parameter.addmm_(update, state["projector"].t(), alpha=group["scale"])
-        else:
-            parameter.addmm_(state["projector"], update, alpha=group["scale"])
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices whose moments have one shape."""
+        states = [self.state[parameter] for parameter in parameters]
+        updates = low_rank_updates([gradient_of(p) for p in parameters], states, group)
+        torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
+        with exact_products():
+            for parameter, state, update in zip(parameters, states, updates, strict=True):
+                if projects_right(parameter.shape):
+                    parameter.addmm_(update, state["projector"].t(), alpha=group["scale"])
+                else:
+                    parameter.addmm_(state["projector"], update, alpha=group["scale"])
 
     def _renew(self, group: dict[str, Any], *, first: bool) -> None:
         """Each rank decomposes the gradients that it owns; then every projector is broadcast."""

@@ -1,5 +1,6 @@
 """GaLore's mathematics on whole matrices: subspaces of gradients, and AdamW inside them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,37 +44,51 @@ def low_rank_state(shape: tuple[int, ...], rank: int, like: Tensor) -> dict[str,
 
 @exact_products()
 def low_rank_update(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-    """AdamW's update from the projected gradient, inside the subspace; moments and `step` follow.
+    """AdamW's update from the projected gradient, inside the subspace; moments and `step` follow."""
+    return low_rank_updates([gradient], [state], group)[0]
 
-    AdamW from a zero start gives the update itself.
+
+@exact_products()
+def low_rank_updates(
+    gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]], group: dict[str, Any]
+) -> list[Tensor]:
+    """AdamW's updates from projected gradients, inside the subspaces; moments and `step` follow.
+
+    One product a matrix; the rest takes as many launches for all matrices as for one. AdamW from a
+    zero start gives the update itself.
     """
-    projector = state["projector"]
-    right = projects_right(gradient.shape)
-    low = gradient @ projector if right else projector.t() @ gradient
-    update = torch.zeros_like(low)
-    adamw_step([update], [low], [state], group, weight_decay=0.0, fused=False)
-    return update
+    low = [
+        gradient @ state["projector"]
+        if projects_right(gradient.shape)
+        else state["projector"].t() @ gradient
+        for gradient, state in zip(gradients, states, strict=True)
+    ]
+    sizes = [each.numel() for each in low]
+    zeros = low[0].new_zeros(sum(sizes)).split(sizes)
+    updates = [zero.view(each.shape) for zero, each in zip(zeros, low, strict=True)]
+    adamw_step(updates, low, states, group, weight_decay=0.0, fused=False)
+    return updates
 
 
 def adamw_step(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    states: list[dict[str, Tensor]],
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
     group: dict[str, Any],
     weight_decay: float,
     *,
     fused: bool,
 ) -> None:
-    """One step of torch's AdamW, in place."""
+    """One step of torch's AdamW, in place: its fused kernel, or its multi-tensor operations."""
     adamw(
-        parameters,
-        gradients,
+        list(parameters),
+        list(gradients),
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],
         [state["step"] for state in states],
         fused=fused,
-        foreach=False,
+        foreach=not fused,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],

@@ -2,10 +2,13 @@
 
 import io
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.galore import optimizer as galore
@@ -225,3 +228,45 @@ def test_parameters_that_cannot_be_projected_are_refused(shape: tuple[int, ...],
 def test_an_incomplete_group_is_refused() -> None:
     with pytest.raises(ConfigError, match="needs 'update_interval'"):
         GaLoreAdamW([{"params": [parameter((4, 4))], "galore_rank": 2}], **ADAM)
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that are no views, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.found[func.__name__.partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(matrices: int) -> Counter[str]:
+    """What the second step of so many equal matrices asks of a device."""
+    weights = [parameter((9, 6)) for _ in range(matrices)]
+    optimizer = GaLoreAdamW([projected(weights, 2)], **ADAM)
+    for given in gradients((9, 6), 2):
+        for weight in weights:
+            weight.grad = given.clone()
+        with Operators() as seen:
+            optimizer.step()
+    return seen.found
+
+
+HOST = ("_local_scalar_dense", "detach")
+"""Step counts lie on the host: reading them waits for nothing."""
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_matrix_costs_two_products_and_nothing_else(
+    together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin updates one matrix at a time."""
+    if not together:
+        monkeypatch.setattr(galore, "alike", lambda moments: [[i] for i in range(len(moments))])
+    more = operators(5) - operators(2)
+    for name in HOST:
+        del more[name]
+    assert (dict(more) == {"mm": 3, "addmm_": 3}) is together, more

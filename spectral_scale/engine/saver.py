@@ -16,8 +16,8 @@ write, in a run whose steps take 1 s:
     33       end_step: every rank reports that
              its part is written; all call finish()
 
-So a tensor may change as soon as save() has returned, and not before; on a GPU, what is queued after
-before_update() may change it. Without `background` nothing
+So a tensor may change as soon as save() has returned, and not before; on a GPU, what is queued
+after before_update() may change it. Without `background` nothing
 is copied, and save() returns after the commit. The thread's collectives have a process group of
 their own: on the training's they would mix with the gradients' in an order that differs by rank.
 `_error` and `_seconds` belong to the thread until finish() has joined it. If the run fails,

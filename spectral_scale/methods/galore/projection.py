@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -44,7 +43,7 @@ def low_rank_state(shape: tuple[int, ...], rank: int, like: Tensor) -> dict[str,
 
 @exact_products()
 def low_rank_update(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-    """AdamW's update from the projected gradient, inside the subspace; moments and `step` follow."""
+    """`low_rank_updates` of one matrix."""
     return low_rank_updates([gradient], [state], group)[0]
 
 

@@ -191,6 +191,7 @@ class TrainingLoop:
         run = self.run
         loss = self._forward_backward(batch)
         self._close_step()  # the step before, while the device works on this one
+        self.saver.before_update()
         self.rates.set_for_step(self.step - self.skipped_steps)
         if run.gradient_filter is not None:
             run.gradient_filter.apply(measure=measure)  # before norms are taken for clipping
@@ -237,7 +238,6 @@ class TrainingLoop:
         """Apply the step unless a rank finds that it must not be, and agree with all ranks."""
         config, supervisor = self.run.config, self.supervisor
         supervisor.begin_step(self.step, loss)
-        self.saver.before_update()
         stats = self.run.backend.step(
             clip_grad_norm=config.optimizer.clip_grad_norm,
             judge=supervisor.judge_step if config.health.skip else None,

@@ -74,7 +74,7 @@ def test_late_is_as_at_once_on_two_ranks(package: str, corpus: Path, tmp_path: P
         for when, interval in INTERVALS.items()
     }
     runs = [(config, None) for config in configs.values()]
-    for opened, *found in run_distributed(spoil_and_train, 2, runs, 1, timeout_seconds=250):
+    for opened, *found in run_distributed(spoil_and_train, 2, runs, 1, timeout_seconds=600):
         results = dict(zip(configs, found, strict=True))
         assert opened.count(6) == opened.count(7) == len(BACKENDS[package])
         for name in BACKENDS[package]:

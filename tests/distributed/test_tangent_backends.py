@@ -26,7 +26,6 @@ BF16 = {"train__precision": "bf16"}
 RANDOM, SVD = {"spectral__basis": "random"}, {"spectral__basis": "svd"}
 FSDP2 = {"parallel__backend": "fsdp2"}
 REPLICATED = {"parallel__residual": "replicated"}
-TENSOR = {"parallel__tensor_parallel": 2}
 REPLICAS = {"parallel__shard_group": 1}
 ZERO = {stage: DEEPSPEED | {"parallel__zero_stage": stage} for stage in range(4)}
 
@@ -36,7 +35,6 @@ CASES: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
         "FSDP2": (DOUBLE | RANDOM | FSDP2, 1),
         "FSDP2, svd, base replicated": (DOUBLE | SVD | FSDP2 | REPLICATED, 3),
         "HSDP": (DOUBLE | RANDOM | FSDP2 | REPLICAS, 1),
-        "FSDP2, tensor parallel": (DOUBLE | RANDOM | FSDP2 | TENSOR, 2),
     },
     "deepspeed": {
         "ZeRO-0": (SINGLE | RANDOM | ZERO[0], 1),
@@ -51,7 +49,6 @@ start than to train."""
 
 
 def configured(corpus: Path, run_dir: Path, world: int, changes: Mapping[str, Any], parts: int = 1):
-    world //= changes.get("parallel__tensor_parallel", 1)
     micro = {"train__micro_batch_size": BATCH // (world * parts)}
     return tiny_config(corpus, run_dir, **(SETTINGS | micro | dict(changes)))
 

@@ -87,8 +87,11 @@ def test_what_does_not_fit_a_form_is_refused(changes: dict[str, object], problem
         check_config(config(**{f"spectral__{k}": v for k, v in changes.items()}), world_size=1)
 
 
-def test_megatron_refuses_the_tangent_form_by_name() -> None:
-    chosen = config(spectral__form="tangent", parallel__backend="megatron")
+@pytest.mark.parametrize(("backend", "parts"), [("megatron", 1), ("fsdp2", 2)])
+def test_tensor_parallelism_refuses_the_tangent_form_by_name(backend: str, parts: int) -> None:
+    chosen = config(
+        spectral__form="tangent", parallel__backend=backend, parallel__tensor_parallel=parts
+    )
     with pytest.raises(ConfigError, match=r"SST, tangent form \(form=tangent\) does not run on"):
         check_config(chosen, world_size=2)
 

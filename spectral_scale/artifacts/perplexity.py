@@ -37,7 +37,7 @@ class PerplexityRequest:
     data: Path | None = None
     """A token folder; None: the run's validation data."""
     sequences: int | None = None
-    """At most this many sequences, spread evenly over the data; None reads all of it."""
+    """Largest number of sequences to read, spread evenly over the data; None reads all of it."""
     sequence_length: int | None = None
     """Tokens in a sequence; None takes the run's length, or all positions of a foreign folder."""
     batch_size: int | None = None

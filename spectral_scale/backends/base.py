@@ -42,8 +42,9 @@ class StepStats:
     loss_scale: float | None = None
     """What the step's loss was multiplied by, where fp16 needs it."""
     overflowed: bool = False
-    """Not applied because gradients overflowed in fp16, so that norms are not finite. No fault of
-    the run: the backend lowers the loss scale and goes on, and `judge` was not asked."""
+    """Whether the step was left out because gradients overflowed in fp16, so that norms are not
+    finite. This is no fault of the run: the backend lowers the loss scale and goes on, and `judge`
+    was not asked."""
     left_out: Tensor | None = None
     """1 if the device has left the step out, else 0, where no host has read it yet."""
 

@@ -28,7 +28,7 @@ what was measured on one core (5e8), and of what an A100 is expected to do."""
 HEADROOM = 1.25
 """The watchdog's patience may grow beyond the phase limit by this factor."""
 VERDICT_SECONDS = 60.0
-"""From the watchdog's verdict to the end of the last rank."""
+"""Time from the watchdog's verdict to the end of the last rank."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ class StepBench:
     """Transformer blocks measured."""
     load_average_at_start: float
     load_average_at_end: float
-    """This process included."""
+    """Load average of the machine after the measurement, to which this process adds."""
     other_processors_busy: float
     """Processors that other processes used, on average while steps were timed."""
     warning: str | None

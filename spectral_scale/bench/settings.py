@@ -29,7 +29,7 @@ class StepSettings:
     blocks: int | None = None
     """Transformer blocks; None: 1, or all of a whole model."""
     whole_model: bool = False
-    """With embeddings, final norm, head and loss; otherwise blocks alone."""
+    """Whether to measure embeddings, final norm, head and loss as well, not the blocks alone."""
     batch_size: int = 1
     """Sequences a step."""
     sequence_length: int = 512

@@ -1,6 +1,17 @@
 """manifest.json: the contents of a checkpoint, the location of each chunk, and their hashes.
 
 Everything read from disk is checked before it is used: a manifest may be damaged or hostile.
+
+A 4 x 3 matrix `w` in fp32, of which rank 0 has written rows 0 and 1, and rank 1 rows 2 and 3:
+
+    "files":   {"rank_00000.safetensors": {"bytes": 128, "sha256": "..."},
+                "rank_00001.safetensors": {"bytes": 128, "sha256": "..."}}
+    "tensors": {"w": {"dtype": "F32", "shape": [4, 3], "chunks": [
+        {"file": "rank_00000.safetensors", "key": "w@0,0", "offset": [0, 0], "shape": [2, 3]},
+        {"file": "rank_00001.safetensors", "key": "w@2,0", "offset": [2, 0], "shape": [2, 3]}]}}
+
+Invariant: the chunks of a tensor tile it, so that any rectangle of it can be put together from
+them, and each of its elements stands in exactly one file.
 """
 
 import hashlib
@@ -29,6 +40,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 SUPPORTED_VERSIONS = (1,)
 MAX_MANIFEST_BYTES = 256 * 2**20
+# The name begins with no dot and holds no slash: the file is neither hidden nor outside the folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -151,6 +163,7 @@ def _sha256(document: Mapping[str, Any]) -> str:
 def _read_bounded(path: Path) -> bytes:
     try:
         with open(path, "rb") as file:
+            # One byte more than allowed tells a file that is too long, without reading all of it.
             data = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read: {error}") from error
@@ -173,6 +186,8 @@ def _load(data: bytes) -> dict[str, Any]:
 def _check_hash(document: dict[str, Any], data: bytes) -> None:
     """Remove `manifest_sha256` from the document and verify the rest against it."""
     claimed = document.pop("manifest_sha256", None)
+    # The hash covers values only. Spaces or another order of keys keep it, but not the bytes that
+    # were written: `exact` refuses them, so equal hashes mean equal files.
     try:
         same = claimed == _sha256(document)
         exact = canonical({**document, "manifest_sha256": claimed}) == data
@@ -244,5 +259,7 @@ def _check_tensors(manifest: Manifest) -> None:
 def _check_chunk(manifest: Manifest, where: str, chunk: ChunkEntry, itemsize: int) -> None:
     if chunk.file not in manifest.files:
         raise CheckpointError(f"{where}: its file {chunk.file!r} is not in the list of files")
+    # An upper bound, since a file has a header and may hold other chunks. The reader compares the
+    # shape with that header before it takes any element.
     if prod(chunk.shape) * itemsize > manifest.files[chunk.file].bytes:
         raise CheckpointError(f"{where}: shape {list(chunk.shape)} is larger than {chunk.file}")

@@ -1,4 +1,14 @@
-"""Reading a checkpoint: any rectangle of any tensor, whatever rectangles it was written as."""
+"""Reading a checkpoint: any rectangle of any tensor, whatever rectangles it was written as.
+
+Of a 4 x 3 matrix whose rows 0 and 1 are one chunk and rows 2 and 3 another, a rank wants rows 1
+and 2, the rectangle (1, 0) of shape 2 x 3:
+
+    chunk            common with the rectangle   rows of the chunk   rows of the result
+    (0, 0)  2 x 3    (1, 0)  1 x 3               1                   0
+    (2, 0)  2 x 3    (2, 0)  1 x 3               0                   1
+
+The manifest was checked: the chunks tile the matrix, so every element of the result is written.
+"""
 
 import difflib
 import os
@@ -140,6 +150,7 @@ class CheckpointReader:
                     f"{chunk.file}: {chunk.key} is {found[0]} {list(found[1])} but the manifest "
                     f"says {dtype} {list(chunk.shape)}"
                 )
+            # safetensors takes no slice of a tensor that has no dimensions.
             if not chunk.shape:
                 return file.get_tensor(chunk.key)
             return stored[part.slices_in(chunk.rectangle)]
@@ -154,6 +165,7 @@ def verify_files(
     chosen = sorted(files if names is None else names)
     threads = max(1, min(_HASH_THREADS, os.cpu_count() or 1, len(chosen)))
     with ThreadPoolExecutor(threads) as pool:
+        # `map` answers in the order of the names: which fault is named depends on no thread.
         for fault in pool.map(lambda name: _file_fault(folder, name, files[name]), chosen):
             if fault:
                 pool.shutdown(cancel_futures=True)
@@ -182,6 +194,7 @@ def _rectangle(
 ) -> Rectangle:
     start = (0,) * len(global_shape) if offset is None else tuple(offset)
     if shape is None:
+        # An offset of the wrong length is reported by `outside` below, in words.
         shape = tuple(n - o for n, o in zip(global_shape, start, strict=False))
     wanted = Rectangle(start, tuple(shape))
     if fault := outside(wanted, global_shape):

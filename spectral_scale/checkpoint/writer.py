@@ -40,6 +40,7 @@ from spectral_scale.parallel.collective import Collective
 _T = TypeVar("_T")
 _GIB = 2**30
 _SPACE_MARGIN = 1.01
+"""Room for the list of files in the manifest, which is not known yet, and for the file system."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -70,13 +71,18 @@ def save_checkpoint(
 
 @dataclass
 class _Save:
-    """One save; `run` gives the order of its steps, each of them collective."""
+    """One save; `run` gives the order of its steps, each of them collective.
+
+    Only rank 0 holds the plans and the manifest; on other ranks these values are None, and the
+    steps that need them do nothing there but agree.
+    """
 
     root: Path
     step: int
     collective: Collective
     open_new: FileOpener
     bytes_needed: int = 0
+    """Bytes of this rank's files once they are planned; on rank 0, later, those of all ranks."""
 
     @property
     def writing(self) -> Path:
@@ -99,7 +105,12 @@ class _Save:
             shutil.rmtree(self.writing, ignore_errors=True)
 
     def _together(self, what: str, action: Callable[[], _T]) -> _T:
-        """Run `action` on every rank; raise on all ranks if it failed on one."""
+        """Run `action` on every rank; raise on all ranks if it failed on one.
+
+        A rank that raised by itself would leave the others waiting in the next collective. So a
+        failure is kept until all ranks have told theirs: on three ranks, of which the disk of rank
+        1 is full, all three raise "step 200 was not saved: ..." with the reason of rank 1.
+        """
         error: Exception | None = None
         try:
             result = action()
@@ -139,7 +150,7 @@ class _Save:
             world_size=self.collective.world_size,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             package_version=__version__,
-            files={},
+            files={},  # hashes are known when the files are written; `_commit` fills them in
             tensors=join_plans(plans),
             state=plain(state, where="state"),
             identity=plain(identity, where="identity"),
@@ -176,7 +187,11 @@ class _Save:
         return {name: FileEntry(**entry) for name, entry in shared.items()}
 
     def _read_back(self, entries: Mapping[str, FileEntry]) -> None:
-        """Each rank hashes its share: where possible another rank's files, to go past caches."""
+        """Each rank hashes its share: where possible another rank's files, to go past caches.
+
+        With a file from each of three ranks, rank 0 reads that of rank 1, rank 1 that of rank 2,
+        and rank 2 that of rank 0: a host that did not write a file cannot answer from its memory.
+        """
         rank, world_size = self.collective.rank, self.collective.world_size
         verify_files(self.writing, entries, sorted(entries)[(rank + 1) % world_size :: world_size])
 
@@ -185,7 +200,7 @@ class _Save:
         if manifest is None:
             return final
         data = encode_manifest(replace(manifest, files=entries))
-        decode_manifest(data)
+        decode_manifest(data)  # what no reader would accept must not become a checkpoint
         path = self.writing / MANIFEST_NAME
         write_bytes(path, data, open_new=self.open_new)
         if path.read_bytes() != data:
@@ -196,7 +211,7 @@ class _Save:
 
 
 def _no_space(root: Path, needed: int) -> str:
-    while not root.exists():
+    while not root.exists():  # the folder of a new run; its file system is that of a parent
         root = root.parent
     free = free_bytes(root)
     have = "an unknown rest" if free is None else f"{free / _GIB:.3g} GiB"

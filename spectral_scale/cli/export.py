@@ -86,6 +86,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, then print the comparison and the curve. Returns exit code 0."""
+    # Imported here, because torch takes seconds, and `--help` and wrong arguments need none of it.
     from spectral_scale.artifacts.export import ExportRequest, export_run
     from spectral_scale.cli.progress import watch_batches
 
@@ -127,6 +128,13 @@ def _export_adapter(arguments: argparse.Namespace) -> int:
 
 
 def _print(dtype: str, keep: float, result: "ExportResult") -> None:
+    """The curve, and as many comparisons as there are models to compare.
+
+    Without a folder, only the merged model was held against the one that trained. A folder of fp32
+    weights, unpruned, must equal the trained model. Where bf16 or pruning were asked for, the
+    folder must equal what was to be written, and its distance from the trained model is shown
+    beside, as what the request cost.
+    """
     if result.curve:
         from spectral_scale.artifacts.prune import curve_table
 

@@ -140,12 +140,14 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 
 
 def _usable_cores() -> int:
+    """Cores that this process may use: a job that was given 4 of 64 starts 4 workers, not 64."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _summary(result: PrepareResult) -> dict[str, object]:
+    """What `--format json` prints; two folders, `train` and `valid`, if documents were held out."""
     folders = [_folder_summary(folder) for folder in result.folders]
     return {"already_done": result.already_done, "folders": folders}
 

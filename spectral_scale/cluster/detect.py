@@ -18,7 +18,8 @@ class LauncherFlags:
     rank: int | None = None
     world_size: int | None = None
     local_rank: int | None = None
-    """With `rank`, a fact; alone, what old launchers add, which must agree with the environment."""
+    """Local rank: a fact beside `rank`. Old launchers give it alone; then it must agree with the
+    environment."""
     master_addr: str | None = None
     """Host that rank 0 runs on."""
     master_port: int | None = None

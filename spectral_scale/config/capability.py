@@ -16,7 +16,12 @@ from spectral_scale.config.support_torch import TORCH
 
 
 def variant(parallel: ParallelConfig, *, world_size: int) -> str:
-    """The row of the table that a configuration runs on."""
+    """The row of the table that a configuration runs on.
+
+    On 8 ranks: `zero3+offload` for DeepSpeed with zero_stage 3 and offload cpu; `fsdp2+tp` for
+    FSDP2 with tensor_parallel 2; `hsdp` for FSDP2 with shard_group 4, which makes two replicas;
+    `fsdp2` for FSDP2 with shard_group auto.
+    """
     if parallel.backend == "deepspeed":
         suffix = "+offload" if parallel.offload == "cpu" else ""
         return f"zero{zero_stage(parallel)}{suffix}"
@@ -33,7 +38,10 @@ def zero_stage(parallel: ParallelConfig) -> int:
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Ranks that see different data."""
+    """Ranks that see different data: of 8 ranks with tensor_parallel 2, 4.
+
+    At least 1, so that a configuration with too few ranks reaches the rule that refuses it.
+    """
     return max(1, world_size // max(1, parallel.tensor_parallel))
 
 
@@ -83,6 +91,7 @@ def requested(config: RunConfig, spec: MethodSpec | None = None) -> Iterator[str
 def key_problems(parallel: ParallelConfig, *, world_size: int) -> Iterator[str]:
     """Keys that the backend does not read, and shard groups that do not fit."""
     backend = parallel.backend
+    # Key -> the only backend that reads it, and the value that asks for nothing.
     owners: dict[str, tuple[str, object]] = {
         "zero_stage": ("deepspeed", "auto"),
         "offload": ("deepspeed", "none"),
@@ -152,6 +161,7 @@ def refusals(
     supported = dict(capabilities[row])
     method = spec.feature
     if parallel.tensor_parallel > 1 and not spec.tensor_parallel:
+        # The row may say more exactly why; a "yes" of the row is for methods that have such a form.
         told = supported.get(method)
         supported[method] = told if isinstance(told, No) else NO_TENSOR_PARALLEL_FORM
     for feature in requested(config, spec):

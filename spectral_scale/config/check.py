@@ -37,7 +37,7 @@ AT_LEAST_ONE = (
     "metrics.log_interval",
     "health.spike_window",
 )
-"""Counts."""
+"""Keys of counts, which must be at least 1 where they are set."""
 AT_LEAST_ZERO = (
     "spectral.extra_sigma",
     "spectral.iteration_warmup_steps",
@@ -56,14 +56,14 @@ AT_LEAST_ZERO = (
     "health.replica_interval",
     "health.hang_timeout_seconds",
 )
-"""Amounts and counts of which there may be none."""
+"""Keys of amounts and counts, which must be finite and may be 0."""
 POSITIVE = (
     "spectral.ridge",
     "spectral.lora_alpha",
     "optimizer.galore_scale",
     "train.time_limit_minutes",
 )
-"""Amounts."""
+"""Keys of amounts, which must be finite and above 0."""
 
 
 def check_config(
@@ -73,7 +73,11 @@ def check_config(
     methods: Mapping[str, MethodSpec] = METHOD_SPECS,
     capabilities: Mapping[str, Mapping[str, Support]] = CAPABILITIES,
 ) -> Architecture:
-    """Raise one ConfigError that lists every broken rule; return the model's shapes if none is."""
+    """Raise one ConfigError that lists every broken rule; return the model's shapes if none is.
+
+    Rules that need the model's shapes are left out if the model itself is at fault: its error is
+    then one of the list.
+    """
     spec = chosen_spec(config.spectral, methods)
     data_ranks = data_parallel_size(config.parallel, world_size)
     problems = [*_check_ranges(config), *_check_batches(config, data_ranks)]
@@ -108,12 +112,14 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
     def given(keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
         for key in keys:
             value = _get(config, key)
+            # None and auto are no numbers: nothing was set.
             if value is not None and value != "auto":
                 yield key, value
 
     for key, count in given(AT_LEAST_ONE):
         if count < 1:
             yield f"{key}={count} must be at least 1"
+    # NaN is neither at least 0 nor below it; asked this way round, it is refused.
     for key, number in given(AT_LEAST_ZERO):
         if not (number >= 0 and math.isfinite(number)):
             yield f"{key}={number} must be finite and at least 0"
@@ -128,14 +134,20 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
         "optimizer.betas[1]": config.optimizer.betas[1],
         "optimizer.min_lr_ratio": config.optimizer.min_lr_ratio,
     }
+    # A ratio of 1 is a learning rate that never falls; a dropout or a beta of 1 has no meaning.
     for key, fraction in fractions.items():
         if not (0 <= fraction < 1 or (fraction == 1 and key.endswith("ratio"))):
             yield f"{key}={fraction} must lie in [0, 1)"
 
 
 def _check_batches(config: RunConfig, world_size: int) -> Iterator[str]:
+    """The micro-batches of an optimizer step must be equally many on all data-parallel ranks.
+
+    12 sequences on 2 ranks are 6 a rank: micro-batches of 1, 2, 3 or 6, but not of 4. If the ranks
+    do not divide the global batch, no size fits, and the advice is to change the global batch.
+    """
     total, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if micro < 1 or total < 1:
+    if micro < 1 or total < 1:  # reported as out of range
         return
     if total % (micro * world_size):
         allowed = [m for m in range(1, total + 1) if total % (m * world_size) == 0]

@@ -73,4 +73,5 @@ DEEPSPEED: dict[str, dict[str, Support]] = {
     "zero2+offload": _COMMON,
     "zero3+offload": _ZERO3,
 }
-"""By stage; see `capability.variant`."""
+"""Row of the capability table, a stage with or without offload (see `capability.variant`) ->
+feature -> support."""

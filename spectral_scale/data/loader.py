@@ -39,7 +39,7 @@ class StepBatch:
     step: int
     """The optimizer step, 0-based."""
     micro_batches: list[Batch]
-    """In order; their number is the gradient accumulation count."""
+    """The micro-batches, in the order in which their gradients are accumulated."""
 
 
 class TrainLoader:
@@ -49,6 +49,9 @@ class TrainLoader:
     N takes the k-th of N equal contiguous parts, in micro-batches. The samples of a step thus
     depend on neither N, the micro-batch size nor the number of workers, and any step can be
     asked for first.
+
+    With G = 8, step 3 reads positions 24 to 31. On 2 ranks with micro-batches of 2, rank 0 reads
+    24 25 | 26 27 and rank 1 reads 28 29 | 30 31; on 4 ranks, rank 0 reads 24 25, and so on.
 
     Args:
         folder: the token stream.

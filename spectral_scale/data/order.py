@@ -5,6 +5,14 @@ Each epoch visits every sample once, in an order given by a keyed bijection on r
 cycle until it lands below n (format-preserving encryption; Black and Rogaway, CT-RSA 2002).
 Own integer arithmetic only, so the order depends on no library's random numbers and needs
 no memory; resuming is evaluating it at a later position.
+
+An epoch of 5 samples with seed 0: the smallest network here permutes range(64). In epoch 0 it sends
+1 to 42, 42 to 55 and 55 to 0; 42 and 55 are no samples, so the sample at place 1 is 0. The whole
+epoch is 4 0 2 3 1, and epoch 1, whose keys are others, is 0 3 4 1 2.
+
+Invariant: no two places give the same sample. The network is a permutation, so each place lies on
+a cycle; walking on to the next number below n skips what lies between, on every cycle alike, and
+can always end, since the place itself is such a number.
 """
 
 import numpy as np
@@ -41,6 +49,8 @@ def sample_index(seed: int, epoch: int, index: np.ndarray | int, num_samples: in
     half_bits = max(_MIN_HALF_BITS, ((num_samples - 1).bit_length() + 1) // 2)
     keys = _round_keys(seed, epoch)
     values = _permute(places.reshape(-1).astype(np.uint64), keys, half_bits)
+    # From 17 samples on the network permutes fewer than 4 n numbers, so that a place needs fewer
+    # than four evaluations on average.
     outside = np.flatnonzero(values >= num_samples)
     while outside.size:
         values[outside] = _permute(values[outside], keys, half_bits)
@@ -50,6 +60,8 @@ def sample_index(seed: int, epoch: int, index: np.ndarray | int, num_samples: in
 
 def sample_ids(seed: int, positions: np.ndarray, num_samples: int) -> np.ndarray:
     """Samples at global positions: position p is place p % n of epoch p // n.
+
+    With 5 samples, positions 3 to 6 are places 3 and 4 of epoch 0 and places 0 and 1 of epoch 1.
 
     Args:
         seed: of the run.
@@ -83,6 +95,7 @@ def _permute(values: np.ndarray, keys: list[np.uint64], half_bits: int) -> np.nd
     """The Feistel network on 2 * half_bits bits; values is uint64, shape (N,)."""
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
+    # A round keeps `right`, so it can be undone whatever `_mix` does: that makes a permutation.
     for key in keys:
         left, right = right, left ^ (_mix(right ^ key) & mask)
     return (left << shift) | right

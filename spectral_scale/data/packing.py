@@ -2,6 +2,9 @@
 
 Sample i holds tokens [i S, i S + S]: neighbours share one token, so that every token but the
 first is predicted exactly once an epoch. Documents follow one another without padding.
+
+With S = 4, a stream of 10 tokens has two samples: tokens 0 to 4, of which 1 to 4 are predicted, and
+tokens 4 to 8, of which 5 to 8 are predicted. Token 9 is the remainder.
 """
 
 import numpy as np

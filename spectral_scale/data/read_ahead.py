@@ -196,13 +196,13 @@ def _work(read: Read, numbers: Sequence[int], pipe: Connection, parent: int) -> 
 
 
 def _die_with_parent() -> None:
-    """On Linux the kernel ends a worker whose parent dies, one that is suspended too."""
+    """Let the kernel end this worker when its parent dies, even one that is suspended (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _exit_with_parent(parent: int) -> None:
-    """Elsewhere, and for a parent that died before, the worker looks for itself."""
+    """End this worker when `parent` has died: where the kernel does not, or when it was too late to ask."""
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)
     os._exit(1)

@@ -40,7 +40,7 @@ ALONE = (
     *(_zero(stage, 1) for stage in range(4)),
     Layout(name="Megatron", backend="megatron"),
 )
-"""On one GPU."""
+"""Layouts that run on one GPU."""
 TOGETHER = (
     Layout(name="DDP", backend="torch", ranks=2),
     Layout(name="FSDP2", backend="fsdp2", ranks=2),
@@ -60,7 +60,7 @@ TOGETHER = (
     ),
     Layout(name="HSDP", backend="fsdp2", ranks=4, settings={"parallel.shard_group": 2}),
 )
-"""On several GPUs of one machine."""
+"""Layouts that run on several GPUs of one machine."""
 
 
 def check_backends(place: Place) -> Finding:

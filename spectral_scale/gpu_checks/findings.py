@@ -15,7 +15,7 @@ class Figure:
     name: str
     value: float | str
     required: str = ""
-    """In words; empty for a figure that is only recorded."""
+    """The requirement in words; empty for a figure that is only recorded."""
     ok: bool = True
 
 

@@ -36,7 +36,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For the page."""
+        """Name of the case on the page of results."""
         extra = f" + {self.extra_sigma} sigma" if self.extra_sigma else ""
         return f"{self.shape[0]} x {self.shape[1]} {self.storage}{extra}"
 

@@ -23,7 +23,7 @@ CHECK_SECONDS = 480.0
 TOTAL_SECONDS = 1200.0
 """Time for all; checks that have not begun by then wait for `--resume`."""
 LEAST_SECONDS = 20.0
-"""With less time left no check is begun."""
+"""Shortest time left in which a check is still begun."""
 TAIL_CHARACTERS = 3000
 PAGE = "gpu_checks.md"
 

@@ -45,7 +45,7 @@ SMALL: dict[str, Any] = {
 }
 """A run whose steps take milliseconds: swaps after steps 4 and 8, the second with SVDs."""
 LLAMA = {"model.name": "llama-60m"}
-"""The same with LLaMA's blocks."""
+"""Changes that give the small run LLaMA's blocks."""
 
 Watch = Callable[[int], None]
 """Called before the loop takes a batch, with the number of batches it has had."""

@@ -61,7 +61,7 @@ def work(shape: tuple[int, int]) -> float:
 
 
 def drivers(place: Place) -> Iterator[tuple[str, Driver]]:
-    """This package's SVD, and what torch offers on the device."""
+    """The SVDs to compare, by name: this package's, and those that torch offers on the device."""
     yield OURS, svd
     if place.device.type != "cuda":
         yield "LAPACK", lambda a: _thin(a, None)

@@ -171,7 +171,7 @@ class ModelFamily:
     """How transformers builds the models of a family."""
 
     model: Callable[..., PreTrainedModel]
-    """Its class of causal language models."""
+    """The transformers class of the family's causal language models."""
     config: Callable[[Architecture, ModelConfig, int | None], PreTrainedConfig]
     """Makes the configuration from the shapes, the run's settings and the end-of-text token."""
 
@@ -180,7 +180,7 @@ MODELS: dict[str, ModelFamily] = {
     "opt": ModelFamily(OPTForCausalLM, _opt_config),
     "llama": ModelFamily(LlamaForCausalLM, _llama_config),
 }
-"""By family; see `config.families`."""
+"""Family (see `config.families`) -> how its models are built."""
 
 
 def model_family(architecture: Architecture) -> ModelFamily:

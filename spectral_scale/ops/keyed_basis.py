@@ -23,7 +23,7 @@ from torch import Tensor
 from spectral_scale.ops.keyed_random import keyed_uniform
 
 _TERMS = 9
-"""Of the series of sine and cosine on [0, pi/4]: the next one is below 1e-20."""
+"""Terms of the series of sine and cosine on [0, pi/4]; the next one would be below 1e-20."""
 
 
 def keyed_columns(

@@ -74,7 +74,10 @@ def describe_precision() -> str:
 
 
 def _float32_precisions() -> tuple[str, str]:
-    """Of products on GPUs and on CPUs: `ieee`, `tf32`, `bf16`, or `none` for torch's default."""
+    """The precision of float32 products on GPUs and on CPUs: `ieee`, `tf32`, `bf16` or `none`.
+
+    `none` is torch's default, which computes as `ieee` does.
+    """
     cpu: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     return torch.backends.cuda.matmul.fp32_precision, cpu
 

@@ -38,7 +38,7 @@ class TensorChunk:
     global_shape: Shape
     """Shape of the whole logical tensor."""
     offset: Shape
-    """Where the rectangle begins in it."""
+    """First index of the rectangle in the logical tensor, in each dimension."""
 
     @property
     def rectangle(self) -> Rectangle:

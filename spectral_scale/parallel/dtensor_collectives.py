@@ -113,7 +113,7 @@ def scatter(
 def _pack(
     values: Sequence[Tensor | None], shapes: Sequence[Shape], layout: DTensorLayout, like: Tensor
 ) -> list[Tensor]:
-    """For each shard index, that shard of every value, padded and flattened, in `like`'s dtype."""
+    """A 1-D tensor per shard index: that shard of every value, padded, in the dtype of `like`."""
     packed = []
     for index in range(layout.num_shards):
         shards = []

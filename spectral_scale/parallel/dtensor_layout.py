@@ -73,7 +73,7 @@ class DTensorLayout:
     shard_of: dict[int, int]
     """Global rank -> the shard that it holds."""
     rank: int
-    """This process."""
+    """Global rank of this process."""
 
     @property
     def dim(self) -> int | None:

@@ -117,7 +117,7 @@ class TorchStore(ParameterStore):
         self.collective = collective
 
     def gather(self, fqn: str, *, owner: int) -> Tensor | None:
-        """This rank's value, on the owner."""
+        """The parameter on the owner, which holds it whole; None on other ranks."""
         return self._parameters[fqn].detach() if self.collective.rank == owner else None
 
     @torch.no_grad()

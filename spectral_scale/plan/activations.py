@@ -25,13 +25,13 @@ class Activations:
     """Bytes of one micro-batch on one rank."""
 
     blocks: int
-    """Kept by the transformer blocks."""
+    """Bytes kept by the transformer blocks."""
     logits: int
-    """Output layer, loss, and projections of embeddings."""
+    """Bytes kept by the output layer, the loss and projections of embeddings."""
 
     @property
     def total(self) -> int:
-        """Both: they are alive together when the backward pass begins."""
+        """Bytes of blocks and logits, which are alive together when the backward pass begins."""
         return self.blocks + self.logits
 
 

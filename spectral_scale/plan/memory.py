@@ -38,9 +38,9 @@ class Memory:
     filter_workspace: int
     """Workspace of the filter besides gradients, which never coincides with activations."""
     starting: int = 0
-    """Besides weights, only while the model gets its memory."""
+    """Bytes besides the weights that are held only while the model gets its memory."""
     host: int = 0
-    """In the host's memory instead."""
+    """Bytes of the parts that are kept in the host's memory instead of the device's."""
     notes: tuple[str, ...] = field(default=())
     """Assumptions behind the figures."""
 
@@ -48,6 +48,8 @@ class Memory:
 def memory_of(run: ResolvedRun, inventory: Inventory) -> Memory:
     """The parts for the run's backend; activations apart (see `plan.activations`)."""
     config, world_size = run.config, run.world_size
+    # The backends' formulas see a tensor-parallel rank's part; methods and the filter get the
+    # logical matrices and divide what they need themselves.
     here = rank_shard(config, inventory)
     parts = _PARTS[config.parallel.backend](run, here)
     method = method_memory(config, inventory, world_size)
@@ -70,6 +72,8 @@ def memory_of(run: ResolvedRun, inventory: Inventory) -> Memory:
 
 
 def _torch(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
+    """Every rank holds all: 1,000 trained fp32 elements are 4,000 bytes of weights, as many of
+    gradients, and 8,000 of Adam's two moments."""
     trained = inventory.nbytes(trainable=True)
     return {
         "weights": trained + inventory.nbytes(trainable=False),
@@ -80,6 +84,14 @@ def _torch(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
 
 
 def _fsdp2(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
+    """Weights, gradients and moments are sharded over the group; what a pass gathers comes on top.
+
+    10 blocks of 100 trained fp32 elements and 50 elements outside of them, on 4 ranks, nothing
+    frozen: 4,200 bytes of weights are 1,050 a rank, gradients 1,050, moments 2,100. Gathered are
+    two blocks, the one that computes and the next one, and what lies outside the blocks (800 + 200
+    bytes), and the whole gradients of two blocks (800), or of the whole model (4,200) if
+    micro-batches are accumulated, since they are reduced after the last one.
+    """
     parallel = run.config.parallel
     group = shard_group_size(parallel, run.world_size) // parallel.tensor_parallel
     sharded = shards_residual(parallel)
@@ -100,6 +112,19 @@ def _fsdp2(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
 
 
 def _deepspeed(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
+    """Stage 1 shards masters and moments, stage 2 gradients as well, stage 3 weights as well.
+
+    1,000 trained elements, none frozen, in bf16 on 4 ranks:
+
+        stage   weights   gradients   masters and moments   fp32 gradients in the step
+        0         2,000       2,000                12,000                            -
+        1         2,000       2,000                 3,000                        1,000
+        2         2,000         500                 3,000                        1,000
+        3           500         500                 3,000                        1,000
+
+    Masters take 4 bytes an element and Adam's two moments 8. In fp32, stage 0 needs no masters:
+    the weights are the masters.
+    """
     config = run.config
     stage = zero_stage(config.parallel)
     half = config.train.precision in ("bf16", "fp16")
@@ -141,6 +166,8 @@ def _deepspeed(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
 
 
 def _megatron(run: ResolvedRun, inventory: Inventory) -> dict[str, int]:
+    """Only the moments are sharded, and only by the distributed optimizer: over the ranks that see
+    different data."""
     parts = _torch(run, inventory)
     ranks = run.data_parallel_size if run.config.parallel.distributed_optimizer else 1
     return parts | {"optimizer": _share(parts["optimizer"], ranks)}
@@ -154,4 +181,5 @@ _NOTES = {
 
 
 def _share(nbytes: int, ranks: int) -> int:
+    """Bytes of the fullest rank: of 10 bytes on 4 ranks, 3."""
     return -(-nbytes // ranks)

@@ -26,7 +26,10 @@ class Payload:
         )
 
     def ring_bytes(self, ranks: int) -> float:
-        """Over each rank's links: a message of B bytes costs (N - 1) / N B in an all-gather or a
-        reduce-scatter, and twice that in an all-reduce (Thakur et al. 2005, section 4)."""
+        """Bytes over each rank's links.
+
+        A message of B bytes costs (N - 1) / N B in an all-gather or a reduce-scatter, and twice
+        that in an all-reduce (Thakur et al. 2005, section 4).
+        """
         moved = self.all_gather + self.reduce_scatter + 2 * self.all_reduce
         return moved * (ranks - 1) / ranks

@@ -83,7 +83,7 @@ class Observed:
     beat: Beat
     """The last heartbeat that was read."""
     heard_at: float
-    """When a new heartbeat was last read, by this rank's clock."""
+    """Time at which a new heartbeat was last read, by this rank's clock."""
 
 
 class Listener:

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 INCIDENTS_NAME = "incidents.jsonl"
 MAX_SAMPLES = 64
-"""At most this many samples of a step are named; `data_step` determines the others."""
+"""Largest number of samples of a step that are named; `data_step` determines the others."""
 
 
 def record(run_dir: Path, kind: str, step: int, **facts: Any) -> None:

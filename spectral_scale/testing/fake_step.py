@@ -98,7 +98,7 @@ def _resolve(changes: dict[str, Any], world_size: int) -> ResolvedRun:
 
 
 def _build(resolved: ResolvedRun, world_size: int) -> Run:
-    """As `engine.build.build_run` does, without data, weights and checkpoints."""
+    """Build a run as `engine.build.build_run` does, but without data, weights and checkpoints."""
     config, architecture = resolved.config, resolved.architecture
     method = METHODS[method_name(config.spectral)]
     backend = _open(resolved, world_size)

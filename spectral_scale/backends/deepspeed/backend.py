@@ -41,7 +41,7 @@ from spectral_scale.parallel.rank_info import RankInfo
 from spectral_scale.parallel.table import ParameterTable
 
 RESOLVED_NAME = "ds_config.json"
-"""In the run folder: what DeepSpeed was initialized with."""
+"""The file in the run folder that holds the settings DeepSpeed was initialized with."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """train.precision -> dtype of the module's weights."""
 

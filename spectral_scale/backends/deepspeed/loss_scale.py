@@ -13,7 +13,7 @@ from spectral_scale.parallel.chunks import ReadTensor, TensorChunk
 logger = logging.getLogger(__name__)
 
 NAME = "loss_scaler"
-"""In checkpoints: a float64 tensor of the values of `LEARNED`."""
+"""The name in checkpoints of a float64 tensor of the values of `LEARNED`."""
 LEARNED = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Attributes of DeepSpeed's DynamicLossScaler: the scale, the steps seen, the last one that
 overflowed, and how many more overflows it bears before it halves the scale."""

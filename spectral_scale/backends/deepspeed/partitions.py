@@ -101,10 +101,10 @@ class Layout(Protocol):
         """First element and number of elements of the module's weight that this rank holds."""
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        """That range of the module's weight, a 1-D view."""
+        """The elements of the module's weight in `weight_range`, a 1-D view."""
 
     def write_weight(self, parameter: nn.Parameter, part: Tensor) -> None:
-        """Overwrite that range of the module's weight with a 1-D tensor of any precision."""
+        """Overwrite `weight_range` of the module's weight with a 1-D tensor of any precision."""
 
     def weight_copies(self, parameter: nn.Parameter) -> list[Tensor]:
         """All that the module has of the weight on this rank: its shard, or the whole, or both."""

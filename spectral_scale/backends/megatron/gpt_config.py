@@ -210,7 +210,7 @@ MODELS: dict[str, MegatronFamily] = {
         gpt=_llama_gpt,
     ),
 }
-"""By family; see `config.families`."""
+"""Family (see `config.families`) -> how megatron-core builds its models."""
 
 
 def megatron_family(name: str) -> MegatronFamily:

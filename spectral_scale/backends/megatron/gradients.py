@@ -29,7 +29,7 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter], group: dist.Proces
 
 
 def gradient(parameter: Tensor) -> Tensor | None:
-    """Where Megatron's DistributedDataParallel accumulates it, else torch's."""
+    """A parameter's gradient: `main_grad` where Megatron accumulates into it, else `grad`."""
     main: Tensor | None = getattr(parameter, "main_grad", None)
     return parameter.grad if main is None else main
 

@@ -18,7 +18,10 @@ class SequenceParallelNorm:
     """
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
-        """As megatron-core's layer specs call it; raises ConfigError for another normalization."""
+        """Build the norm, with the arguments that megatron-core's layer specs give.
+
+        Raises ConfigError for a normalization that is neither LayerNorm nor RMSNorm.
+        """
         if config.normalization not in _KINDS:
             raise ConfigError(
                 f"normalization={config.normalization}: only {' and '.join(_KINDS)} are supported"

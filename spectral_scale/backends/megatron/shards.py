@@ -66,7 +66,7 @@ class MegatronShards(ParameterShards):
         self._ranges = {fqn: [tuple(rank[fqn]) for rank in ranks] for fqn in mine}
 
     def order(self, fqn: str) -> FlatOrder:
-        """By blocks of columns where tensor parallelism shards columns."""
+        """The order of a parameter's elements: by blocks of columns where columns are sharded."""
         return self._places[fqn][0]
 
     def ranges(self, fqn: str) -> list[Range]:

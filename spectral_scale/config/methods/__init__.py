@@ -15,7 +15,7 @@ from spectral_scale.errors import ConfigError
 METHOD_SPECS: Mapping[str, MethodSpec] = {
     spec.name: spec for spec in (FULL, SST, TANGENT, LORA, RELORA, GALORE, FROD)
 }
-"""By the name that `method_name` gives."""
+"""Name of a method, as `method_name` gives it -> its specification."""
 _FORMS = {("sst", "tangent"): "tangent"}
 """(spectral.method, spectral.form) -> the method that this form is."""
 
@@ -27,7 +27,7 @@ def method_name(spectral: SpectralConfig) -> str:
 
 
 def named_method(method: str, form: str | None) -> str:
-    """As `method_name`, from the two settings."""
+    """The name that `method_name` gives, from `spectral.method` and `spectral.form` themselves."""
     return _FORMS.get((method, str(form)), method)
 
 

@@ -79,8 +79,8 @@ def _memory(spectral: SpectralConfig, model: PlannedModel) -> MethodMemory:
 
 
 def _traffic(spectral: SpectralConfig, model: PlannedModel) -> MethodTraffic:
-    """Under tensor parallelism the gradients of S and lambda of every matrix are summed, and U of
-    those whose inputs are sharded."""
+    """FRoD adds nothing but sums of gradients under tensor parallelism: of S and lambda of every
+    matrix, and of U where inputs are sharded."""
     elements = 0
     for name, (m, n) in model.matrices.items():
         elements += entries(n, spectral.sparsity) + n

@@ -38,7 +38,7 @@ def _relora_memory(_: SpectralConfig, model: PlannedModel) -> MethodMemory:
 
 
 def _relora_traffic(_: SpectralConfig, model: PlannedModel) -> MethodTraffic:
-    """At a merge owners send the frozen weights."""
+    """ReLoRA adds nothing to what a step sends; at a merge owners send the frozen weights."""
     return MethodTraffic(swap=ring_bytes(model.frozen_bytes, model.world_size))
 
 

@@ -61,15 +61,15 @@ class MethodMemory:
     """Bytes that a method needs besides weights, gradients and dense moments, by formula."""
 
     optimizer: int = 0
-    """Added to the dense moments of the fullest rank; negative where its moments are smaller."""
+    """Bytes added to the dense moments of the fullest rank; negative where moments are smaller."""
     gathered: int = 0
-    """Held on the fullest rank while a pass or an exchange is under way."""
+    """Bytes held on the fullest rank while a pass or an exchange is under way."""
     owned: int = 0
-    """Kept by the rank that owns most."""
+    """Bytes kept by the rank that owns most."""
     workspace: int = 0
-    """Held during the largest decomposition; not at the same time as a step's activations."""
+    """Bytes held during the largest decomposition, which never coincides with activations."""
     saved: int = 0
-    """In a checkpoint besides trained weights and their moments, all ranks together."""
+    """Bytes in a checkpoint besides trained weights and their moments, all ranks together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,9 @@ class MethodTraffic:
     """Bytes that a method adds to what the backend sends, by formula."""
 
     step: float = 0
-    """Over each rank's links in an optimizer step."""
+    """Bytes over each rank's links in an optimizer step."""
     swap: float = 0
-    """Over each rank's links at a swap, merge or renewal."""
+    """Bytes over each rank's links at a swap, merge or renewal."""
     completed: int = 0
     """Whole all-reduces of a micro-batch that complete gradients over tensor-parallel ranks."""
 
@@ -98,7 +98,8 @@ class MethodSpec:
     title: str
     """Name of the method for a person."""
     chosen_by: str = ""
-    """For a form of a method, the setting that chooses it, as the capability tables name it."""
+    """The setting that chooses a form of a method, as the capability tables name it; empty for a
+    method that `spectral.method` names."""
     converts: bool = False
     """Whether it replaces linears: those of `spectral.targets`, or all of the blocks' linears."""
     keys: frozenset[str] = frozenset()
@@ -106,7 +107,7 @@ class MethodSpec:
 
     @property
     def feature(self) -> str:
-        """Its row of the capability tables."""
+        """The feature by which the capability tables name this method."""
         return self.chosen_by or f"method={self.name}"
 
     # -- rules -----------------------------------------------------------------------------

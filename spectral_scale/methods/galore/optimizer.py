@@ -144,7 +144,7 @@ class GaLoreAdamW(ProjectedAdamW):
         return self.matrices
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """See `ProjectedAdamW.step`; `stats` are of this step alone."""
+        """Step as `ProjectedAdamW.step` does, and count in `stats` what this step alone touched."""
         self.stats = ProjectionStats()
         return super().step(closure)
 

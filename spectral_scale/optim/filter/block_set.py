@@ -46,7 +46,7 @@ class BlockSet:
             wanted = [p.wanted or [] for p in self._moved for _ in p.group.fqns]
             self._exchange = Exchange(held, wanted, shards.group)
         self.counts_here = [p.counts_here for p in self._placements]
-        """For each group, True if no earlier rank measures the same features."""
+        """Whether no earlier rank measures the same features, for each group."""
 
     def _block_filter(self, placement: GraphPlacement) -> BlockFilter | None:
         """The filter of a group, or None where another rank filters it."""

@@ -110,7 +110,7 @@ def metrics(groups: Sequence[Measured], *, joint_loss: bool) -> dict[str, Any]:
 
 
 def _ratios(groups: Sequence[Measured]) -> dict[str, float]:
-    """Over several groups together; a ratio of nothing is left out."""
+    """Ratios of the sums over several groups; a ratio whose denominator is 0 is left out."""
     total = {name: sum(g.scalars[name] for g in groups) for name in SCALARS}
     found = {}
     if total["before"] > 0:

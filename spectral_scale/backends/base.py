@@ -24,10 +24,10 @@ from spectral_scale.parallel.store import ParameterStore, Replicated
 from spectral_scale.parallel.table import ParameterTable
 
 Judge = Callable[[Mapping[str, Tensor]], Tensor]
-"""Given a step's gradient norms by group kind: 1 if it must be left out, else 0; float32, 0-dim, on
-the device, alike on all ranks."""
+"""Decides from a step's gradient norms by group kind: 1 if the step must be left out, else 0;
+float32, 0-dim, on the device, alike on all ranks."""
 CLIP_EPSILON = 1e-6
-"""Added to a norm before dividing by it, as torch.nn.utils.clip_grads_with_norm_ does."""
+"""What is added to a norm before dividing by it, as torch.nn.utils.clip_grads_with_norm_ does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Backend(ABC):
     data_rank: int
     data_world_size: int
     data_collective: Collective
-    """One rank for each data rank: sums over it count every batch once."""
+    """A group that holds one rank for each data rank: sums over it count every batch once."""
 
     # -- setting up ---------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ def read_shape(value: Any, where: str) -> tuple[int, ...]:
 
 
 def read_text(value: Any, where: str) -> str:
-    """A string."""
+    """The value, if it is a string. Raises CheckpointError otherwise."""
     return expect(value, str, where)
 
 

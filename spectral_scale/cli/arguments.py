@@ -9,14 +9,14 @@ from spectral_scale.errors import ConfigError
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device."""
+    """Add the option `--device`, which chooses where to compute."""
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute"
     )
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
-    """--format."""
+    """Add the option `--format`, which chooses how the result is printed."""
     parser.add_argument(
         "--format", choices=("text", "json"), default="text", help="how the result is printed"
     )

@@ -50,7 +50,7 @@ class EncodedDocument:
     """The ids of one document (uint32, without end-of-text token), or why there are none."""
 
     ids: np.ndarray | None = None
-    """1-D ids."""
+    """The token ids, 1-D; None if the document cannot be used."""
     reason: Reason | None = None
     """The reason why the document cannot be used."""
     message: str = ""

@@ -32,7 +32,7 @@ def count_samples(folder: TokenFolder, sequence_length: int, *, keep_tail: bool 
 
 
 def read_samples(folder: TokenFolder, ids: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Whole samples.
+    """The tokens of samples that are whole.
 
     Args:
         folder: the token stream.

@@ -29,7 +29,7 @@ class PrepareSettings:
     split_validation: float = 0.0
     """Share of the documents that goes to the `valid` folder."""
     seed: int = 0
-    """Chooses those documents."""
+    """Seed that chooses the documents of the `valid` folder."""
 
     def check(self) -> None:
         """Refuse what cannot be done.

@@ -202,7 +202,7 @@ def _die_with_parent() -> None:
 
 
 def _exit_with_parent(parent: int) -> None:
-    """End this worker when `parent` has died: where the kernel does not, or when it was too late to ask."""
+    """End this worker when `parent` has died and the kernel does not, or was asked too late."""
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)
     os._exit(1)

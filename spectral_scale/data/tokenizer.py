@@ -35,7 +35,7 @@ class TokenizerFacts:
     vocab_size: int
     """The largest id it can produce, plus one."""
     eos_token_id: int
-    """Ends every document."""
+    """Id of the token that ends every document."""
     sha256: str
     """SHA-256 of `tokenizer.json` in the token folder."""
 

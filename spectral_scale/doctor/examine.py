@@ -23,9 +23,9 @@ class PlannedRun:
     run_dir: Path
     """Folder that the run is to be written to."""
     backend: str | None = None
-    """parallel.backend."""
+    """The value of `parallel.backend`."""
     device: str = "auto"
-    """train.device."""
+    """The value of `train.device`."""
     checkpoint_bytes: int = 0
     """Bytes of one checkpoint; 0 if unknown."""
     kept: int = 1

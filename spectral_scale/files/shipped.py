@@ -5,7 +5,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "spectral_scale"
-"""Where a wheel puts them; see `[tool.setuptools.data-files]` in pyproject.toml."""
+"""Folder into which a wheel puts these files (`[tool.setuptools.data-files]`, pyproject.toml)."""
 
 
 def shipped_folder(name: str) -> Path:

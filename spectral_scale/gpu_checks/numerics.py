@@ -30,7 +30,7 @@ class Case:
     """A layer to compare."""
 
     shape: tuple[int, int]
-    """(out, in)."""
+    """Shape of the layer's weight: (out, in)."""
     storage: str = "residual"
     extra_sigma: int = 0
 

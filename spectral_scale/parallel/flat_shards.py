@@ -185,11 +185,11 @@ class TensorShards(ParameterShards):
         self._names = {id(parameter): fqn for fqn, parameter in self._parameters.items()}
 
     def order(self, fqn: str) -> FlatOrder:
-        """Row-major, or by blocks of columns where columns are sharded."""
+        """The order of a parameter's elements: by blocks of columns where columns are sharded."""
         return self._orders[fqn]
 
     def ranges(self, fqn: str) -> list[Range]:
-        """Whole rows, of the parameter or of a block of its columns."""
+        """For each rank, its range: whole rows of the parameter or of a block of its columns."""
         return self._ranges[fqn]
 
     def gradient(self, fqn: str) -> Tensor | None:
@@ -219,7 +219,7 @@ class TensorShards(ParameterShards):
         return {key: value for key, value in state.items() if value.shape != self.shapes[fqn]}
 
     def step_counts(self) -> Iterator[tuple[Tensor, Sequence[str]]]:
-        """One of each parameter that has state."""
+        """Adam's step count of each parameter that has state, with its name."""
         for fqn, parameter in self._parameters.items():
             state = self._optimizer.state.get(parameter, {}) if self._optimizer else {}
             if "step" in state:

@@ -43,7 +43,7 @@ class Rectangle:
 
     @property
     def numel(self) -> int:
-        """Elements inside."""
+        """Number of elements inside the box."""
         return prod(self.shape)
 
     @property

@@ -62,7 +62,7 @@ class Plan:
         return max(self.peak_bytes, self.start_peak_bytes)
 
     def summary(self) -> str:
-        """One line."""
+        """The plan in one line for a person."""
         return (
             f"{self.model} on {self.world_size} ranks ({self.backend}): "
             f"{self.needed_bytes / 1e9:.1f} of {self.gpu_memory_bytes / 1e9:.0f} GB a rank by "

@@ -23,7 +23,7 @@ class Item:
     shape: tuple[int, ...]
     """Global shape, before any sharding."""
     numel: int
-    """Elements."""
+    """Number of elements."""
     trainable: bool
     """True if the optimizer trains the parameter."""
     role: str

@@ -24,9 +24,9 @@ class Memory:
     """Bytes on the fullest rank."""
 
     weights: int
-    """Parameters in the dtype they are trained and multiplied in."""
+    """Parameters, whole or sharded, in the dtype that the backend keeps them in."""
     gradients: int
-    """Whole or sharded, of trained parameters."""
+    """Gradients of trained parameters, whole or sharded."""
     optimizer: int
     """Moments, and fp32 masters where the backend keeps some apart."""
     bank: int

@@ -66,7 +66,7 @@ class _Passes:
     stream: int
     """An embedding of T tokens in the residual stream's precision."""
     tokens: int
-    """T."""
+    """Tokens of a micro-batch, T."""
     product: int
     """Bytes of an element of a product."""
     inputs: int

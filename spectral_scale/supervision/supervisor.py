@@ -126,13 +126,13 @@ class Supervisor:
         self._time_limit.require_useful()
 
     def mark(self, step: int, phase: Phase) -> None:
-        """This rank enters a phase of a step; cheap enough to be called often."""
+        """Note that this rank enters a phase of a step; cheap enough to be called often."""
         self._watchdog.mark(step, phase)
         if phase == "data":
             self._work.start()
 
     def own_work_done(self, step: int) -> None:
-        """This rank comes to where it exchanges gradients with the others."""
+        """Note that this rank has come to where it exchanges gradients with the others."""
         self.mark(step, "backward")
         self._work.stop()
 
@@ -274,7 +274,7 @@ class Supervisor:
         self._monitor.went_back(saved_health)
 
     def swapped(self) -> None:
-        """Other triplets train from now on: their gradients may be of another size."""
+        """Forget the gradient norms so far: the triplets that train now may have other ones."""
         self._monitor.forget_norms()
 
     def health_state(self) -> dict[str, Any]:

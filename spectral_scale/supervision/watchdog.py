@@ -128,7 +128,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def mark(self, step: int, phase: Phase) -> None:
-        """This rank enters a phase of a step; the phase before it has ended."""
+        """Note that this rank enters a phase of a step, and that the phase before has ended."""
         now, before = time.monotonic(), self._heart.beat.phase
         self._longest[before] = max(self._longest.get(before, 0.0), now - self._moved_at)
         self._heart.mark(step, phase)

@@ -18,7 +18,7 @@ KNN = {"filter__graph": "knn", "filter__neighbors": 1, "filter__refresh_steps": 
 JOINT = {"filter__joint_loss_mu": 0.1, "filter__anchor_steps": 2}
 
 Lines = Sequence[tuple[int, dict[str, Any]]]
-"""`lines` of `train_tiny`."""
+"""Steps and their metrics, as `train_tiny` gives them under `lines`."""
 
 
 def compare_measures(

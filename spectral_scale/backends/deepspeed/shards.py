@@ -57,7 +57,7 @@ class ZeroShards(ParameterShards):
         self._ranges = {fqn: [tuple(rank[fqn]) for rank in ranks] for fqn in mine}
 
     def order(self, fqn: str) -> FlatOrder:
-        """Row-major."""
+        """The order of a parameter's elements, which is row-major for every parameter."""
         return FlatOrder(self.shapes[fqn])
 
     def ranges(self, fqn: str) -> list[Range]:
@@ -86,7 +86,7 @@ class ZeroShards(ParameterShards):
         return {key: fragment.of(state[key]) for key in MOMENTS if key in state}
 
     def step_counts(self) -> Iterator[tuple[Tensor, Sequence[str]]]:
-        """One of each flat tensor, which the parameters in it share."""
+        """Adam's step count of each flat tensor, and the parameters in it, which share it."""
         for flat in self._layout.flats():
             yield self._inner.state[flat.tensor]["step"], self.members(flat.tensor)
 

@@ -70,7 +70,7 @@ class MegatronShards(ParameterShards):
         return self._places[fqn][0]
 
     def ranges(self, fqn: str) -> list[Range]:
-        """What each rank's optimizer steps."""
+        """For each rank, the range of a parameter that its optimizer steps."""
         return self._ranges[fqn]
 
     def local_range(self, fqn: str) -> Range:
@@ -85,7 +85,7 @@ class MegatronShards(ParameterShards):
         return None if found[0].grad is None else found[0].grad.view(-1)
 
     def value(self, fqn: str) -> Tensor:
-        """What is stepped."""
+        """The elements that this rank's optimizer steps, 1-D; empty if it steps none of them."""
         found = self._masters.stepped(self._parameters[fqn])
         if found is None:
             return torch.empty(0, device=self.device)
@@ -100,7 +100,7 @@ class MegatronShards(ParameterShards):
         return {key: found[2][key].view(-1) for key in MOMENTS}
 
     def step_counts(self) -> Iterator[tuple[Tensor, Sequence[str]]]:
-        """One of each parameter of which this rank steps anything."""
+        """Adam's step count of each parameter of which this rank steps anything, with its name."""
         for fqn, parameter in self._parameters.items():
             found = self._masters.stepped(parameter)
             if found is not None:

@@ -17,12 +17,12 @@ _LAYOUT = ("spectral_rank", "lora_alpha")
 
 
 def _kept_per_token(spectral: SpectralConfig, _: Architecture) -> int:
-    """x a."""
+    """Elements of x a, the input times the first factor, that are kept of each token."""
     return spectral.spectral_rank
 
 
 def _saved(model: PlannedModel) -> int:
-    """The base weights."""
+    """Bytes of the base weights, which a checkpoint holds in full precision."""
     return model.itemsize * sum(m * n for m, n in model.matrices.values())
 
 

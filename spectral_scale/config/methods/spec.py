@@ -29,7 +29,7 @@ class PlannedModel:
     block_ranks: int
     """Ranks over which whole matrices of the blocks can be divided; 1 where each rank holds all."""
     world_size: int
-    """All ranks."""
+    """Number of all ranks."""
     itemsize: int
     """Bytes of an element of what trains, of its moments and of triplets."""
     frozen_itemsize: int

@@ -27,9 +27,9 @@ class CategoryBasis:
     category: str
     """The category's name: the last parts of its layers' names."""
     v: Tensor
-    """(n, n) V."""
+    """The common basis V of the category, (n, n)."""
     v_inverse_t: Tensor
-    """(n, n) V^-T."""
+    """The inverse of V, transposed, (n, n)."""
     pattern: Pattern
     """The positions of the entries of S."""
 

@@ -28,7 +28,7 @@ from spectral_scale.ops.decomposition import compose, svd
 from spectral_scale.ops.sampling import sample_triplets
 
 NOTHING = torch.empty(0, dtype=torch.int64)
-"""No active triplets."""
+"""Indices of no triplets."""
 
 
 @dataclass(kw_only=True)

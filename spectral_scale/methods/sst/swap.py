@@ -62,7 +62,7 @@ class Swap:
     collective: Collective
     """All ranks that train the model."""
     clock: PhaseClock
-    """Times the phases."""
+    """Clock that times the phases of a swap."""
     _proven: bool = field(default=False, init=False)
 
     def run(self, iteration: int) -> SwapReport:

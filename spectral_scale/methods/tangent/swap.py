@@ -50,7 +50,7 @@ class TangentSwap:
     collective: Collective
     """All ranks that train the model."""
     clock: PhaseClock
-    """Times the phases."""
+    """Clock that times the phases of a swap."""
     _proven: bool = field(default=False, init=False)
 
     def run(self, iteration: int) -> TangentReport:

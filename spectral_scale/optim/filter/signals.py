@@ -21,7 +21,7 @@ class Signal(Protocol):
     num_units: int
     """Slices, of one or more features each, between which blocks begin and end."""
     unit: int
-    """Features a unit."""
+    """Number of features in a unit."""
 
     def read(self, start: int, stop: int) -> Tensor:
         """Units [start, stop) of all nodes as (n, (stop - start) * unit), float32 or float64."""

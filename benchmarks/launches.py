@@ -25,9 +25,11 @@ STEPS = [
 
 
 def layer(kind: str) -> dict[str, Any]:
-    """Forward and backward of one layer of 2048 x 2048 under bf16 autocast, with bias."""
+    """Forward and backward of one layer of 2048 x 2048 under bf16 autocast, with bias; of SST in
+    the second micro-batch of a step, which finds the factors cast."""
     import torch
 
+    from spectral_scale.methods.sst.casts import CastCache
     from spectral_scale.methods.sst.layer import SpectralLinear
     from spectral_scale.testing.launches import Launches
 
@@ -37,13 +39,15 @@ def layer(kind: str) -> dict[str, Any]:
         module = SpectralLinear(
             LAYER, LAYER, 64, storage=kind, frozen_dtype=torch.bfloat16, device="cuda"
         )
-        module.ready = True
-    x = torch.randn(TOKENS, LAYER, device="cuda", requires_grad=True)
-    with Launches() as counted:
-        with torch.autocast("cuda", torch.bfloat16):
-            y = module(x)
-        forward = counted.launches
-        y.backward(torch.empty_like(y))
+        module.ready, module.casts = True, CastCache()
+    for _ in range(2):
+        x = torch.randn(TOKENS, LAYER, device="cuda", requires_grad=True)
+        with Launches() as counted:
+            with torch.autocast("cuda", torch.bfloat16):
+                y = module(x)
+            forward = counted.launches
+            y.backward(torch.empty_like(y))
+        module.zero_grad()
     return counted.figures() | {"forward": forward}
 
 

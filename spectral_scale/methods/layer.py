@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spectral_scale.errors import ConfigError, SpectralError
 from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
+from spectral_scale.ops.autocast import product_dtype
 
 ShardedProduct = Callable[[Tensor, Tensor | None], Tensor]
 """(inputs (tokens, in), bias or None) -> outputs (tokens, out), of a rank's shard of a layer."""
@@ -123,6 +124,4 @@ def weights_set_aside(layers: Mapping[str, FactoredLinear]) -> Callable[[str], T
 
 def in_product_dtype(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on."""
-    device_type = x.device.type
-    on = torch.is_autocast_enabled(device_type)
-    return x.to(torch.get_autocast_dtype(device_type)) if on else x
+    return x.to(product_dtype(x))

@@ -30,6 +30,9 @@ class ParameterStore(ABC):
     """The ranks that hold the parameters."""
     moves_moments: bool = False
     """Whether `move_moments` is there."""
+    keeps_parameters: bool = False
+    """Whether this rank's trained parameters lie whole in its memory between passes, so that copies
+    of them in another precision may do so too."""
     retracts_in_step: bool = False
     """Whether every optimizer step scales the columns of u and v to unit length by itself. If so,
     `require_retracted` takes the place of `retract_columns`."""
@@ -101,6 +104,7 @@ class TorchStore(ParameterStore):
     """Parameters that every rank holds whole, and a torch optimizer's state of them."""
 
     moves_moments = True
+    keeps_parameters = True
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, collective: Collective

@@ -11,12 +11,13 @@ from spectral_scale.config.methods import chosen_spec
 from spectral_scale.config.methods.spec import MethodSpec
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import RunConfig
+from spectral_scale.models.loss_chunks import chunk_sizes
 
 ASSUMPTIONS = (
     "activations: attention by SDPA's fused kernels (no score matrix kept) unless model.attention "
     "is eager, no dropout masks, "
     "one micro-batch in flight; logits are kept in the products' dtype and twice in fp32 (loss and "
-    "its gradient)"
+    "its gradient), of a chunk of tokens at a time where that is possible and all would be large"
 )
 
 
@@ -48,11 +49,29 @@ def activation_bytes(
         kept = inputs * architecture.num_layers + block
     else:
         kept = block * architecture.num_layers
-    words = architecture.vocab_size // parts
-    logits = tokens * words * (product + 2 * max(4, stream))
+    logits = _logit_bytes(config, architecture, tokens=tokens)
     if architecture.embedding_size != architecture.hidden_size:  # projected, and projected back
         logits += 2 * tokens * architecture.embedding_size * stream
     return Activations(blocks=kept, logits=logits)
+
+
+def _logit_bytes(config: RunConfig, architecture: Architecture, *, tokens: int) -> int:
+    """Logits, loss and its gradient, as `models.loss` takes them.
+
+    In chunks: the logits of one, and the gradients of the last hidden states and of the head's
+    weight, which exist as soon as the loss does.
+    """
+    product, stream = itemsizes(config)
+    parts, _ = _cuts(config)
+    words = architecture.vocab_size // parts
+    wide = max(4, stream)
+    rows = tokens
+    kept = 0
+    if config.parallel.backend != "megatron" and parts == 1:
+        rows = max(chunk_sizes(tokens, words))
+        if rows < tokens:
+            kept = architecture.embedding_size * (tokens * stream + words * wide)
+    return rows * words * (product + 2 * wide) + kept
 
 
 def itemsizes(config: RunConfig) -> tuple[int, int]:

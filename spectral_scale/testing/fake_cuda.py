@@ -90,6 +90,8 @@ def fake_cuda() -> Iterator[None]:
     cuda.is_bf16_supported = lambda *_, **__: True
     amp.amp_definitely_not_available = lambda: False
     torch.nn.functional.scaled_dot_product_attention = _attention
+    setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)  # noqa: B010
+    setattr(torch.Tensor, "record_stream", lambda *_: None)  # noqa: B010
     setattr(FakeTensor, "tolist", _zeros)  # noqa: B010
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield

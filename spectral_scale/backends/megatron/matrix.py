@@ -1,7 +1,7 @@
 """One logical matrix of a Megatron layer, as one tensor-parallel rank holds it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from spectral_scale.config.methods.sst import trains_all_sigma
 from spectral_scale.config.schema import SpectralConfig
-from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.errors import ConfigError
 from spectral_scale.methods.sst.layer import SpectralLinear
-from spectral_scale.methods.sst.product import Bottleneck, SpectralProduct
+from spectral_scale.methods.sst.product import Bottleneck
 from spectral_scale.parallel.tensor_parallel_regions import start_all_reduce
 from spectral_scale.parallel.tensor_parallel_table import factor_sharded_dim
 
@@ -131,24 +131,9 @@ class SpectralMatrix(SpectralLinear):
         """Column-parallel: (..., in) -> this rank's outputs; row-parallel: its inputs -> a summand,
         to which no bias may be added.
 
-        In x's dtype; gradients as `SpectralProduct` says.
+        Gradients are as `SpectralProduct` says.
         """
-        if not self.ready:
-            raise SpectralError(
-                "a spectral layer was used before its triplets were installed; create the "
-                "SpectralController before the first forward"
-            )
-        y = SpectralProduct.apply(
-            x.reshape(-1, x.shape[-1]),
-            self.residual,
-            self.u,
-            self.v,
-            self.u_fixed,
-            self.v_fixed,
-            self.sigma,
-            self.bias if add_bias else None,
-            self.enhanced,
-            self.active_sigma_only,
-            self.bottleneck,
+        factors = self.factors()
+        return self.product(
+            x, factors if add_bias else replace(factors, bias=None), self.bottleneck
         )
-        return y.view(*x.shape[:-1], y.shape[-1])

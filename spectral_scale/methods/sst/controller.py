@@ -18,6 +18,7 @@ from spectral_scale.methods.owners import assign_owners
 from spectral_scale.methods.phases import OwnerWork, PhaseClock
 from spectral_scale.methods.schedule import SpectralSchedule
 from spectral_scale.methods.sst.bank import SpectralBank
+from spectral_scale.methods.sst.casts import CastCache
 from spectral_scale.methods.sst.layer import spectral_layers
 from spectral_scale.methods.sst.report import SwapReport
 from spectral_scale.methods.sst.swap import Swap
@@ -95,6 +96,9 @@ class SpectralController:
         )
         if optimizer is not None:
             self.ramp_learning_rates(optimizer)
+        if self.store.keeps_parameters:
+            for layer in self.layers.values():
+                layer.casts = CastCache()
         if decompose:
             self._decompose_initial(weights or weights_set_aside(self.layers))
             self.swap.begin(0)
@@ -117,6 +121,7 @@ class SpectralController:
                 because they were clamped in the step before.
         """
         self.applied_steps += 1
+        self._forget_casts()
         directions = [f"{n}.{leaf}" for n in self.layers for leaf in ("u", "v")]
         if self.store.retracts_in_step:
             self.store.require_retracted(directions)
@@ -168,6 +173,7 @@ class SpectralController:
             applied_steps: optimizer steps taken when it was saved.
         """
         self.applied_steps = applied_steps
+        self._forget_casts()
         for name, owner in self.owners.items():
             if owner == self.collective.rank:
                 saved = {leaf: read(f"bank/{name}/{leaf}") for leaf in self._saved_leaves()}
@@ -175,6 +181,12 @@ class SpectralController:
         self.swap.scatter(trained=False)
 
     # -- small parts -----------------------------------------------------------------------
+
+    def _forget_casts(self) -> None:
+        """No forward pass runs before the parameters have their new values."""
+        for layer in self.layers.values():
+            if layer.casts is not None:
+                layer.casts.clear()
 
     def _decompose_initial(self, weights: WeightSource) -> None:
         work = OwnerWork()

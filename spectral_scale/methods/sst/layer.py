@@ -4,7 +4,8 @@ Knows nothing of schedules, banks, optimizers or processes.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -14,8 +15,10 @@ from spectral_scale.config.methods.sst import trains_all_sigma
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
 from spectral_scale.methods.convert import replace_linears
-from spectral_scale.methods.layer import FactoredLinear, ShardedProduct, in_product_dtype
-from spectral_scale.methods.sst.product import Bottleneck, SpectralProduct
+from spectral_scale.methods.layer import FactoredLinear, ShardedProduct
+from spectral_scale.methods.sst.casts import CastCache, Factors
+from spectral_scale.methods.sst.forward import spectral_forward
+from spectral_scale.methods.sst.product import Bottleneck
 from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 from spectral_scale.ops.precision import exact_products
 from spectral_scale.parallel.table import Role
@@ -65,6 +68,8 @@ class SpectralLinear(FactoredLinear):
         super().__init__(in_features, out_features)
         self.spectral_rank = spectral_rank
         self.enhanced, self.active_sigma_only = enhanced, active_sigma_only
+        self.casts: CastCache | None = None
+        """Keeps cast factors between micro-batches, where a controller says that it is safe."""
         k = min(in_features, out_features)
 
         def trained(*shape: int) -> nn.Parameter:
@@ -92,29 +97,42 @@ class SpectralLinear(FactoredLinear):
         """
         if self.sharded_forward is not None:
             return self.sharded_forward(x)
-        x = self.prepared(x)
-        y = SpectralProduct.apply(
-            x.reshape(-1, self.in_features),
-            self.residual,
-            self.u,
-            self.v,
-            self.u_fixed,
-            self.v_fixed,
-            self.sigma,
-            self.bias,
-            self.enhanced,
-            self.active_sigma_only,
-        )
-        return y.view(*x.shape[:-1], self.out_features)
+        return self.product(x, self.factors())
 
-    def prepared(self, x: Tensor) -> Tensor:
-        """The input in the dtype of the product. Raises SpectralError before there are values."""
+    def factors(self, *, local: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Factors:
+        """The parameters that the product takes, or `local` of each."""
+
+        def of(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else local(tensor)
+
+        return Factors(
+            residual=of(self.residual),
+            u=local(self.u),
+            v=local(self.v),
+            u_fixed=of(self.u_fixed),
+            v_fixed=of(self.v_fixed),
+            sigma=local(self.sigma),
+            bias=of(self.bias),
+        )
+
+    def product(self, x: Tensor, factors: Factors, bottleneck: Bottleneck | None = None) -> Tensor:
+        """(..., in) -> (..., out) with given factors; see `spectral_forward`.
+
+        Raises SpectralError before there are values.
+        """
         if not self.ready:
             raise SpectralError(
                 "a converted layer was used before its triplets were installed; "
                 "create the SpectralController after convert() and before the first forward"
             )
-        return in_product_dtype(x)
+        return spectral_forward(
+            x,
+            factors,
+            enhanced=self.enhanced,
+            active_sigma_only=self.active_sigma_only,
+            bottleneck=bottleneck,
+            casts=self.casts,
+        )
 
     def sharded_product(self, context: TensorParallelContext) -> ShardedProduct:
         """Column-parallel: this rank's rows of u and of the residual; row-parallel: its rows of v
@@ -122,17 +140,7 @@ class SpectralLinear(FactoredLinear):
         bottleneck, local = Bottleneck(context.sharding, context.start_sum), context.local
 
         def product(x: Tensor, bias: Tensor | None) -> Tensor:
-            y: Tensor = SpectralProduct.apply(
-                self.prepared(x),
-                *(None if p is None else local(p) for p in (self.residual, self.u, self.v)),
-                *(None if p is None else local(p) for p in (self.u_fixed, self.v_fixed)),
-                local(self.sigma),
-                bias,
-                self.enhanced,
-                self.active_sigma_only,
-                bottleneck,
-            )
-            return y
+            return self.product(x, replace(self.factors(local=local), bias=bias), bottleneck)
 
         return product
 

@@ -1,0 +1,53 @@
+"""The one place where an SST layer's product is chosen; every form of the layer computes here.
+
+On the CPU and with fixed directions that is `SpectralProduct`, on GPUs `FusedSpectralProduct`.
+Other forms of the frozen rest (int8) or of the update take their place beside these two.
+"""
+
+import torch
+from torch import Tensor
+
+from spectral_scale.methods.layer import in_product_dtype
+from spectral_scale.methods.sst.casts import CastCache, Factors
+from spectral_scale.methods.sst.fused_product import FusedSpectralProduct
+from spectral_scale.methods.sst.product import Bottleneck, SpectralProduct
+from spectral_scale.ops.autocast import product_dtype
+
+FUSED_ON = {"cuda"}
+"""Devices on which bytes and launches cost more than products."""
+
+
+def spectral_forward(
+    x: Tensor,
+    factors: Factors,
+    *,
+    enhanced: bool,
+    active_sigma_only: bool,
+    bottleneck: Bottleneck | None = None,
+    casts: CastCache | None = None,
+) -> Tensor:
+    """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's.
+
+    Args:
+        x: input, cast here if that is needed.
+        factors: of the layer; gradients go to u, v, sigma and bias.
+        enhanced: the form of the gradient; see `SpectralProduct`.
+        active_sigma_only: sigmas of fixed directions get no gradient.
+        bottleneck: completes partial sums over tensor-parallel ranks.
+        casts: keeps cast factors between micro-batches; None casts them in every pass.
+    """
+    if x.device.type in FUSED_ON and factors.residual is not None and factors.u_fixed is None:
+        dtype = product_dtype(x)
+        compiling = torch.compiler.is_compiling()  # which fuses the casts itself
+        kept = None if casts is None or compiling else casts.get(factors, dtype)
+        y: Tensor = FusedSpectralProduct.apply(
+            x.reshape(-1, x.shape[-1]), factors.residual, factors.u, factors.v, factors.sigma,
+            factors.bias, dtype, enhanced, bottleneck, kept,
+        )  # fmt: skip
+    else:
+        x = in_product_dtype(x)
+        y = SpectralProduct.apply(
+            x.reshape(-1, x.shape[-1]), factors.residual, factors.u, factors.v, factors.u_fixed,
+            factors.v_fixed, factors.sigma, factors.bias, enhanced, active_sigma_only, bottleneck,
+        )  # fmt: skip
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -51,7 +51,11 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def commit(writing: Path, final: Path) -> None:
-    """Give a complete folder its final name by one rename, replacing an older one of that name."""
+    """Give a complete folder its final name by one rename, replacing an older one of that name.
+
+    A process killed between the two renames leaves the older checkpoint under `.replaced_...`:
+    `list_checkpoints` still counts it, and `remove_leftovers` gives it its name back.
+    """
     root = final.parent
     aside = root / f".replaced_{final.name}"
     if final.exists():

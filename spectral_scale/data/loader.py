@@ -199,6 +199,8 @@ class ValidationLoader:
     `num_sequences`). Ranks take contiguous parts that differ by at most one sequence; a rank
     may have none. The last sequence of the folder may be short: its missing labels are -100.
 
+    3 of 10 sequences are 0, 3 and 6; of 2 ranks, the first reads 0, and the second 3 and 6.
+
     Args:
         folder: the token stream.
         sequence_length: S, tokens a sequence.

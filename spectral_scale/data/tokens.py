@@ -102,6 +102,9 @@ class TokenFolder:
     def document_starts(self) -> np.ndarray:
         """Start of each document in the stream: int64, shape (documents,), ascending.
 
+        Shards store where documents end, counted from their own first token. A shard of 8 tokens
+        with the ends 5 and 8, and one of 4 tokens with the end 4, give the starts 0, 5 and 8.
+
         Raises:
             DataError: a file of document ends is corrupt.
         """

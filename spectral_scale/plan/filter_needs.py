@@ -60,6 +60,8 @@ def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) ->
     groups = plan_groups(members, settings, head_size=inventory.architecture.head_size)
     numels = {fqn: prod(members[fqn].shape) for group in groups for fqn in group.fqns}
     itemsize = master_itemsize(config)
+    # Of each parameter: sampled entries, from which its drift is estimated, and its whole anchor if
+    # there is a joint loss.
     kept_by_name = {
         fqn: itemsize * (min(n, DRIFT_ENTRIES) + (n if settings.joint_loss_mu else 0))
         for fqn, n in numels.items()
@@ -81,6 +83,8 @@ def filter_needs(config: RunConfig, inventory: Inventory, *, world_size: int) ->
     else:
         both = [mean + graph for mean, graph in zip(means, graphs, strict=True)]
         kept = state + _fullest(groups, numels, both, sharding.ranks)
+    # Nodes that are layers need no exchange where a rank has the same entries of each; nodes inside
+    # a sharded matrix need it whole on one rank.
     moved = sharding.ranks > 1 and not (settings.nodes == "layers" and sharding.aligned)
     workspace = (
         itemsize * _largest_change(groups, numels, sharding) if settings.joint_loss_mu else 0

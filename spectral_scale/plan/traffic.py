@@ -43,7 +43,12 @@ def traffic_of(run: ResolvedRun, inventory: Inventory) -> Traffic:
 
 
 def _groups(config: RunConfig, world_size: int) -> tuple[int, int]:
-    """Ranks of a shard group, and the number of replicas whose gradients are summed."""
+    """Ranks of a shard group, and the number of replicas whose gradients are summed.
+
+    8 ranks under FSDP2 with shard_group 4 are 4 ranks that share one replica, and 2 replicas. On
+    the other backends all ranks of different data take part in both kinds of message: 8 and 8, or
+    4 and 4 with tensor_parallel 2.
+    """
     ranks = data_parallel_size(config.parallel, world_size)
     if config.parallel.backend != "fsdp2":
         return ranks, ranks
@@ -67,6 +72,7 @@ def step_payload(run: ResolvedRun, inventory: Inventory) -> Payload:
     if stage < 3:
         return Payload(all_gather=weights, reduce_scatter=weights)
     frozen = size * inventory.numel(trainable=False) if shards_residual(config.parallel) else 0
+    # Every micro-batch gathers the weights twice, for its forward and for its backward pass.
     return Payload(all_gather=2 * accumulation * (weights + frozen), reduce_scatter=weights)
 
 

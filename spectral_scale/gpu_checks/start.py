@@ -46,7 +46,7 @@ def check_start_peak(place: Place) -> Finding:
     first = load_history(run_dir).current()[0]
     peak = None if place.rehearsal else int(first["memory/peak_bytes"])
     run = resolve(load_config([], words).config, world_size=world_size)
-    planned = plan_run(run, gpu_memory_bytes=80e9).peak_bytes - RESERVED_BYTES
+    planned = plan_run(run, gpu_memory_bytes=80e9).start_peak_bytes - RESERVED_BYTES
     figures = peak_figures(f"start on {world_size} ranks", peak, planned)
     weights = recorded("weights of rank 0, MB", first["memory/weights_bytes"] / 1e6)
     return Finding(figures=[*figures, weights])

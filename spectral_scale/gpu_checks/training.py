@@ -94,7 +94,7 @@ def check_swap(place: Place) -> Finding:
         config = small_config(place, corpus, f"bank-{bank_device}", changes)
         runs[bank_device] = train_here(config)
         plan = plan_run(resolved(config), gpu_memory_bytes=80e9)
-        planned = plan.peak_bytes - RESERVED_BYTES
+        planned = plan.needed_bytes - RESERVED_BYTES
         figures += peak_figures(f"bank on {bank_device}", place.peak_bytes(), planned)
     return Finding(figures=[*same_triplets(runs["cpu"], runs["model"]), *figures])
 

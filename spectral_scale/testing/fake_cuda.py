@@ -93,6 +93,8 @@ def fake_cuda() -> Iterator[None]:
     setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)  # noqa: B010
     setattr(torch.Tensor, "record_stream", lambda *_: None)  # noqa: B010
     setattr(FakeTensor, "tolist", _zeros)  # noqa: B010
+    setattr(FakeTensor, "pin_memory", lambda tensor, *_: tensor)  # noqa: B010
+    setattr(FakeTensor, "record_stream", lambda *_: None)  # noqa: B010
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from spectral_scale.data.loader import Batch
 from spectral_scale.data.to_device import BatchMover
@@ -40,7 +41,8 @@ def moved_to_gpu() -> dict[str, Any]:
     cuda: Any = torch.cuda
     cuda.Stream, cuda.stream = Stream, Inside
     cuda.current_stream = lambda *_: Stream("computing")
-    pinned, recorded, to = torch.Tensor.pin_memory, [], torch.Tensor.to
+    recorded: list[str] = []
+    to = torch.Tensor.to
 
     def pin_memory(self: torch.Tensor) -> torch.Tensor:
         calls.append("pin")
@@ -50,11 +52,11 @@ def moved_to_gpu() -> dict[str, Any]:
         calls.append(f"copy {keys}")
         return to(self, *arguments, **keys)
 
-    torch.Tensor.pin_memory, torch.Tensor.to = pin_memory, moved  # type: ignore[assignment]
-    torch.Tensor.record_stream = lambda self, s: recorded.append(s.name)  # type: ignore
+    fake: Any = FakeTensor
+    fake.pin_memory, fake.to = pin_memory, moved
+    fake.record_stream = lambda self, stream: recorded.append(stream.name)
     batch = Batch(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))
     (found,) = BatchMover(torch.device("cuda", 0)).move([batch])
-    torch.Tensor.pin_memory = pinned  # type: ignore[method-assign]
     return {"calls": calls, "recorded": recorded, "devices": [str(t.device) for t in found]}
 
 

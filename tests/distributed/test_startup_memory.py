@@ -25,6 +25,9 @@ BACKENDS: dict[str, dict[str, Any]] = {
     },
 }
 
+OWN_BYTES = {"fsdp2": 0, "zero3": 5 << 20}
+"""What DeepSpeed allocates for itself at the start, 4.3 to 4.7 MB at widths from 64 to 256."""
+
 
 def start(config: Any, whole_first: bool) -> dict[str, int]:
     """Build a run on this rank, and count.
@@ -89,4 +92,5 @@ def test_a_rank_never_holds_more_than_its_shards_and_a_block(
         else:
             assert found["peak"] <= shards + found["block"]
             assert found["kept"] == pytest.approx(shards, rel=0.05)
-            assert found["start"] <= plan.start_peak_bytes - RESERVED_BYTES + found["block"]
+            planned = plan.start_peak_bytes - RESERVED_BYTES + OWN_BYTES[backend]
+            assert found["start"] <= planned + found["block"]

@@ -4,14 +4,14 @@ from spectral_scale.bench.render import to_markdown
 from spectral_scale.bench.results import StepBench
 from spectral_scale.bench.settings import StepSettings
 from spectral_scale.bench.step import bench_step
-from spectral_scale.gpu_checks.findings import Figure, Finding, holds, recorded
+from spectral_scale.gpu_checks.findings import CheckFinding, Figure, holds, recorded
 from spectral_scale.gpu_checks.place import Place
 
 FORMULA_TOLERANCE = 0.01
 """The persistent state may differ from its formula by this share."""
 
 
-def check_opt_125m(place: Place) -> Finding:
+def check_opt_125m(place: Place) -> CheckFinding:
     """All three variants with their swaps."""
     settings = StepSettings(
         model=place.choose("opt-125m", "opt-tiny"),
@@ -27,7 +27,7 @@ def check_opt_125m(place: Place) -> Finding:
     return table(bench_step(settings))
 
 
-def check_opt_1_3b(place: Place) -> Finding:
+def check_opt_1_3b(place: Place) -> CheckFinding:
     """Dense and residual steps; its swaps would take minutes, and the SVD table tells of them."""
     settings = StepSettings(
         model=place.choose("opt-1.3b", "opt-tiny"),
@@ -45,7 +45,7 @@ def check_opt_1_3b(place: Place) -> Finding:
     return table(bench_step(settings))
 
 
-def table(bench: StepBench) -> Finding:
+def table(bench: StepBench) -> CheckFinding:
     """The ratios to the dense step, and the tables of `bench step` as they are."""
     figures: list[Figure] = []
     for result in bench.results:
@@ -61,4 +61,4 @@ def table(bench: StepBench) -> Finding:
                 required=f"1 within {FORMULA_TOLERANCE:g}",
             ),
         ]
-    return Finding(figures=figures, text=to_markdown(bench))
+    return CheckFinding(figures=figures, text=to_markdown(bench))

@@ -19,7 +19,7 @@ class Check:
     module: str
     """Module of `gpu_checks` that holds it."""
     function: str
-    """Name of the function in that module; called with a `Place`, it returns a `Finding`."""
+    """Name of the function in that module; called with a `Place`, it returns a `CheckFinding`."""
     gpus: int = 1
     """GPUs that it needs."""
     gigabytes: float = 4.0

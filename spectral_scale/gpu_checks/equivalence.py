@@ -7,7 +7,7 @@ from typing import Any
 
 from spectral_scale.config.packages import require_package
 from spectral_scale.errors import ConfigError
-from spectral_scale.gpu_checks.findings import Figure, Finding, at_most, recorded
+from spectral_scale.gpu_checks.findings import CheckFinding, Figure, at_most, recorded
 from spectral_scale.gpu_checks.place import Place
 from spectral_scale.gpu_checks.rank_processes import Ranks
 from spectral_scale.gpu_checks.runs import largest_gap, make_corpus, words_of
@@ -20,7 +20,7 @@ SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class CheckedLayout:
     """A backend, its settings, and the number of ranks."""
 
     name: str
@@ -29,54 +29,54 @@ class Layout:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _zero(stage: int, ranks: int) -> Layout:
+def _zero(stage: int, ranks: int) -> CheckedLayout:
     settings = {"parallel.zero_stage": stage}
-    return Layout(name=f"ZeRO-{stage}", backend="deepspeed", ranks=ranks, settings=settings)
+    return CheckedLayout(name=f"ZeRO-{stage}", backend="deepspeed", ranks=ranks, settings=settings)
 
 
 ALONE = (
-    Layout(name="torch", backend="torch"),
-    Layout(name="FSDP2", backend="fsdp2"),
+    CheckedLayout(name="torch", backend="torch"),
+    CheckedLayout(name="FSDP2", backend="fsdp2"),
     *(_zero(stage, 1) for stage in range(4)),
-    Layout(name="Megatron", backend="megatron"),
+    CheckedLayout(name="Megatron", backend="megatron"),
 )
 """Layouts that run on one GPU."""
 TOGETHER = (
-    Layout(name="DDP", backend="torch", ranks=2),
-    Layout(name="FSDP2", backend="fsdp2", ranks=2),
+    CheckedLayout(name="DDP", backend="torch", ranks=2),
+    CheckedLayout(name="FSDP2", backend="fsdp2", ranks=2),
     *(_zero(stage, 2) for stage in range(4)),
-    Layout(name="Megatron", backend="megatron", ranks=2),
-    Layout(
+    CheckedLayout(name="Megatron", backend="megatron", ranks=2),
+    CheckedLayout(
         name="Megatron, tensor parallel",
         backend="megatron",
         ranks=2,
         settings={"parallel.tensor_parallel": 2, "parallel.sequence_parallel": True},
     ),
-    Layout(
+    CheckedLayout(
         name="FSDP2, tensor parallel",
         backend="fsdp2",
         ranks=2,
         settings={"parallel.tensor_parallel": 2},
     ),
-    Layout(name="HSDP", backend="fsdp2", ranks=4, settings={"parallel.shard_group": 2}),
+    CheckedLayout(name="HSDP", backend="fsdp2", ranks=4, settings={"parallel.shard_group": 2}),
 )
 """Layouts that run on several GPUs of one machine."""
 
 
-def check_backends(place: Place) -> Finding:
+def check_backends(place: Place) -> CheckFinding:
     """Each backend on one GPU."""
     return compare(place, ALONE)
 
 
-def check_backends_on_several_gpus(place: Place) -> Finding:
+def check_backends_on_several_gpus(place: Place) -> CheckFinding:
     """Each backend on two GPUs, and HSDP on four where there are so many."""
     return compare(place, TOGETHER)
 
 
-def compare(place: Place, layouts: tuple[Layout, ...]) -> Finding:
+def compare(place: Place, layouts: tuple[CheckedLayout, ...]) -> CheckFinding:
     """The largest difference of a loss, for each layout that can run here."""
     corpus = make_corpus(place.folder / "corpus")
-    reference = Layout(name="one CPU process", backend="torch")
+    reference = CheckedLayout(name="one CPU process", backend="torch")
     expected, problem = losses_of(place, reference, corpus, device="cpu")
     if expected is None:
         raise RuntimeError(f"the reference on the CPU did not train: {problem}")
@@ -90,10 +90,10 @@ def compare(place: Place, layouts: tuple[Layout, ...]) -> Finding:
         gap = float("inf") if found is None else largest_gap(found, expected)
         figures.append(at_most(f"{layout.name}, difference of the loss", gap, LOSS_LIMIT))
         problems += [f"{layout.name}:\n\n```\n{problem}\n```"] if found is None else []
-    return Finding(figures=figures, text="\n\n".join(problems))
+    return CheckFinding(figures=figures, text="\n\n".join(problems))
 
 
-def cannot_run(place: Place, layout: Layout) -> str | None:
+def cannot_run(place: Place, layout: CheckedLayout) -> str | None:
     """Why a layout is left out here."""
     if layout.ranks > place.gpus:
         return f"{layout.ranks} GPUs needed"
@@ -107,7 +107,7 @@ def cannot_run(place: Place, layout: Layout) -> str | None:
 
 
 def losses_of(
-    place: Place, layout: Layout, corpus: Path, *, device: str
+    place: Place, layout: CheckedLayout, corpus: Path, *, device: str
 ) -> tuple[dict[int, float] | None, str]:
     """Losses by step of a run of `spectral-scale train`; None, and what it printed, if it fails."""
     run_dir = place.folder / f"{layout.name}-{layout.ranks}".replace(", ", "-").replace(" ", "-")

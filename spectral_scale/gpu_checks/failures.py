@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from spectral_scale.gpu_checks.findings import Figure, Finding, at_most, holds
+from spectral_scale.gpu_checks.findings import CheckFinding, Figure, at_most, holds
 from spectral_scale.gpu_checks.place import Place
 from spectral_scale.gpu_checks.rank_processes import Ranks
 from spectral_scale.gpu_checks.runs import make_corpus, words_of
@@ -28,7 +28,7 @@ ENDLESS = {
 }
 
 
-def check_out_of_memory(place: Place) -> Finding:
+def check_out_of_memory(place: Place) -> CheckFinding:
     """A run on one rank that needs more memory than it is given."""
     corpus, run_dir = make_corpus(place.folder / "corpus"), place.folder / "run"
     changes: dict[str, Any] = {"model.vocab_size": 10**15}
@@ -49,7 +49,7 @@ def check_out_of_memory(place: Place) -> Finding:
         (code,) = ranks.exit_codes(START_SECONDS)
         seconds, output = time.monotonic() - started, ranks.output(0)
     reason = read_status(run_dir).get("reason", "")
-    return Finding(
+    return CheckFinding(
         figures=[
             holds(
                 "exit code",
@@ -64,7 +64,7 @@ def check_out_of_memory(place: Place) -> Finding:
     )
 
 
-def check_hang(place: Place) -> Finding:
+def check_hang(place: Place) -> CheckFinding:
     """A rank whose main thread waits for a GPU that spins for ever."""
     corpus, run_dir = make_corpus(place.folder / "corpus"), place.folder / "run"
     changes = ENDLESS | {"train.steps": 1000}
@@ -75,7 +75,7 @@ def check_hang(place: Place) -> Finding:
         (code,) = ranks.exit_codes(LIMIT_SECONDS + HANG_SECONDS)
         seconds = time.monotonic() - hung_at
         output = ranks.output(0)
-    return Finding(figures=hang_figures(run_dir, code, seconds, output))
+    return CheckFinding(figures=hang_figures(run_dir, code, seconds, output))
 
 
 def hang_figures(run_dir: Path, code: int | None, seconds: float, output: str) -> list[Figure]:
@@ -98,13 +98,13 @@ def wait_for_file(path: Path, seconds: float) -> float:
     return time.monotonic()
 
 
-def check_lost_rank(place: Place) -> Finding:
+def check_lost_rank(place: Place) -> CheckFinding:
     """One of two ranks is killed, and one is stopped."""
     corpus = make_corpus(place.folder / "corpus")
     figures: list[Figure] = []
     for name, number in (("killed", signal.SIGKILL), ("stopped", signal.SIGSTOP)):
         figures += lose_rank(place, corpus, name, number)
-    return Finding(figures=figures)
+    return CheckFinding(figures=figures)
 
 
 def lose_rank(place: Place, corpus: Path, name: str, number: signal.Signals) -> list[Figure]:

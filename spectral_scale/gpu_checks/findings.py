@@ -20,7 +20,7 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class CheckFinding:
     """What a check returns. It passes if all its figures are as required."""
 
     figures: Sequence[Figure]
@@ -74,7 +74,7 @@ def recorded(name: str, value: float | str) -> Figure:
     return Figure(name=name, value=value)
 
 
-def judged(name: str, finding: Finding, *, seconds: float, facts: Mapping[str, str]) -> Result:
+def judged(name: str, finding: CheckFinding, *, seconds: float, facts: Mapping[str, str]) -> Result:
     """The result of a check that ran to its end."""
     wrong = [f"{f.name} is {shown(f.value)}, {f.required} is required" for f in finding.figures
              if not f.ok]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from spectral_scale.errors import ConfigError
-from spectral_scale.gpu_checks.findings import Figure, Finding, at_most, equal, holds, recorded
+from spectral_scale.gpu_checks.findings import CheckFinding, Figure, at_most, equal, holds, recorded
 from spectral_scale.gpu_checks.place import Place
 from spectral_scale.gpu_checks.runs import (
     LLAMA,
@@ -33,7 +33,7 @@ STALL_LIMIT = 0.05
 """Share of a background save for which training may stand still."""
 
 
-def check_synchronisations(place: Place) -> Finding:
+def check_synchronisations(place: Place) -> CheckFinding:
     """Waits in a step that neither logs, swaps nor saves, of OPT and LLaMA in bf16.
 
     In a rehearsal they are recorded only: reads that cost nothing on a CPU count as well.
@@ -48,7 +48,7 @@ def check_synchronisations(place: Place) -> Finding:
         figures.append(at_most(title, most, ALLOWED_SYNCS) if judge else recorded(title, most))
         lines += [f"- {name}: `{where}`, {count} times" for where, count in places.items()]
     listed = f"Lines that waited, over {QUIET_STEPS} steps:\n\n" + "\n".join(lines)
-    return Finding(figures=figures, text=listed if lines else "")
+    return CheckFinding(figures=figures, text=listed if lines else "")
 
 
 def syncs_of_steps(
@@ -81,7 +81,7 @@ def syncs_of_steps(
 # -- compilation -----------------------------------------------------------------------------
 
 
-def check_compile(place: Place) -> Finding:
+def check_compile(place: Place) -> CheckFinding:
     """Compiled blocks on each backend of one process that takes them."""
     corpus = make_corpus(place.folder / "corpus")
     figures: list[Figure] = []
@@ -94,7 +94,7 @@ def check_compile(place: Place) -> Finding:
             figures.append(recorded(f"{backend}", "does not take model.compile"))
             continue
         figures += compiled_against_eager(place, corpus, backend)
-    return Finding(figures=figures)
+    return CheckFinding(figures=figures)
 
 
 def compiled_against_eager(place: Place, corpus: Path, backend: str) -> list[Figure]:
@@ -130,7 +130,7 @@ def compiled_graphs() -> int:
 # -- saving ----------------------------------------------------------------------------------
 
 
-def check_async_save(place: Place) -> Finding:
+def check_async_save(place: Place) -> CheckFinding:
     """How long training stands still for a background save, as a share of the save."""
     corpus = make_corpus(place.folder / "corpus")
     step = 3
@@ -149,7 +149,7 @@ def check_async_save(place: Place) -> Finding:
     trained = train_here(small_config(place, corpus, "run", changes))
     stall = trained.series("checkpoint/save_seconds")[step]
     save = trained.loop.saver.last_seconds
-    return Finding(figures=stall_figures(stall, save, judge=not place.rehearsal))
+    return CheckFinding(figures=stall_figures(stall, save, judge=not place.rehearsal))
 
 
 def stall_figures(stall: float, save: float, *, judge: bool) -> list[Figure]:

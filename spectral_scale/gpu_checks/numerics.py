@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_scale.gpu_checks.findings import Figure, Finding, at_most, recorded
+from spectral_scale.gpu_checks.findings import CheckFinding, Figure, at_most, recorded
 from spectral_scale.gpu_checks.place import Place
 from spectral_scale.methods.sst.bank import SpectralBank
 from spectral_scale.methods.sst.layer import SpectralLinear
@@ -41,7 +41,7 @@ class Case:
         return f"{self.shape[0]} x {self.shape[1]} {self.storage}{extra}"
 
 
-def check_layers(place: Place) -> Finding:
+def check_layers(place: Place) -> CheckFinding:
     """Output and gradients in fp32 and bf16, for square, tall and wide layers of every storage."""
     n = place.choose(768, 48)
     tokens, r = place.choose((4096, 64), (128, 8))
@@ -55,7 +55,7 @@ def check_layers(place: Place) -> Finding:
     figures: list[Figure] = []
     for number, case in enumerate(cases):
         figures += compare_layer(case, place.device, tokens=tokens, r=r, seed=number)
-    return Finding(figures=figures)
+    return CheckFinding(figures=figures)
 
 
 def compare_layer(
@@ -180,7 +180,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 # -- TF32 ------------------------------------------------------------------------------------
 
 
-def check_tf32(place: Place) -> Finding:
+def check_tf32(place: Place) -> CheckFinding:
     """Decompose and rebuild a weight while a careless script has TF32 switched on.
 
     TF32 keeps 10 bits of a product's operands: an error of 1e-3 that would enter the bank, and
@@ -191,7 +191,7 @@ def check_tf32(place: Place) -> Finding:
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
     with tf32_forced_on():
         figures = rebuild_errors(weight, place.device)
-    return Finding(figures=figures)
+    return CheckFinding(figures=figures)
 
 
 def rebuild_errors(weight: Tensor, device: torch.device) -> list[Figure]:

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from spectral_scale.gpu_checks.catalogue import Check, named
-from spectral_scale.gpu_checks.findings import Finding, Result, judged
+from spectral_scale.gpu_checks.findings import CheckFinding, Result, judged
 from spectral_scale.gpu_checks.place import Place, facts, find_place, unmet
 from spectral_scale.supervision.status import write_json
 
@@ -25,7 +25,7 @@ def perform(check: Check, place: Place) -> Result:
     try:
         function = getattr(import_module(f"spectral_scale.gpu_checks.{check.module}"),
                            check.function)  # fmt: skip
-        finding: Finding = function(place)
+        finding: CheckFinding = function(place)
     except Exception as error:
         return Result(
             name=check.name,

@@ -4,7 +4,7 @@ from typing import Any
 
 from spectral_scale.config.load import load_config
 from spectral_scale.config.resolve import resolve
-from spectral_scale.gpu_checks.findings import Finding, recorded
+from spectral_scale.gpu_checks.findings import CheckFinding, recorded
 from spectral_scale.gpu_checks.place import Place
 from spectral_scale.gpu_checks.rank_processes import Ranks
 from spectral_scale.gpu_checks.runs import make_corpus, words_of
@@ -16,7 +16,7 @@ SECONDS = 400.0
 MOST_RANKS = 8
 
 
-def check_start_peak(place: Place) -> Finding:
+def check_start_peak(place: Place) -> CheckFinding:
     """A wide OPT on all GPUs of this machine: rank 0's peak after it was built and decomposed."""
     corpus, run_dir = make_corpus(place.folder / "corpus"), place.folder / "run"
     world_size = min(place.gpus, MOST_RANKS)
@@ -49,4 +49,4 @@ def check_start_peak(place: Place) -> Finding:
     planned = plan_run(run, gpu_memory_bytes=80e9).start_peak_bytes - RESERVED_BYTES
     figures = peak_figures(f"start on {world_size} ranks", peak, planned)
     weights = recorded("weights of rank 0, MB", first["memory/weights_bytes"] / 1e6)
-    return Finding(figures=[*figures, weights])
+    return CheckFinding(figures=[*figures, weights])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_scale.gpu_checks.findings import Figure, Finding, at_most, recorded
+from spectral_scale.gpu_checks.findings import CheckFinding, Figure, at_most, recorded
 from spectral_scale.gpu_checks.page import table
 from spectral_scale.gpu_checks.place import Place
 from spectral_scale.ops.decomposition import compose, orthogonality_error, svd
@@ -32,7 +32,7 @@ class Timed:
     orthogonality: float
 
 
-def check_svd(place: Place) -> Finding:
+def check_svd(place: Place) -> CheckFinding:
     """The package's SVD, judged, and each driver of torch, recorded, by growing size."""
     figures: list[Figure] = []
     rows: list[list[str]] = []
@@ -52,7 +52,7 @@ def check_svd(place: Place) -> Finding:
             if name == OURS:
                 figures += judge(shape, outcome)
     header = ["shape", "driver", "seconds", "residual", "orthogonality"]
-    return Finding(figures=figures, text=table(header, rows))
+    return CheckFinding(figures=figures, text=table(header, rows))
 
 
 def work(shape: tuple[int, int]) -> float:

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from spectral_scale.gpu_checks.findings import Figure, Finding, equal, holds, recorded
+from spectral_scale.gpu_checks.findings import CheckFinding, Figure, equal, holds, recorded
 from spectral_scale.gpu_checks.place import Place
 from spectral_scale.gpu_checks.runs import (
     LLAMA,
@@ -23,13 +23,13 @@ HALFWAY = 5
 LISTED = 3
 
 
-def check_determinism(place: Place) -> Finding:
+def check_determinism(place: Place) -> CheckFinding:
     """OPT and LLaMA: the same run twice, and one that goes on from a checkpoint."""
     corpus = make_corpus(place.folder / "corpus")
     figures: list[Figure] = []
     for name, model in (("OPT", {}), ("LLaMA", LLAMA)):
         figures += repeated(place, corpus, name, model)
-    return Finding(figures=figures)
+    return CheckFinding(figures=figures)
 
 
 def repeated(place: Place, corpus: Path, name: str, model: dict[str, Any]) -> list[Figure]:
@@ -78,7 +78,7 @@ def same_run(
 # -- the bank's place ------------------------------------------------------------------------
 
 
-def check_swap(place: Place) -> Finding:
+def check_swap(place: Place) -> CheckFinding:
     """Two rounds with the bank on the model's device and in the host's memory."""
     corpus = make_corpus(place.folder / "corpus")
     figures: list[Figure] = []
@@ -96,7 +96,7 @@ def check_swap(place: Place) -> Finding:
         plan = plan_run(resolved(config), gpu_memory_bytes=80e9)
         planned = plan.needed_bytes - RESERVED_BYTES
         figures += peak_figures(f"bank on {bank_device}", place.peak_bytes(), planned)
-    return Finding(figures=[*same_triplets(runs["cpu"], runs["model"]), *figures])
+    return CheckFinding(figures=[*same_triplets(runs["cpu"], runs["model"]), *figures])
 
 
 def same_triplets(found: Trained, expected: Trained) -> list[Figure]:

@@ -50,7 +50,7 @@ def test_backends_are_compared_through_the_command(
 ) -> None:
     """Two that train, and one that cannot: the check fails for it alone, with what it printed."""
     fsdp2 = [layout for layout in equivalence.TOGETHER if layout.name == "FSDP2"]
-    broken = equivalence.Layout(name="broken", backend="torch", settings={"no.key": 1})
+    broken = equivalence.CheckedLayout(name="broken", backend="torch", settings={"no.key": 1})
     monkeypatch.setattr(equivalence, "ALONE", (*fsdp2, broken))
     result = rehearse("backends", tmp_path)
     assert [f.name for f in result.figures if not f.ok] == ["broken, difference of the loss"]

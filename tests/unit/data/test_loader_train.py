@@ -214,7 +214,7 @@ def test_the_wait_for_a_stopped_worker_can_be_given_up(
     process = made[0]._workers[0][0]
     os.kill(process.pid, signal.SIGSTOP)
     assert len(list(steps)) < 100_000 - 1  # what lay in the pipe came, and then no more
-    assert waits == sorted(waits) and waits[-1] > 0.3
+    assert waits[-1] > 0.3  # earlier waits, if the worker was slow, ended with a batch
     assert f"loader process {process.pid} is stopped" in caplog.text
     assert multiprocessing.active_children() == []
 

@@ -6,8 +6,8 @@ import pytest
 
 from spectral_scale.gpu_checks.catalogue import CHECKS
 from spectral_scale.gpu_checks.findings import (
+    CheckFinding,
     Figure,
-    Finding,
     Result,
     at_most,
     equal,
@@ -34,7 +34,7 @@ FACTS = {"torch": "2.13.0"}
     ],
 )
 def test_one_wrong_figure_fails_a_check(figure: Figure, ok: bool) -> None:
-    finding = Finding(figures=[recorded("first", 1.0), figure])
+    finding = CheckFinding(figures=[recorded("first", 1.0), figure])
     result = judged("layers", finding, seconds=1.0, facts=FACTS)
     assert result.verdict == ("pass" if ok else "fail")
     assert bool(result.reason) is not ok
@@ -43,7 +43,7 @@ def test_one_wrong_figure_fails_a_check(figure: Figure, ok: bool) -> None:
 
 
 def test_results_survive_json() -> None:
-    finding = Finding(figures=[at_most("e", 2.0, 1.0), recorded("r", "word")], text="| a |")
+    finding = CheckFinding(figures=[at_most("e", 2.0, 1.0), recorded("r", "word")], text="| a |")
     result = judged("svd", finding, seconds=2.0, facts=FACTS)
     assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
     for damaged in ({}, {"figures": []}, result.to_json() | {"more": 1}):
@@ -54,7 +54,9 @@ def test_results_survive_json() -> None:
 def test_the_page_shows_verdicts_figures_and_versions() -> None:
     checks = CHECKS[:3]
     results = [
-        judged(checks[0].name, Finding(figures=[at_most("e", 2.0, 1.0)]), seconds=3.0, facts=FACTS),
+        judged(
+            checks[0].name, CheckFinding(figures=[at_most("e", 2.0, 1.0)]), seconds=3.0, facts=FACTS
+        ),
         Result(name=checks[1].name, verdict="skip", reason="needs a | b"),
         Result(name=checks[2].name, verdict="not run", reason="later"),
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectral_scale.gpu_checks import numerics, svd_times
-from spectral_scale.gpu_checks.findings import Finding
+from spectral_scale.gpu_checks.findings import CheckFinding
 from spectral_scale.gpu_checks.place import Place
 from spectral_scale.methods.sst import bank
 from spectral_scale.methods.sst.layer import SpectralLinear
@@ -14,7 +14,7 @@ from spectral_scale.methods.sst.layer import SpectralLinear
 CPU = torch.device("cpu")
 
 
-def failed(finding: Finding) -> list[str]:
+def failed(finding: CheckFinding) -> list[str]:
     return [figure.name for figure in finding.figures if not figure.ok]
 
 

@@ -15,7 +15,7 @@ import torch
 from spectral_scale.cli.main import main
 from spectral_scale.gpu_checks import one, runner
 from spectral_scale.gpu_checks.catalogue import CHECKS, Check
-from spectral_scale.gpu_checks.findings import Finding, Result, at_most
+from spectral_scale.gpu_checks.findings import CheckFinding, Result, at_most
 from spectral_scale.gpu_checks.place import Place, facts
 from spectral_scale.gpu_checks.runner import PAGE, Session, exit_code, run_check, run_checks
 
@@ -157,7 +157,7 @@ def test_a_check_that_hangs_is_ended_with_all_that_it_started(
 
 
 def test_what_a_check_raises_is_its_failure(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(place: Place) -> Finding:
+    def broken(place: Place) -> CheckFinding:
         raise RuntimeError("CUDA error: an illegal memory access\nand more")
 
     from spectral_scale.gpu_checks import numerics
@@ -167,7 +167,9 @@ def test_what_a_check_raises_is_its_failure(place: Place, monkeypatch: pytest.Mo
     assert result.verdict == "fail"
     assert result.reason == "RuntimeError: CUDA error: an illegal memory access"
     assert "in broken" in result.text
-    monkeypatch.setattr(numerics, FIRST.function, lambda p: Finding(figures=[at_most("e", 2, 1)]))
+    monkeypatch.setattr(
+        numerics, FIRST.function, lambda p: CheckFinding(figures=[at_most("e", 2, 1)])
+    )
     assert one.perform(FIRST, place).verdict == "fail"
     many = Check(name="many", title="", module="", function="", gpus=99)
     assert one.perform(many, place).verdict == "skip"

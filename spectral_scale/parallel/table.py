@@ -7,7 +7,7 @@ A layer of a method declares the roles of its own parameters as `parameter_roles
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Role = Literal[
     "direction",
@@ -46,16 +46,22 @@ class ParameterInfo:
 ParameterTable = dict[str, ParameterInfo]
 
 
+def logical_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter: one that ZeRO-3 has sharded looks empty otherwise."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def parameter_table(model: nn.Module) -> ParameterTable:
     """Every parameter's logical shape and role; a tied one appears under its first name."""
     table = {}
     for fqn, parameter in model.named_parameters():
         owner, _, leaf = fqn.rpartition(".")
         declared: dict[str, Role] = getattr(model.get_submodule(owner), "parameter_roles", {})
-        dense: Role = "matrix" if parameter.ndim >= 2 else "vector"
+        shape = logical_shape(parameter)
+        dense: Role = "matrix" if len(shape) >= 2 else "vector"
         table[fqn] = ParameterInfo(
             fqn=fqn,
-            global_shape=tuple(parameter.shape),
+            global_shape=shape,
             role=declared.get(leaf, dense),
             layer=owner if leaf in declared else None,
             trainable=parameter.requires_grad,

@@ -29,6 +29,7 @@ from spectral_scale.ops.precision import exact_products
 from spectral_scale.optim.build import adamw_state
 from spectral_scale.parallel.collective import Collective, SingleProcess
 from spectral_scale.parallel.stacking import alike
+from spectral_scale.parallel.table import logical_shape
 
 ADVICE = "restart from the last checkpoint, lower learning rates"
 """Advice in the error after a projection that failed."""
@@ -205,7 +206,7 @@ def _check_group(group: dict[str, Any]) -> None:
         if key not in group:
             raise ConfigError(f"a group with galore_rank needs {key!r}; it has {sorted(group)}")
     for parameter in group["params"]:
-        shape = tuple(parameter.shape)
+        shape = logical_shape(parameter)
         if len(shape) != 2 or not 1 <= group["galore_rank"] <= min(shape):
             raise ConfigError(
                 f"galore_rank={group['galore_rank']} does not fit a parameter of shape {shape}: "

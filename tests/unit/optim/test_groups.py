@@ -109,3 +109,12 @@ def test_a_shared_weight_trains_once() -> None:
     groups = param_groups(Tied(), **RATES)
     assert [g["fqns"] for g in groups] == [["first.weight"]]
     assert isinstance(groups[0]["params"][0], torch.nn.Parameter)
+
+
+def test_matrices_that_zero_has_sharded_stay_matrices() -> None:
+    """ZeRO-3 leaves an empty parameter with its shape beside it; its weights still decay."""
+    model = torch.nn.Linear(3, 4)
+    model.weight.data, model.weight.ds_shape = torch.empty(0), torch.Size((4, 3))  # type: ignore[assignment]
+    groups = {g["name"]: g for g in param_groups(model, lr=1.0, spectral_lr=1.0, weight_decay=0.1)}
+    assert groups["dense"]["fqns"] == ["weight"] and groups["dense"]["weight_decay"] == 0.1
+    assert groups["dense_no_decay"]["fqns"] == ["bias"]

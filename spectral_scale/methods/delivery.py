@@ -73,3 +73,33 @@ class Delivery:
         self.store.scatter(values, owner=bucket.owner)
         for name in bucket.names:
             self.layers[name].ready = True
+
+
+def take_over_weights(
+    take: Callable[[str], None],
+    *,
+    layers: Mapping[str, FactoredLinear],
+    owners: Mapping[str, int],
+    collective: Collective,
+    what: str,
+) -> None:
+    """Let each owner take its layers' dense weights, and set them aside no longer. Collective.
+
+    Args:
+        take: called with each layer's name, on its owner only.
+        layers: converted layers by name.
+        owners: layer -> the rank that owns it.
+        collective: all ranks that train the model.
+        what: the work, as an error names it.
+
+    Raises SpectralError on all ranks if an owner failed.
+    """
+    work = OwnerWork()
+    for name, owner in owners.items():
+        if owner == collective.rank and work.problem is None:
+            with work.on(name):
+                take(name)
+        layers[name].initial_weight = None
+    agreed = collective.agree(work.problem, what=what)
+    if agreed is not None:
+        raise SpectralError(agreed)

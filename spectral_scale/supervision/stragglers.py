@@ -41,7 +41,10 @@ class WorkClock:
         self._span.end()
 
     def seconds(self) -> float:
-        """Of the latest step; on a GPU of the step before, so that nothing waits. Once a step."""
+        """Seconds of this rank's own work in the latest step, to be asked once a step.
+
+        On a GPU they are those of the step before, so that nothing waits for the device.
+        """
         if self._device.type != "cuda":
             return self._span.seconds()
         before, self._before = self._before, self._span

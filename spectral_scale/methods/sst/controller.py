@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from spectral_scale.config.methods.sst import iterations_per_round
 from spectral_scale.config.schema import SpectralConfig
-from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.errors import ConfigError
+from spectral_scale.methods.delivery import take_over_weights
 from spectral_scale.methods.layer import weights_set_aside
 from spectral_scale.methods.lr_ramp import ramp_learning_rates
 from spectral_scale.methods.owners import assign_owners
-from spectral_scale.methods.phases import OwnerWork, PhaseClock
+from spectral_scale.methods.phases import PhaseClock
 from spectral_scale.methods.schedule import SpectralSchedule
 from spectral_scale.methods.sst.bank import SpectralBank
 from spectral_scale.methods.sst.casts import CastCache
@@ -189,15 +190,13 @@ class SpectralController:
                 layer.casts.clear()
 
     def _decompose_initial(self, weights: WeightSource) -> None:
-        work = OwnerWork()
-        for name, owner in self.owners.items():
-            if owner == self.collective.rank and work.problem is None:
-                with work.on(name):
-                    self.bank.decompose(name, weights(name))
-            self.layers[name].initial_weight = None
-        agreed = self.collective.agree(work.problem, what="initial decomposition")
-        if agreed is not None:
-            raise SpectralError(agreed)
+        take_over_weights(
+            lambda name: self.bank.decompose(name, weights(name)),
+            layers=self.layers,
+            owners=self.owners,
+            collective=self.collective,
+            what="initial decomposition",
+        )
 
     def _saved_leaves(self) -> tuple[str, ...]:
         leaves = ("u", "sigma", "v", "active")

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from spectral_scale.config.methods.tangent import basis_of
 from spectral_scale.config.schema import SpectralConfig
-from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.errors import ConfigError
+from spectral_scale.methods.delivery import take_over_weights
 from spectral_scale.methods.layer import weights_set_aside
 from spectral_scale.methods.lr_ramp import ramp_learning_rates
 from spectral_scale.methods.owners import assign_owners
-from spectral_scale.methods.phases import OwnerWork, PhaseClock
+from spectral_scale.methods.phases import PhaseClock
 from spectral_scale.methods.schedule import SpectralSchedule
 from spectral_scale.methods.tangent.basis import make_basis
 from spectral_scale.methods.tangent.layer import tangent_layers
@@ -87,7 +88,7 @@ class TangentController:
             basis=make_basis(config, seed),
             store=store or TorchStore(model, optimizer, self.collective),
             collective=self.collective,
-            clock=PhaseClock(self.collective.rank),
+            clock=PhaseClock(self.collective.rank, compute_device),
         )
         if optimizer is not None:
             self.ramp_learning_rates(optimizer)
@@ -97,11 +98,19 @@ class TangentController:
 
     # -- what a training loop calls ---------------------------------------------------------
 
-    def after_step(self) -> TangentReport | None:
+    def needs_verdict(self) -> bool:
+        """Whether bases swap after the coming step, if it is applied."""
+        return self.schedule.is_swap(self.applied_steps + 1)
+
+    def after_step(self, left_out: Tensor | None = None) -> TangentReport | None:
         """Count the step and, when an iteration is complete, merge what trained and swap bases.
 
         Call it once after every *applied* optimizer step, never inside gradient accumulation.
         Returns the swap's report when one took place. Raises SpectralError on all ranks alike.
+
+        Args:
+            left_out: given where only the device knows whether the step was applied, and not where
+                `needs_verdict`. Between swaps no tensor changes here, so that it is not read.
         """
         self.applied_steps += 1
         if not self.schedule.is_swap(self.applied_steps):
@@ -156,12 +165,10 @@ class TangentController:
     # -- small parts ------------------------------------------------------------------------
 
     def _take_over(self, weights: Callable[[str], Tensor]) -> None:
-        work = OwnerWork()
-        for name, owner in self.owners.items():
-            if owner == self.collective.rank and work.problem is None:
-                with work.on(name):
-                    self.weights.put(name, weights(name))
-            self.layers[name].initial_weight = None
-        agreed = self.collective.agree(work.problem, what="initial weights")
-        if agreed is not None:
-            raise SpectralError(agreed)
+        take_over_weights(
+            lambda name: self.weights.put(name, weights(name)),
+            layers=self.layers,
+            owners=self.owners,
+            collective=self.collective,
+            what="initial weights",
+        )

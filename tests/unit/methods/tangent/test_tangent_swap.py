@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spectral_scale import SpectralConfig, param_groups
 from spectral_scale.errors import ConfigError, SpectralError
+from spectral_scale.methods.base import FollowsOpenSteps
 from spectral_scale.methods.tangent.basis import SvdBasis, block, make_basis
 from spectral_scale.methods.tangent.controller import TangentController
 from spectral_scale.methods.tangent.layer import convert_tangent
@@ -291,3 +292,19 @@ def test_vectors_that_train_again_are_not_counted_as_new() -> None:
     state = drawn.draw("layer", weight, 0)
     assert drawn.count_new(weight, state, state) == 0
     assert drawn.count_new(weight, state, drawn.draw("layer", weight, 1)) <= R
+
+
+def test_only_a_swap_needs_to_know_whether_the_step_was_applied(
+    stack: nn.Module, take_step: TakeStep
+) -> None:
+    optimizer, controller = start(stack, settings())
+    assert isinstance(controller, FollowsOpenSteps)
+    for step in range(1, EVERY + 1):
+        take_step(stack, optimizer, step)
+        before = frozen(controller, "base", "u0", "v0", "c", "d")
+        needed = controller.needs_verdict()
+        report = controller.after_step(None if needed else torch.ones(()))
+        assert needed == (report is not None) == (step == EVERY)
+        if not needed:
+            after = frozen(controller, "base", "u0", "v0", "c", "d")
+            assert all(torch.equal(after[k], v) for k, v in before.items())

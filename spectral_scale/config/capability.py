@@ -73,6 +73,8 @@ def requested(config: RunConfig, spec: MethodSpec | None = None) -> Iterator[str
     yield spec.feature
     yield f"precision={config.train.precision}"
     yield from spec.features(spectral)
+    if config.optimizer.name == "muon":
+        yield "muon=factors" if spec.converts else "muon=matrices"
     if not spectral.train_dense:
         yield "dense=frozen"
     if spec.converts:

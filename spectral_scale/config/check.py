@@ -64,6 +64,8 @@ POSITIVE = (
     "train.time_limit_minutes",
 )
 """Keys of amounts, which must be finite and above 0."""
+MUON_KEYS = frozenset({"optimizer.muon_momentum", "optimizer.spectral_lr"})
+"""Keys that every run with `optimizer.name=muon` uses."""
 
 
 def check_config(
@@ -85,6 +87,11 @@ def check_config(
         problems.append(
             f"train.tf32=true has no effect on train.precision={config.train.precision}; leave it "
             "out, or set train.precision=fp32"
+        )
+    if config.optimizer.name == "muon" and not spec.muon:
+        problems.append(
+            "optimizer.name=muon trains the factors of spectral.form=tangent and the matrices of "
+            f"spectral.method=full, and not what {spec.title} trains; set optimizer.name=adamw"
         )
     problems += refusals(config, spec, capabilities, world_size=world_size)
     problems += spec.run_problems(config)
@@ -132,6 +139,7 @@ def _check_ranges(config: RunConfig) -> Iterator[str]:
         "model.dropout": config.model.dropout,
         "optimizer.betas[0]": config.optimizer.betas[0],
         "optimizer.betas[1]": config.optimizer.betas[1],
+        "optimizer.muon_momentum": config.optimizer.muon_momentum,
         "optimizer.min_lr_ratio": config.optimizer.min_lr_ratio,
     }
     # A ratio of 1 is a learning rate that never falls; a dropout or a beta of 1 has no meaning.
@@ -194,7 +202,8 @@ def keys_without_effect(config: RunConfig) -> list[str]:
     They are no error, so that one file can serve several methods; a run names them at its start.
     """
     used = chosen_spec(config.spectral).keys
-    known = sorted(frozenset().union(*(spec.keys for spec in METHOD_SPECS.values())))
+    used |= MUON_KEYS if config.optimizer.name == "muon" else frozenset()
+    known = sorted(MUON_KEYS.union(*(spec.keys for spec in METHOD_SPECS.values())))
     if not config.filter.enabled:
         known += [f"filter.{field.name}" for field in fields(FilterConfig)]
     default = RunConfig()

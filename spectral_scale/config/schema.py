@@ -113,18 +113,22 @@ class SpectralConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, its learning rates and their schedule."""
+    """The optimizer, its learning rates and their schedule."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw: for everything. muon: orthogonalised momentum for the factors of the tangent form, or
+    for the dense matrices of the blocks (full), at spectral_lr; AdamW for the rest, at lr."""
     lr: float = 1.0e-3
     """Learning rate of the dense parameters."""
     spectral_lr: float = 1.0e-3
-    """Learning rate of what the method trains: triplets, low-rank factors or projected matrices."""
+    """Learning rate of what the method trains: triplets, low-rank factors or projected matrices;
+    also of Muon's dense matrices."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     eps: float = 1.0e-8
     """Adam's epsilon."""
+    muon_momentum: float = 0.95
+    """muon: decay rate of the momentum (Nesterov)."""
     weight_decay: float = 0.0
     """Decoupled weight decay of dense matrices (never of norms, biases, triplets or low-rank
     factors)."""

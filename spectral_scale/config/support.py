@@ -31,6 +31,8 @@ FEATURES: dict[str, str] = {
     "storage=factored": "SST, factored storage",
     "extra_sigma": "SST, extra trained singular values",
     "moments=kept": "SST, moments that survive a swap",
+    "muon=factors": "Muon for trained factors",
+    "muon=matrices": "Muon for dense matrices",
     "dense=frozen": "frozen embeddings, norms and other linears",
     "filter=layers": "spectral filter over layers",
     "filter=rows": "spectral filter over rows",

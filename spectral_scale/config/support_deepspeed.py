@@ -17,6 +17,10 @@ def _refused(reason: str) -> dict[str, Support]:
     return dict.fromkeys(FEATURES, No(reason))
 
 
+_NO_MUON = No(
+    "its flat partitions cut matrices anywhere; set parallel.backend=torch or (factors only) fsdp2"
+)
+
 _COMMON: dict[str, Support] = {
     "method=full": Yes(f"{_TESTS}test_methods"),
     "method=sst": _EQUAL,
@@ -27,6 +31,8 @@ _COMMON: dict[str, Support] = {
     "method=relora": Yes(f"{_TESTS}test_methods"),
     "method=galore": Yes(f"{_GALORE}test_zero_equals_one_process"),
     "method=frod": Yes(f"{_FROD}test_zero_equals_one_process"),
+    "muon=factors": _NO_MUON,
+    "muon=matrices": _NO_MUON,
     "dense=frozen": Yes(f"{_FROD}test_zero_equals_one_process"),
     "storage=residual": _EQUAL,
     "storage=factored": _EQUAL,

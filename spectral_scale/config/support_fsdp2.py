@@ -23,6 +23,11 @@ _BOTH: dict[str, Support] = {
     "method=relora": Yes(_OTHERS),
     "method=galore": Yes(f"{_FOLDER}test_galore_backends.py::test_fsdp2_equals_one_process"),
     "method=frod": Yes(f"{_FROD}test_fsdp2_equals_one_process"),
+    "muon=factors": Yes(f"{_FOLDER}test_muon.py::test_factors_equal_one_process"),
+    "muon=matrices": No(
+        "torch.optim.Muon would gather each matrix from its shards in every step; set "
+        "parallel.backend=torch, or train factors (spectral.form=tangent)"
+    ),
     "dense=frozen": Yes(f"{_FROD}test_fsdp2_equals_one_process"),
     "storage=residual": Yes(_EQUAL),
     "storage=factored": Yes(_EQUAL),
@@ -53,6 +58,7 @@ _TP_TESTS = f"{_FOLDER}test_tensor_parallel.py::"
 _TP_EQUAL = Yes(f"{_TP_TESTS}test_equals_one_process")
 _TP_FILTER = Yes(f"{_FOLDER}test_filter_tensor_parallel.py::test_equals_one_process")
 _TP_STATE = Yes(f"{_TP_TESTS}test_state_moves_between_backends")
+_TP_NO_MUON = No("no test has shown it yet; leave parallel.tensor_parallel out")
 
 FSDP2: dict[str, Support] = _BOTH
 HSDP: dict[str, Support] = dict(_BOTH)
@@ -67,6 +73,8 @@ FSDP2_TP: dict[str, Support] = {
         "leave parallel.tensor_parallel out"
     ),
     "form=tangent": No("no test has shown it yet; leave parallel.tensor_parallel out"),
+    "muon=factors": _TP_NO_MUON,
+    "muon=matrices": _TP_NO_MUON,
     "storage=residual": _TP_EQUAL,
     "storage=factored": _TP_EQUAL,
     "extra_sigma": _TP_EQUAL,

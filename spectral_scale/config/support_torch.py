@@ -7,6 +7,7 @@ _DDP = "tests/distributed/test_ddp.py::test_ddp_equals_one_process"
 _METHODS = "tests/unit/methods/test_methods_runs.py"
 _FROD = "tests/distributed/test_frod_backends.py::"
 _TANGENT = "tests/distributed/test_tangent_backends.py::"
+_MUON = "tests/distributed/test_muon.py::"
 _FILTER = Yes("tests/distributed/test_filter_equivalence.py::test_equals_one_process")
 
 TORCH: dict[str, Support] = {
@@ -19,6 +20,8 @@ TORCH: dict[str, Support] = {
     "method=relora": Yes(_METHODS),
     "method=galore": Yes(_METHODS),
     "method=frod": Yes(f"{_FROD}test_ddp_equals_one_process"),
+    "muon=factors": Yes(f"{_MUON}test_factors_equal_one_process"),
+    "muon=matrices": Yes(f"{_MUON}test_ddp_of_dense_matrices"),
     "dense=frozen": Yes(f"{_FROD}test_ddp_equals_one_process"),
     "storage=residual": Yes(_DDP),
     "storage=factored": Yes(f"{_RESUME}test_resume_is_bit_exact[factored storage]"),

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from spectral_scale.config.schema import RunConfig, SpectralConfig
+from spectral_scale.methods.convert import find_targets
+from spectral_scale.methods.layer import factored_layers
 from spectral_scale.optim.build import build_adamw
 from spectral_scale.optim.groups import param_groups
+from spectral_scale.optim.muon import build_muon
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
 
@@ -89,8 +92,9 @@ class ControllerParts:
     """False when `load_state` follows."""
 
 
-def adamw(model: nn.Module, config: RunConfig, _: Collective) -> torch.optim.Optimizer:
-    """AdamW over the groups of `param_groups`: the optimizer of most methods."""
+def standard_optimizer(model: nn.Module, config: RunConfig, _: Collective) -> torch.optim.Optimizer:
+    """The optimizer of most methods over the groups of `param_groups`: AdamW, or Muon for factors
+    (for the blocks' linears, where no method converted any) and AdamW for the rest."""
     groups = param_groups(
         model,
         lr=config.optimizer.lr,
@@ -99,6 +103,10 @@ def adamw(model: nn.Module, config: RunConfig, _: Collective) -> torch.optim.Opt
         direction_lr_scaling=config.spectral.direction_lr_scaling,
         value_lr=config.optimizer.value_lr,
     )
+    if config.optimizer.name == "muon":
+        dense = [] if factored_layers(model) else find_targets(model)
+        matrices = {f"{name}.weight" for name in dense}
+        return build_muon(groups, config.optimizer, matrices=matrices)
     return build_adamw(groups, config.optimizer)
 
 
@@ -108,7 +116,9 @@ class Method:
 
     convert: Callable[[nn.Module, SpectralConfig, torch.dtype], object] = lambda *_: None
     """Replaces linear layers of the meta model; the dtype is that of frozen weights."""
-    optimizer: Callable[[nn.Module, RunConfig, Collective], torch.optim.Optimizer] = adamw
+    optimizer: Callable[[nn.Module, RunConfig, Collective], torch.optim.Optimizer] = (
+        standard_optimizer
+    )
     """Builds the optimizer, whose groups carry `name`, `fqns`, `base_lr`, `spectral`."""
     controller: Callable[[ControllerParts], MethodController | None] = lambda _: None
     """Opens the controller; returns None if nothing happens between steps."""

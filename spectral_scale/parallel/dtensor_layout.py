@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -141,6 +142,10 @@ class DTensorLayouts:
         if key not in self._known:
             self._known[key] = _layout(tensor, *self._on_whole_mesh(tensor))
         return self._known[key]
+
+    def find(self, tensor: Tensor) -> DTensorLayout | None:
+        """The layout of a DTensor; None for a tensor that every rank holds whole."""
+        return self.of(tensor) if isinstance(tensor, DTensor) else None
 
     def _on_whole_mesh(self, tensor: DTensor) -> tuple[DeviceMesh, tuple[Placement, ...]]:
         """Mesh and placements, along the whole mesh if there is one."""

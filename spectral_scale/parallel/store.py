@@ -19,6 +19,9 @@ from spectral_scale.parallel.shard_geometry import Range
 from spectral_scale.parallel.stacking import raise_to_zero, unit_columns
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's."""
+ALL_MOMENTS = (*MOMENTS, "momentum_buffer")
+"""Adam's two and Muon's one."""
 Replicated = tuple[str, Tensor, int]
 """Name, this rank's tensor, and the index of the shard that it is (0 if it is the whole)."""
 
@@ -47,7 +50,8 @@ class ParameterStore(ABC):
 
     @abstractmethod
     def reset_moments(self, fqns: Sequence[str]) -> int:
-        """Zero Adam's moments and step counts in place; the number of logical moments zeroed."""
+        """Zero the moments (Adam's or Muon's) and step counts in place; the number of logical
+        moments zeroed."""
 
     def move_moments(self, fqn: str, source: Tensor) -> int:
         """Give column j (entry j of a vector) the moments of column `source[j]`, none where -1.
@@ -132,7 +136,7 @@ class TorchStore(ParameterStore):
 
     @torch.no_grad()
     def reset_moments(self, fqns: Sequence[str]) -> int:
-        """Zero exp_avg, exp_avg_sq and step of each parameter that has them."""
+        """Zero the moments and step of each parameter that has them."""
         parameters = (self._parameters[fqn] for fqn in fqns)
         return zero_moments(self._optimizer, parameters) if self._optimizer else 0
 
@@ -177,14 +181,14 @@ def zero_moments(
     parameters: Iterable[Tensor],
     local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> int:
-    """Zero exp_avg, exp_avg_sq and step of each parameter, in place; the logical entries zeroed.
+    """Zero the moments and step of each parameter, in place; the logical entries zeroed.
 
     `local` gives the shard of a moment that this rank holds.
     """
     zeroed = 0
     for parameter in parameters:
         state = optimizer.state[parameter]
-        for name in MOMENTS:
+        for name in ALL_MOMENTS:
             if name in state:
                 local(state[name]).zero_()
                 zeroed += state[name].numel()

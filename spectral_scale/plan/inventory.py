@@ -56,6 +56,14 @@ class Inventory:
         """Bytes of trained or frozen parameters, inside or outside the blocks."""
         return sum(item.numel * item.itemsize for item in self._select(trainable, in_blocks))
 
+    def muon_items(self, config: RunConfig) -> list[Item]:
+        """What Muon trains: the factors, or the blocks' linears where no method converts any."""
+        if config.optimizer.name != "muon":
+            return []
+        role = "factor" if self.method.converts else "matrix"
+        trained = self._select(trainable=True, in_blocks=True)
+        return [item for item in trained if item.role == role]
+
     def largest_block(self, *, trainable: bool) -> int:
         """Elements of trained or frozen parameters in the block that has most of them."""
         totals: dict[int, int] = {}

@@ -38,8 +38,18 @@ def traffic_of(run: ResolvedRun, inventory: Inventory) -> Traffic:
     moved += within.ring_bytes(config.parallel.tensor_parallel)
     filtered = filter_needs(config, inventory, world_size=world_size)
     moved += filtered.exchanged + filtered.reduced
+    moved += _grams(config, inventory).ring_bytes(group)
     method = method_traffic(config, inventory, world_size)
     return Traffic(step=round(moved + method.step), swap=round(method.swap))
+
+
+def _grams(config: RunConfig, inventory: Inventory) -> Payload:
+    """The r x r matrices that Muon sums over the shards of factors (m, r); none where factors are
+    whole on every rank."""
+    if config.parallel.backend != "fsdp2":
+        return Payload()
+    items = inventory.muon_items(config)
+    return Payload(all_reduce=sum(item.itemsize * min(item.shape) ** 2 for item in items))
 
 
 def _groups(config: RunConfig, world_size: int) -> tuple[int, int]:

@@ -40,7 +40,7 @@ def distance(ranks: Sequence[Mapping[str, Any]], alone: Mapping[str, Any]) -> Di
         different = sorted(found.keys() ^ reference.keys())
         raise ValueError(f"different steps or tensors: {different[:5]}")
     trained = {k for k in found if k.startswith("model/")}
-    moments = {k for k in found if k.endswith(("/exp_avg", "/exp_avg_sq"))}
+    moments = {k for k in found if k.endswith(("/exp_avg", "/exp_avg_sq", "/momentum_buffer"))}
     gaps = {k: _gap(found[k], reference[k]) for k in found}
     weights, expected_weights = dense_weights(found), dense_weights(reference)
     scale = {k: max(float(np.abs(reference[k]).max()), 1e-30) for k in moments}

@@ -92,7 +92,7 @@ class FSDP2Store(ParameterStore):
 
     @torch.no_grad()
     def reset_moments(self, fqns: Sequence[str]) -> int:
-        """Zero exp_avg, exp_avg_sq and step of each parameter that has them."""
+        """Zero the moments and step of each parameter that has them."""
         parameters = (self._parameters[fqn] for fqn in fqns)
         return zero_moments(self._optimizer, parameters, local) if self._optimizer else 0
 

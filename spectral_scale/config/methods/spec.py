@@ -125,6 +125,9 @@ class MethodSpec:
     (`FactoredLinear.sharded_product`); otherwise every run that asks for it is refused."""
     own_optimizer: bool = False
     """Whether it steps with an optimizer of its own in the place of AdamW."""
+    muon: bool = False
+    """Whether `optimizer.name=muon` trains what it trains: factors if it converts linears, else the
+    blocks' dense matrices."""
 
     # -- what a run keeps --------------------------------------------------------------------
     layout_keys: tuple[str, ...] = ()

@@ -131,6 +131,7 @@ TANGENT = MethodSpec(
         "rows": NO_MATRIX,
         "heads": NO_MATRIX,
     },
+    muon=True,
     layout_keys=("form", "spectral_rank"),
     swaps=True,
     decomposes=True,

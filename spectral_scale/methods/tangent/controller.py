@@ -44,6 +44,7 @@ class TangentController:
         weights: initial dense weights by layer name; by default those set aside at conversion.
         weight_dtype: of the truth: float32, or float64 in tests.
         initialise: False when `load_state` follows.
+        moments: what the optimizer keeps of each entry of a factor: 2 with AdamW, 1 with Muon.
 
     Collective: all ranks construct it and call its methods alike.
     """
@@ -60,6 +61,7 @@ class TangentController:
         weights: Callable[[str], Tensor] | None = None,
         weight_dtype: torch.dtype = torch.float32,
         initialise: bool = True,
+        moments: int = 2,
     ) -> None:
         self.config = config
         self.collective = collective or (store.collective if store else SingleProcess())
@@ -82,6 +84,7 @@ class TangentController:
         )
         self.swap = TangentSwap(
             spectral_rank=config.spectral_rank,
+            moments=moments,
             layers=self.layers,
             owners=self.owners,
             weights=self.weights,

@@ -25,6 +25,7 @@ def _controller(parts: ControllerParts) -> TangentController:
         weights=parts.dense_weight,
         weight_dtype=parts.dtype,
         initialise=parts.fresh,
+        moments=1 if parts.config.optimizer.name == "muon" else 2,
     )
 
 

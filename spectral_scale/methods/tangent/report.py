@@ -33,7 +33,8 @@ class TangentReport:
     swapped_vectors: int = 0
     """Columns of u0 that were not among those of the last iteration."""
     moments_reset: int = 0
-    """Entries of exp_avg and exp_avg_sq set to zero."""
+    """Entries of the optimizer's moments set to zero: two of a factor's entry with AdamW, one with
+    Muon."""
     redecomposed: int = 0
     """Matrices that were decomposed for their bases."""
     relative_update: float = 0.0
@@ -59,13 +60,16 @@ class TangentReport:
         return values | {f"spectral/boundary_seconds/{k}": v for k, v in self.phase_seconds.items()}
 
 
-def check_counts(report: TangentReport, layers: Mapping[str, TangentLinear], rank: int) -> None:
-    """Raise SpectralError if a swap touched less or more than it should have."""
+def check_counts(
+    report: TangentReport, layers: Mapping[str, TangentLinear], rank: int, moments: int
+) -> None:
+    """Raise SpectralError if a swap touched less or more than it should have, where the optimizer
+    keeps `moments` of each entry of a factor."""
     shapes = [s for layer in layers.values() for s in layer.trained_shapes().values()]
     expected = {
         "layers": len(layers),
         "active_vectors": len(layers) * rank,
-        "moments_reset": 2 * sum(map(math.prod, shapes)),
+        "moments_reset": moments * sum(map(math.prod, shapes)),
     }
     for what, count in expected.items():
         if getattr(report, what) != count:

@@ -6,7 +6,7 @@
     rebuild             the owner casts the weight and the bases to the layer's precision
     agree               all ranks learn whether any owner failed
     deliver             scatter weight and bases into every rank's layers; c = d = 0 on each rank
-    reset               zero Adam's moments
+    reset               zero the factors' moments
 
 Invariant: a swap leaves the function of the model as it is, up to rounding.
 """
@@ -51,6 +51,8 @@ class TangentSwap:
     """All ranks that train the model."""
     clock: PhaseClock
     """Clock that times the phases of a swap."""
+    moments: int = 2
+    """What the optimizer keeps of each entry of a factor: 2 with AdamW, 1 with Muon."""
     _proven: bool = field(default=False, init=False)
 
     def run(self, iteration: int) -> TangentReport:
@@ -62,7 +64,7 @@ class TangentSwap:
         self._commit_trained(work, report)
         self._delivery.agree(work.problem, "swap")
         self.begin(iteration, report)
-        check_counts(report, self.layers, self.spectral_rank)
+        check_counts(report, self.layers, self.spectral_rank, self.moments)
         if not self._proven:
             self._prove(report)
         report.phase_seconds = self.clock.seconds  # waits for the device

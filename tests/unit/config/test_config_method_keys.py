@@ -96,6 +96,35 @@ def test_tensor_parallelism_refuses_the_tangent_form_by_name(backend: str, parts
         check_config(chosen, world_size=2)
 
 
+def test_muon_is_refused_by_name_where_it_cannot_train() -> None:
+    for method in ("sst", "lora", "relora", "galore", "frod"):
+        with pytest.raises(ConfigError, match=r"not what .* trains; set optimizer.name=adamw"):
+            check_config(config(spectral__method=method, optimizer__name="muon"), world_size=1)
+    tangent = {"spectral__form": "tangent", "optimizer__name": "muon"}
+    dense = {"spectral__method": "full", "optimizer__name": "muon"}
+    zero = {"parallel__backend": "deepspeed"}
+    fsdp2 = {"parallel__backend": "fsdp2"}
+    for chosen, feature in (
+        (tangent | zero, r"Muon for trained factors \(muon=factors\) does not run on zero2"),
+        (dense | zero, r"Muon for dense matrices \(muon=matrices\) does not run on zero2"),
+        (dense | fsdp2, r"\(muon=matrices\) does not run on fsdp2: torch.optim.Muon would gather"),
+    ):
+        with pytest.raises(ConfigError, match=feature):
+            check_config(config(**chosen), world_size=2)
+    for chosen in (tangent, tangent | fsdp2, dense):
+        check_config(config(**chosen), world_size=2)
+
+
+def test_muon_s_keys_have_effect_with_muon_alone() -> None:
+    given = {"optimizer__muon_momentum": 0.9, "optimizer__spectral_lr": 0.1}
+    dense = {"spectral__method": "full"}
+    named = ["optimizer.muon_momentum", "optimizer.spectral_lr"]
+    assert keys_without_effect(config(**given, **dense)) == named
+    assert keys_without_effect(config(**given, **dense, optimizer__name="muon")) == []
+    with pytest.raises(ConfigError, match="optimizer.muon_momentum=1.0 must lie in"):
+        check_config(config(optimizer__muon_momentum=1.0), world_size=1)
+
+
 def test_full_training_has_no_rank_to_check() -> None:
     check_config(config(spectral__method="full", spectral__spectral_rank=300), world_size=1)
 

@@ -47,6 +47,29 @@ def test_host_memory_takes_the_weights(basis: str) -> None:
     assert host.memory["svd_workspace"] > 0  # where a matrix is changed
 
 
+def test_muon_keeps_one_moment_of_factors_and_of_dense_matrices() -> None:
+    muon = "--optimizer.name=muon"
+    for words, saved in (
+        (("--spectral.form=tangent",), 4 * 48 * COLUMNS),
+        (("--spectral.method=full",), 4 * MATRICES),
+    ):
+        adam, plan = planned(*words), planned(*words, muon)
+        assert plan.memory["optimizer"] == adam.memory["optimizer"] - saved
+        assert plan.checkpoint_bytes == adam.checkpoint_bytes - saved
+
+
+def test_muon_sums_gram_matrices_over_shards() -> None:
+    words = [*WORDS, "--spectral.form=tangent", "--parallel.backend=fsdp2"]
+    traffic = [
+        plan_run(
+            resolve(load_config([], [*words, f"--optimizer.name={name}"]).config, world_size=4),
+            gpu_memory_bytes=80e9,
+        ).step_traffic_bytes
+        for name in ("adamw", "muon")
+    ]
+    assert traffic[1] - traffic[0] == 2 * 144 * 48 * 48 * 4 * 3 / 4
+
+
 def test_a_formed_weight_is_counted_where_there_is_one() -> None:
     words = ("--spectral.form=tangent", "--model.sequence_length=512")
     half = planned(*words)

@@ -114,7 +114,8 @@ def restore_model(
     plain = replace(config.model, activation_checkpointing=False)
     model = build_model(run.architecture, plain, eos_token_id=eos_token_id)
     choose_attention(model, plain, device=device, precision=precision)
-    convert_model(model, config.spectral, dtype if exact else frozen_dtype(config))
+    spectral = replace(config.spectral, residual_dtype="auto") if exact else config.spectral
+    convert_model(model, spectral, dtype if exact else frozen_dtype(config))
     table = parameter_table(model)
     materialise(model, device=device, dtype=dtype)
     weights = _initial_weights(run)

@@ -23,12 +23,17 @@ class No:
 
 Support = Yes | No
 
+NOT_EIGHT_BITS = No(
+    "no test has shown it yet; leave spectral.residual_dtype out, or set parallel.backend=torch"
+)
+"""The answer of a backend that might cast or flatten whole numbers."""
 FEATURES: dict[str, str] = {
     **{spec.feature: spec.title for spec in METHOD_SPECS.values()},
     "basis=random": "tangent form, random bases",
     "basis=svd": "tangent form, bases of singular vectors",
     "storage=residual": "SST, residual storage",
     "storage=factored": "SST, factored storage",
+    "residual_dtype=int8": "SST, residual of eight bits",
     "extra_sigma": "SST, extra trained singular values",
     "moments=kept": "SST, moments that survive a swap",
     "muon=factors": "Muon for trained factors",

@@ -1,6 +1,6 @@
 """What DeepSpeed's ZeRO stages can do, with and without offload to the CPU."""
 
-from spectral_scale.config.support import FEATURES, No, Support, Yes
+from spectral_scale.config.support import FEATURES, NOT_EIGHT_BITS, No, Support, Yes
 
 _TESTS = "tests/distributed/test_equivalence_deepspeed.py::"
 _EQUAL = Yes(f"{_TESTS}test_equals_one_process")
@@ -36,6 +36,7 @@ _COMMON: dict[str, Support] = {
     "dense=frozen": Yes(f"{_FROD}test_zero_equals_one_process"),
     "storage=residual": _EQUAL,
     "storage=factored": _EQUAL,
+    "residual_dtype=int8": NOT_EIGHT_BITS,
     "filter=layers": _FILTER,
     "filter=rows": _FILTER,
     "filter=heads": _FILTER,

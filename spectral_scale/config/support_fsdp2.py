@@ -1,6 +1,6 @@
 """What FSDP2 and HSDP (fully_shard over all ranks, or inside groups of them) can do."""
 
-from spectral_scale.config.support import No, Support, Yes
+from spectral_scale.config.support import NOT_EIGHT_BITS, No, Support, Yes
 
 _FOLDER = "tests/distributed/"
 _EQUAL = f"{_FOLDER}test_equivalence_fsdp2.py::test_equals_one_process"
@@ -31,6 +31,7 @@ _BOTH: dict[str, Support] = {
     "dense=frozen": Yes(f"{_FROD}test_fsdp2_equals_one_process"),
     "storage=residual": Yes(_EQUAL),
     "storage=factored": Yes(_EQUAL),
+    "residual_dtype=int8": NOT_EIGHT_BITS,
     "extra_sigma": Yes(_OTHERS),
     "moments=kept": Yes(_OTHERS),
     "filter=layers": _FILTER,
@@ -77,6 +78,7 @@ FSDP2_TP: dict[str, Support] = {
     "muon=matrices": _TP_NO_MUON,
     "storage=residual": _TP_EQUAL,
     "storage=factored": _TP_EQUAL,
+    "residual_dtype=int8": NOT_EIGHT_BITS,
     "extra_sigma": _TP_EQUAL,
     "moments=kept": _TP_EQUAL,
     "filter=layers": _TP_FILTER,

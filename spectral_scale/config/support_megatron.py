@@ -1,6 +1,6 @@
 """What megatron-core can do: tensor parallelism within groups of ranks, data parallelism across."""
 
-from spectral_scale.config.support import No, Support, Yes
+from spectral_scale.config.support import NOT_EIGHT_BITS, No, Support, Yes
 
 _TRAIN = "tests/distributed/test_megatron_train.py::"
 _EQUAL = Yes(f"{_TRAIN}test_equals_one_process")
@@ -35,6 +35,7 @@ MEGATRON: dict[str, Support] = {
     "joint_loss": _FILTER,
     "storage=residual": _EQUAL,
     "storage=factored": _EQUAL,
+    "residual_dtype=int8": NOT_EIGHT_BITS,
     "extra_sigma": _EQUAL,
     "moments=kept": No(
         "moments cannot follow their triplets through Megatron's shards; leave "

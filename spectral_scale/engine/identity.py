@@ -31,7 +31,12 @@ FREE_KEYS = {
     "optimizer.min_lr_ratio",
 }
 """Keys of the compared sections that may change on resume without being named."""
-SINCE = {"spectral.form": "sst", "spectral.basis": "auto", "optimizer.muon_momentum": 0.95}
+SINCE = {
+    "spectral.form": "sst",
+    "spectral.basis": "auto",
+    "spectral.residual_dtype": "auto",
+    "optimizer.muon_momentum": 0.95,
+}
 """Keys that older checkpoints do not hold -> the value that such checkpoints stand for, at which
 the key is left out."""
 

@@ -36,6 +36,9 @@ class ParameterStore(ABC):
     keeps_parameters: bool = False
     """Whether this rank's trained parameters lie whole in its memory between passes, so that copies
     of them in another precision may do so too."""
+    keeps_whole_numbers: bool = False
+    """Whether frozen weights of whole numbers (int8) keep every bit of their values: no host casts
+    or flattens them among others."""
     retracts_in_step: bool = False
     """Whether every optimizer step scales the columns of u and v to unit length by itself. If so,
     `require_retracted` takes the place of `retract_columns`."""
@@ -109,6 +112,7 @@ class TorchStore(ParameterStore):
 
     moves_moments = True
     keeps_parameters = True
+    keeps_whole_numbers = True
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, collective: Collective

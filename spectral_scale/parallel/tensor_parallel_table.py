@@ -35,13 +35,13 @@ WHOLE = ("embed_positions", "norm", "layer_norm", "layernorm", "project_in", "pr
 _SHARDED_DIMS: dict[Kind, dict[str, int | None]] = {
     "column": {
         **{"weight": 0, "bias": 0, "u": 0, "v": None, "sigma": None},
-        **{"residual": 0, "u_fixed": 0, "v_fixed": None},
+        **{"residual": 0, "residual_scale": 0, "u_fixed": 0, "v_fixed": None},
         **{"base": 0, "mixing": None, "value_delta": None},
         **{"c": None, "d": 0, "u0": 0, "v0": None},
     },
     "row": {
         **{"weight": 1, "bias": None, "u": None, "v": 0, "sigma": None},
-        **{"residual": 1, "u_fixed": None, "v_fixed": 0},
+        **{"residual": 1, "residual_scale": None, "u_fixed": None, "v_fixed": 0},
         **{"base": 1, "mixing": None, "value_delta": None},
         **{"c": 0, "d": None, "u0": None, "v0": 0},
     },

@@ -79,6 +79,7 @@ class SpectralMatrix(SpectralLinear):
             out_features,
             spectral.spectral_rank,
             storage=spectral.storage,
+            residual_dtype=spectral.residual_dtype,
             extra_sigma=spectral.extra_sigma,
             enhanced=spectral.gradient == "enhanced",
             active_sigma_only=not trains_all_sigma(spectral) and not spectral.extra_sigma,

@@ -17,7 +17,7 @@ from spectral_scale.config.methods.spec import (
     PlannedModel,
 )
 from spectral_scale.config.presets import Architecture, linear_shapes
-from spectral_scale.config.schema import SpectralConfig
+from spectral_scale.config.schema import RunConfig, SpectralConfig
 
 _NOT_ITS_OWN = {"method", "settings", "lora_alpha", "sparsity", "ridge"}
 
@@ -50,6 +50,11 @@ def _problems(spectral: SpectralConfig, architecture: Architecture) -> Iterator[
             "spectral.trained_sigma=all needs spectral.storage=factored: in residual storage the "
             "inactive singular values are merged and have no gradient"
         )
+    if spectral.residual_dtype != "auto" and spectral.storage != "residual":
+        yield (
+            f"spectral.residual_dtype={spectral.residual_dtype} needs spectral.storage=residual: "
+            "factored storage has no residual; leave one of them out"
+        )
     if spectral.extra_sigma and spectral.storage != "residual":
         yield (
             f"spectral.extra_sigma={spectral.extra_sigma} needs spectral.storage=residual: "
@@ -64,8 +69,17 @@ def _problems(spectral: SpectralConfig, architecture: Architecture) -> Iterator[
         )
 
 
+def _run_problems(config: RunConfig) -> Iterator[str]:
+    if config.spectral.residual_dtype == "int8" and config.model.compile:
+        yield (
+            "spectral.residual_dtype=int8 was not tried in compiled blocks; set model.compile=false"
+        )
+
+
 def _features(spectral: SpectralConfig) -> Iterator[str]:
     yield f"storage={spectral.storage}"
+    if spectral.residual_dtype != "auto":
+        yield f"residual_dtype={spectral.residual_dtype}"
     if spectral.extra_sigma:
         yield "extra_sigma"
     if spectral.boundary_moments != "reset":
@@ -121,6 +135,7 @@ SST = MethodSpec(
     )
     | {"optimizer.spectral_lr"},
     problems=_problems,
+    run_problems=_run_problems,
     features=_features,
     filter_refusals={"rows": NO_MATRIX, "heads": NO_MATRIX},
     layout_keys=("storage", "spectral_rank"),

@@ -15,6 +15,8 @@ class Factors:
 
     residual: Tensor | None
     """(O, I), frozen."""
+    residual_scale: Tensor | None
+    """(O,), frozen: of the rows of a residual of whole numbers."""
     u: Tensor
     """(O, R)."""
     v: Tensor

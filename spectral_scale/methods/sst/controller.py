@@ -78,6 +78,7 @@ class SpectralController:
         self.owners = assign_owners(shapes, self.collective.world_size)
         self.applied_steps = 0
         self.store = store or TorchStore(model, optimizer, self.collective)
+        self._require_kept_whole_numbers()
         compute_device = next(iter(self.layers.values())).u.device
         self.bank = SpectralBank(
             device=torch.device("cpu") if config.bank_device == "cpu" else compute_device,
@@ -188,6 +189,16 @@ class SpectralController:
         for layer in self.layers.values():
             if layer.casts is not None:
                 layer.casts.clear()
+
+    def _require_kept_whole_numbers(self) -> None:
+        """Raise ConfigError if the store's host might cast a residual of whole numbers."""
+        held = any(layer.residual_scale is not None for layer in self.layers.values())
+        if held and not self.store.keeps_whole_numbers:
+            raise ConfigError(
+                "spectral.residual_dtype=int8 does not run behind "
+                f"{type(self.store).__name__}, whose host was not shown to keep whole numbers; "
+                "convert with residual_dtype=auto, or train on plain torch"
+            )
 
     def _decompose_initial(self, weights: WeightSource) -> None:
         take_over_weights(

@@ -1,7 +1,8 @@
 """The one place where an SST layer's product is chosen; every form of the layer computes here.
 
 On the CPU and with fixed directions that is `SpectralProduct`, on GPUs `FusedSpectralProduct`.
-Other forms of the frozen rest (int8) or of the update take their place beside these two.
+Other forms of the update take their place beside these two; those of the frozen rest (int8) are
+multiplied in `methods.frozen_weight`.
 """
 
 import torch
@@ -42,12 +43,13 @@ def spectral_forward(
         kept = None if casts is None or compiling else casts.get(factors, dtype)
         y: Tensor = FusedSpectralProduct.apply(
             x.reshape(-1, x.shape[-1]), factors.residual, factors.u, factors.v, factors.sigma,
-            factors.bias, dtype, enhanced, bottleneck, kept,
+            factors.bias, dtype, enhanced, bottleneck, kept, factors.residual_scale,
         )  # fmt: skip
     else:
         x = in_product_dtype(x)
         y = SpectralProduct.apply(
             x.reshape(-1, x.shape[-1]), factors.residual, factors.u, factors.v, factors.u_fixed,
             factors.v_fixed, factors.sigma, factors.bias, enhanced, active_sigma_only, bottleneck,
+            factors.residual_scale,
         )  # fmt: skip
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spectral_scale.methods.frozen_weight import widened
 from spectral_scale.methods.sst.casts import CastFactors, cast_factors
 from spectral_scale.methods.sst.product import Bottleneck
 
@@ -41,13 +42,15 @@ class FusedSpectralProduct(torch.autograd.Function):
         enhanced: bool,
         bottleneck: Bottleneck | None = None,
         kept: CastFactors | None = None,
+        scale_O: Tensor | None = None,
     ) -> Tensor:
         """The output in `dtype`, to which x and every factor is cast.
 
-        `kept`: the cast factors, if they exist already.
+        `scale_O`: of the rows of a residual of whole numbers (`frozen_weight`). `kept`: the cast
+        factors, if they exist already.
         """
         cast = kept or cast_factors(u_OR, v_IR, sigma_R, bias_O, dtype)
-        residual = residual_OI.to(dtype)
+        residual = widened(residual_OI, scale_O, dtype)
         width = x_TI.shape[1]
         if x_TI.dtype == dtype:
             z = x_TI @ cast.v_IR
@@ -63,8 +66,8 @@ class FusedSpectralProduct(torch.autograd.Function):
                 torch.mm(cast_x, cast.v_IR, out=z)
             y = _affine(x, torch.cat([residual, cast.u_sigma_OR], 1), cast.bias_O)
         ctx.save_for_backward(
-            x, z if x is x_TI else None, residual_OI, u_OR, v_IR, sigma_R, cast.u_OR,
-            cast.v_sigma_IR,
+            x, z if x is x_TI else None, residual_OI, scale_O, u_OR, v_IR, sigma_R,
+            cast.u_OR, cast.v_sigma_IR,
         )  # fmt: skip
         ctx.enhanced, ctx.bottleneck, ctx.x_dtype = enhanced, bottleneck, x_TI.dtype
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
@@ -75,13 +78,13 @@ class FusedSpectralProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, u, v, sigma and bias."""
         g = grads[0]
-        x, z, residual, u, v, sigma, cast_u, cast_v_sigma = ctx.saved_tensors
+        x, z, residual, scale, u, v, sigma, cast_u, cast_v_sigma = ctx.saved_tensors
         width = residual.shape[1]
         x, z = (x[:, :width], x[:, width:]) if z is None else (x, z)
         shared = None if ctx.bottleneck is None else ctx.bottleneck.sharding
         if ctx.bottleneck is None:
             d_x, h = _input_gradient(
-                g, residual.to(g.dtype), cast_u, cast_v_sigma,
+                g, widened(residual, scale, g.dtype), cast_u, cast_v_sigma,
                 wanted=ctx.needs_input_grad[0], in_one=ctx.x_dtype != g.dtype,
             )  # fmt: skip
         else:
@@ -89,7 +92,7 @@ class FusedSpectralProduct(torch.autograd.Function):
             # Of z here, not in forward: evaluation needs no sum.
             finish = ctx.bottleneck.start_sum(h if shared == "column_parallel" else z)
             if ctx.needs_input_grad[0]:
-                d_x = (g @ residual.to(g.dtype)).addmm_(h, cast_v_sigma.t())
+                d_x = (g @ widened(residual, scale, g.dtype)).addmm_(h, cast_v_sigma.t())
             h, z = (finish(), z) if shared == "column_parallel" else (h, finish())
         d_u, d_v = _product(g.t(), z, u.dtype), _product(x.t(), h, v.dtype)
         # Of the factor that every rank holds whole, whose gradient is complete.
@@ -99,7 +102,7 @@ class FusedSpectralProduct(torch.autograd.Function):
         d_bias = None if ctx.bias_dtype is None else g.sum(0, dtype=ctx.bias_dtype)
         if d_x is not None:
             d_x = d_x.to(ctx.x_dtype)
-        settings = (None, None, None, None)  # dtype, enhanced, bottleneck, kept
+        settings = (None,) * 5  # dtype, enhanced, bottleneck, kept, scale
         return d_x, None, d_u, d_v, d_sigma.to(sigma.dtype), d_bias, *settings
 
 

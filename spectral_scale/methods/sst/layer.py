@@ -15,6 +15,7 @@ from spectral_scale.config.methods.sst import trains_all_sigma
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import SpectralError
 from spectral_scale.methods.convert import replace_linears
+from spectral_scale.methods.frozen_weight import widened
 from spectral_scale.methods.layer import FactoredLinear, ShardedProduct
 from spectral_scale.methods.sst.casts import CastCache, Factors
 from spectral_scale.methods.sst.forward import spectral_forward
@@ -33,7 +34,9 @@ class SpectralLinear(FactoredLinear):
         u (out, r), v (in, r): trained directions, unit columns.
         sigma (r + s,), or (k,) in factored storage: singular values, those of u and v first.
         bias (out,): as the dense layer's, if it has one.
-        residual (out, in), frozen: everything not trained (residual storage).
+        residual (out, in), frozen: everything not trained (residual storage), rounded to
+            `frozen_dtype`, or to whole numbers (int8).
+        residual_scale (out,), frozen, fp32: the scale of each row of whole numbers (`ops.int8`).
         u_fixed (out, f), v_fixed (in, f), frozen: directions of which at most sigma trains; all
             f = k - r others in factored storage, f = s extra ones in residual storage, if any.
     """
@@ -43,10 +46,12 @@ class SpectralLinear(FactoredLinear):
         "v": "direction",
         "sigma": "value",
         "residual": "residual",
+        "residual_scale": "residual",
         "u_fixed": "fixed",
         "v_fixed": "fixed",
     }
     residual: nn.Parameter | None
+    residual_scale: nn.Parameter | None
     u_fixed: nn.Parameter | None
     v_fixed: nn.Parameter | None
 
@@ -57,6 +62,7 @@ class SpectralLinear(FactoredLinear):
         spectral_rank: int,
         *,
         storage: str = "residual",
+        residual_dtype: str = "auto",
         extra_sigma: int = 0,
         enhanced: bool = True,
         active_sigma_only: bool = False,
@@ -75,8 +81,10 @@ class SpectralLinear(FactoredLinear):
         def trained(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
-        def frozen(*shape: int) -> nn.Parameter:
-            zeros = torch.zeros(shape, device=device, dtype=frozen_dtype or dtype)
+        def frozen(
+            *shape: int, kept_in: torch.dtype | None = frozen_dtype or dtype
+        ) -> nn.Parameter:
+            zeros = torch.zeros(shape, device=device, dtype=kept_in)
             return nn.Parameter(zeros, requires_grad=False)
 
         self.u = trained(out_features, spectral_rank)
@@ -85,7 +93,12 @@ class SpectralLinear(FactoredLinear):
         self.num_fixed = extra_sigma if in_residual else k - spectral_rank
         self.sigma = trained(spectral_rank + self.num_fixed)
         self.bias = trained(out_features) if bias else None
-        self.residual = frozen(out_features, in_features) if in_residual else None
+        self.residual = self.residual_scale = None
+        if in_residual and residual_dtype == "int8":
+            self.residual = frozen(out_features, in_features, kept_in=torch.int8)
+            self.residual_scale = frozen(out_features, kept_in=torch.float32)
+        elif in_residual:
+            self.residual = frozen(out_features, in_features)
         holds_fixed = self.num_fixed > 0 or not in_residual
         self.u_fixed = frozen(out_features, self.num_fixed) if holds_fixed else None
         self.v_fixed = frozen(in_features, self.num_fixed) if holds_fixed else None
@@ -107,6 +120,7 @@ class SpectralLinear(FactoredLinear):
 
         return Factors(
             residual=of(self.residual),
+            residual_scale=of(self.residual_scale),
             u=local(self.u),
             v=local(self.v),
             u_fixed=of(self.u_fixed),
@@ -158,6 +172,8 @@ class SpectralLinear(FactoredLinear):
             shapes["v_fixed"] = (self.in_features, self.num_fixed)
         if self.residual is not None:
             shapes["residual"] = (self.out_features, self.in_features)
+        if self.residual_scale is not None:
+            shapes["residual_scale"] = (self.out_features,)
         return shapes
 
     @torch.no_grad()
@@ -167,7 +183,7 @@ class SpectralLinear(FactoredLinear):
         r = self.spectral_rank
         weight = (self.u * self.sigma[:r]) @ self.v.t()
         if self.residual is not None:
-            weight += self.residual
+            weight += widened(self.residual, self.residual_scale, weight.dtype)
         if self.u_fixed is not None and self.v_fixed is not None:
             dtype = weight.dtype
             weight += (self.u_fixed.to(dtype) * self.sigma[r:]) @ self.v_fixed.t().to(dtype)
@@ -199,7 +215,8 @@ def convert(
         config: rank, storage and gradient form.
         targets: fnmatch patterns of module names; None takes every nn.Linear inside a numbered
             block (`...layers.3.fc1`), which leaves embeddings and output layers dense.
-        frozen_dtype: dtype of the frozen weights; None: that of the dense weight.
+        frozen_dtype: dtype of the frozen weights, unless `config` asks for another one of the
+            residual; None: that of the dense weight.
 
     Raises:
         ConfigError: a pattern or the model yields no linear, a weight is tied, or r is too large.
@@ -211,6 +228,7 @@ def convert(
             linear.out_features,
             config.spectral_rank,
             storage=config.storage,
+            residual_dtype=config.residual_dtype,
             extra_sigma=config.extra_sigma,
             enhanced=config.gradient == "enhanced",
             active_sigma_only=not trains_all_sigma(config) and not config.extra_sigma,

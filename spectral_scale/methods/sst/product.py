@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spectral_scale.methods import frozen_weight
 from spectral_scale.methods.tensor_parallel_context import Sharding, StartSum
 from spectral_scale.ops.token_sums import column_sums, sum_of_products
 
@@ -62,8 +63,11 @@ class SpectralProduct(torch.autograd.Function):
         enhanced: bool,
         active_sigma_only: bool,
         bottleneck: Bottleneck | None = None,
+        scale_O: Tensor | None = None,
     ) -> Tensor:
         """The output in x's dtype, to which every other argument is cast.
+
+        `scale_O`: of the rows of a residual of whole numbers (`frozen_weight`).
 
         Frozen weights are kept for backward as they are and cast again there: a cast copy would
         live as long as the activations.
@@ -73,7 +77,7 @@ class SpectralProduct(torch.autograd.Function):
         u, v, s = u_OR.to(dtype), v_IR.to(dtype), sigma.to(dtype)
         z = x_TI @ v
         if residual_OI is not None:
-            y = _affine(x_TI, residual_OI.to(dtype).t(), bias_O)
+            y = frozen_weight.affine(x_TI, residual_OI, scale_O, bias_O)
             y.addmm_(z * s[:r], u.t())
         else:
             y = _affine(z * s[:r], u.t(), bias_O)
@@ -82,7 +86,7 @@ class SpectralProduct(torch.autograd.Function):
             z_fixed = x_TI @ v_IF.to(dtype)
             y.addmm_(z_fixed * s[r:], u_OF.to(dtype).t())
         z_kept = None if active_sigma_only else z_fixed
-        ctx.save_for_backward(x_TI, residual_OI, u, v, u_OF, v_IF, s, z, z_kept)
+        ctx.save_for_backward(x_TI, residual_OI, scale_O, u, v, u_OF, v_IF, s, z, z_kept)
         ctx.enhanced, ctx.bottleneck = enhanced, bottleneck
         ctx.dtypes = u_OR.dtype, v_IR.dtype, sigma.dtype, None if bias_O is None else bias_O.dtype
         return y
@@ -92,7 +96,7 @@ class SpectralProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, u, v, sigma and bias."""
         g = grads[0]
-        x, residual, u, v, u_fixed, v_fixed, s, z, z_fixed = ctx.saved_tensors
+        x, residual, scale, u, v, u_fixed, v_fixed, s, z, z_fixed = ctx.saved_tensors
         u_dtype, v_dtype, sigma_dtype, bias_dtype = ctx.dtypes
         r = u.shape[1]
         h = g @ u
@@ -102,7 +106,7 @@ class SpectralProduct(torch.autograd.Function):
             finish = ctx.bottleneck.start_sum(h if by_columns else z)
         rest = None
         if ctx.needs_input_grad[0] and residual is not None:
-            rest = g @ residual.to(g.dtype)
+            rest = frozen_weight.input_gradient(g, residual, scale)
         if finish is not None and by_columns:
             complete = finish()
         elif finish is not None:
@@ -121,7 +125,7 @@ class SpectralProduct(torch.autograd.Function):
                 d_fixed = ctx.bottleneck.sum(d_fixed)
             d_sigma = torch.cat([d_sigma, d_fixed])
         d_bias = None if bias_dtype is None else column_sums(g, bias_dtype)
-        settings = (None, None, None)  # enhanced, active_sigma_only, bottleneck
+        settings = (None, None, None, None)  # enhanced, active_sigma_only, bottleneck, scale
         return (
             d_x, None, d_u.to(u_dtype), d_v.to(v_dtype), None, None, d_sigma, d_bias, *settings
         )  # fmt: skip

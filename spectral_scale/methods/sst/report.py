@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from spectral_scale.methods.sst.spectrum import LayerSpectrum, spectra_by_kind
+from spectral_scale.methods.sst.spectrum import LayerSpectrum, errors_by_kind, spectra_by_kind
 
 
 @dataclass(kw_only=True)
@@ -32,6 +32,8 @@ class SwapReport:
     """Seconds in each phase of the protocol on this rank."""
     spectra: dict[str, LayerSpectrum] = field(default_factory=dict)
     """Spectrum and orthogonality by matrix, on rank 0."""
+    quantisation_errors: dict[str, float] = field(default_factory=dict)
+    """Relative error of a residual of whole numbers by matrix, on rank 0."""
 
     def metrics(self) -> dict[str, Any]:
         """The counts and seconds, and spectra averaged over the layers of a kind."""
@@ -47,4 +49,5 @@ class SwapReport:
             "spectral/boundary_seconds": self.seconds,
         }
         phases = {f"spectral/boundary_seconds/{k}": v for k, v in self.phase_seconds.items()}
-        return values | phases | spectra_by_kind(self.spectra)
+        errors = errors_by_kind(self.quantisation_errors)
+        return values | phases | spectra_by_kind(self.spectra) | errors

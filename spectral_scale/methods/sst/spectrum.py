@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ from spectral_scale.ops.decomposition import effective_rank
 from spectral_scale.ops.precision import exact_products
 
 NUM_QUANTILES = 17
+Of = TypeVar("Of")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +51,8 @@ def _column_error(factor: torch.Tensor, columns: torch.Tensor) -> float:
 
 def spectra_by_kind(spectra: Mapping[str, LayerSpectrum]) -> dict[str, Any]:
     """Metrics of matrices grouped by the last part of their name (q_proj, fc1, ...)."""
-    kinds = defaultdict(list)
-    for name, spectrum in spectra.items():
-        kinds[name.rpartition(".")[2]].append(spectrum)
     values: dict[str, Any] = {}
-    for kind, members in kinds.items():
+    for kind, members in _by_kind(spectra).items():
         count = len(members)
         values[f"spectral/effective_rank/{kind}"] = sum(s.effective_rank for s in members) / count
         columns = zip(*(s.quantiles for s in members), strict=True)
@@ -65,3 +63,22 @@ def spectra_by_kind(spectra: Mapping[str, LayerSpectrum]) -> dict[str, Any]:
         worst = max(s.orthogonality_error for s in spectra.values())
         values["spectral/orthogonality_error"] = worst
     return values
+
+
+def errors_by_kind(errors: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of quantised residuals: the mean error of each kind of matrix, and the worst."""
+    if not errors:
+        return {}
+    values = {
+        f"spectral/quantisation_error/{kind}": sum(members) / len(members)
+        for kind, members in _by_kind(errors).items()
+    }
+    return values | {"spectral/quantisation_error": max(errors.values())}
+
+
+def _by_kind(of_layers: Mapping[str, Of]) -> dict[str, list[Of]]:
+    """What matrices have, grouped by the last part of their name."""
+    kinds: dict[str, list[Of]] = defaultdict(list)
+    for name, found in of_layers.items():
+        kinds[name.rpartition(".")[2]].append(found)
+    return kinds

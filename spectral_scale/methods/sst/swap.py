@@ -21,6 +21,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.methods.sst.moments import Change, Held, held, update_all_moments
 from spectral_scale.methods.sst.report import SwapReport
 from spectral_scale.methods.sst.spectrum import LayerSpectrum, describe
+from spectral_scale.ops.int8 import quantisation_error, quantise_rows
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
 
@@ -64,6 +66,8 @@ class Swap:
     clock: PhaseClock
     """Clock that times the phases of a swap."""
     _proven: bool = field(default=False, init=False)
+    _quantisation_errors: dict[str, float] = field(default_factory=dict, init=False)
+    """Of the residuals that this rank built last."""
 
     def run(self, iteration: int) -> SwapReport:
         """End one iteration and begin `iteration`."""
@@ -79,6 +83,8 @@ class Swap:
         self._delivery.agree(work.problem, "swap")
         self._gather_spectra(spectra, report)
         self.begin(iteration, report)
+        if any(layer.residual_scale is not None for layer in self.layers.values()):
+            report.quantisation_errors = self._gathered(self._quantisation_errors)
         check_counts(report, self.layers, self.config.spectral_rank)
         if not self._proven:
             self._prove(report)
@@ -164,10 +170,18 @@ class Swap:
         layer = self.layers[name]
         factored = layer.residual is None
         found = self.bank.frozen_values(name, factored=factored)
+        if layer.residual_scale is not None:
+            found |= self._quantised(name, found["residual"])
         found = {leaf: v.to(getattr(layer, leaf).dtype) for leaf, v in found.items()}
         if trained:
             found |= self.bank.trained_values(name, all_sigma=factored)
         return found
+
+    def _quantised(self, name: str, residual: Tensor) -> dict[str, Tensor]:
+        """The residual in whole numbers, from its values in the bank's full precision."""
+        q, scale = quantise_rows(residual)
+        self._quantisation_errors[name] = quantisation_error(residual, q, scale)
+        return {"residual": q, "residual_scale": scale}
 
     # -- what ranks do together -------------------------------------------------------------
 
@@ -178,11 +192,15 @@ class Swap:
         report.swapped_triplets, report.redecomposed, report.kept_factors = counts
 
     def _gather_spectra(self, mine: Mapping[str, LayerSpectrum], report: SwapReport) -> None:
+        merged = self._gathered({name: spectrum.to_json() for name, spectrum in mine.items()})
+        report.spectra = {name: LayerSpectrum(**raw) for name, raw in merged.items()}
+
+    def _gathered(self, mine: Mapping[str, Any]) -> dict[str, Any]:
+        """What all ranks have of each layer, in the model's order, on rank 0; nothing elsewhere."""
         with self.clock.phase("agree"):
-            raw = {name: spectrum.to_json() for name, spectrum in mine.items()}
-            gathered = self.collective.gather_json(raw) or []
+            gathered = self.collective.gather_json(dict(mine)) or []
         merged = {name: item for of_rank in gathered for name, item in of_rank.items()}
-        report.spectra = {n: LayerSpectrum(**merged[n]) for n in self.layers if n in merged}
+        return {name: merged[name] for name in self.layers if name in merged}
 
     def _prove(self, report: SwapReport) -> None:
         prove_scattered(

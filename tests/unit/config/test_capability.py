@@ -125,6 +125,8 @@ def test_what_a_backend_cannot_do_is_refused_by_name() -> None:
     assert "GaLore (method=galore) does not run on megatron" in text
     assert "set parallel.backend=fsdp2" in text
     assert "residual=sharded) does not run on torch" in problem(parallel__residual="sharded")
+    eight = problem(parallel__backend="megatron", spectral__residual_dtype="int8")
+    assert "SST, residual of eight bits (residual_dtype=int8) does not run on megatron" in eight
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,14 @@ def test_all_sigma_need_factored_storage() -> None:
     )
 
 
+def test_eight_bits_need_a_residual_and_plain_blocks() -> None:
+    text = problem(spectral__residual_dtype="int8", spectral__storage="factored")
+    assert "spectral.residual_dtype=int8 needs spectral.storage=residual" in text
+    text = problem(spectral__residual_dtype="int8", model__compile=True)
+    assert "spectral.residual_dtype=int8 was not tried in compiled blocks" in text
+    check_config(config_with(spectral__residual_dtype="int8"), world_size=1)
+
+
 @pytest.mark.parametrize(
     ("storage", "trained", "expected"),
     [

@@ -9,11 +9,12 @@ from spectral_scale.config.presets import PRESETS, Architecture, resolve_archite
 from spectral_scale.config.schema import ModelConfig, RunConfig, SpectralConfig, TrainConfig
 from spectral_scale.errors import ConfigError
 
-Variant = Literal["dense", "sst residual", "sst factored", "tangent"]
+Variant = Literal["dense", "sst residual", "sst int8", "sst factored", "tangent"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 CHANGES: dict[Variant, dict[str, Any]] = {
     "dense": {"method": "full"},
     "sst residual": {"storage": "residual"},
+    "sst int8": {"storage": "residual", "residual_dtype": "int8"},
     "sst factored": {"storage": "factored"},
     "tangent": {"form": "tangent"},
 }
@@ -41,7 +42,7 @@ class StepSettings:
     threads: int = 1
     """Threads of one operation on the CPU."""
     spectral_rank: int = 64
-    """r of both SST storages and of the tangent form."""
+    """r of every form of SST."""
     steps: int = 7
     """Timed steps of each variant."""
     warmup_steps: int = 2

@@ -1,4 +1,4 @@
-"""Dense AdamW, SST in both storages and its tangent form in one run, by the parts of a step."""
+"""Dense AdamW and every form of SST in one run, by the parts of a step."""
 
 import os
 from collections.abc import Iterator

@@ -10,8 +10,8 @@ from spectral_scale.bench.settings import StepSettings
 from spectral_scale.cli.arguments import add_device, positive, require_one_process
 from spectral_scale.errors import ConfigError
 
-DESCRIPTION = """Time and memory of one training step: dense AdamW, SST (residual, factored), its
-tangent form.
+DESCRIPTION = """Time and memory of one training step: dense AdamW, SST (residual, residual of eight
+bits, factored), its tangent form.
 
 All take steps in turn, in one process, with the parts and defaults of `train`; a step's time
 is split into forward, backward and optimizer (clipping and retraction included). Swaps are measured
@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     step = benches.add_parser(
         "step",
-        help="dense AdamW against SST, residual and factored, and its tangent form",
+        help="dense AdamW against every form of SST",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -62,7 +62,7 @@ def dequantise(q_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantisation_error(values_OI: Tensor, q_OI: Tensor, scale_O: Tensor) -> float:
     """The relative error |diag(scale) Q - values| / |values| in the Frobenius norm; 0 for zeros."""
-    error, total = 0.0, 0.0
+    error = total = values_OI.new_zeros(())
     for rows in _blocks(values_OI):
         block = values_OI[rows]
         off = block - dequantise(q_OI[rows], scale_O[rows], block.dtype)

@@ -31,6 +31,9 @@ def test_formula_by_hand() -> None:
         "moments": 8 * residual,
         "bank": bank,
     }
+    assert formula("sst int8", 2) == formula("sst residual", 2) | {
+        "weights": 4 * residual + 39 + 4 * (6 + 3)
+    }
     assert formula("sst factored") == {
         "weights": 4 * (factored + 2 * 10 + 1 * 8),
         "gradients": 4 * factored,

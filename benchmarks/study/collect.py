@@ -9,12 +9,14 @@ from typing import Any
 import yaml
 
 from spectral_scale.metrics.history import MetricsHistory, load_history
-from study.plan import Trial, require_settings
-from study.results import Result, StudyError
+from study.results import Cost, Result, StudyError
 from study.settings import Settings
+from study.trial import Trial, require_settings
 
 NOT_FINITE = "is not finite"
 """In the reason of a run that was given up because its loss or gradient overflowed."""
+STATE = {f"memory/{use}_bytes" for use in ("weights", "gradients", "states", "bank")}
+"""Metrics whose sum are the bytes of the training state."""
 
 
 def check_run_folder(trial: Trial, run_dir: Path) -> None:
@@ -40,6 +42,7 @@ def collect(trial: Trial, run_dir: Path, *, diverged: bool) -> Result:
         diverged=diverged,
         validation=validation,
         training=_curve(lines, "train/loss"),
+        costs=_costs(lines),
         gradient_norms=_gradient_norms(lines) if logs_every_step else {},
         facts=_facts(run_dir, history),
     )
@@ -60,6 +63,20 @@ def _settings_in(config: Path, trial: Trial) -> Settings:
 
 def _curve(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     return [(line["step"], round(line[key], 5)) for line in lines if key in line]
+
+
+def _costs(lines: list[dict[str, Any]]) -> list[Cost]:
+    """At each evaluation: tokens and processor seconds of the steps so far, and bytes kept."""
+    costs: list[Cost] = []
+    seconds, last, tokens = 0.0, 0, 0
+    for line in lines:
+        if "train/processor_seconds" in line:
+            seconds += line["train/processor_seconds"] * (line["step"] - last)
+            last, tokens = line["step"], line["train/tokens"]
+        if "validation/loss" in line and STATE <= line.keys():
+            kept = sum(int(line[key]) for key in STATE)
+            costs.append((line["step"], tokens, round(seconds, 3), kept))
+    return costs
 
 
 def _gradient_norms(lines: list[dict[str, Any]]) -> dict[str, list[float]]:

@@ -13,8 +13,9 @@ from types import FrameType
 from typing import TextIO
 
 from study.collect import check_run_folder, collect, diverged
-from study.plan import Trial, all_trials
+from study.plan import all_trials
 from study.results import Result, StudyError, read_results, require_same_data, write_result
+from study.trial import Plan, Trial
 
 RESUMABLE = 75
 POLL_SECONDS = 0.2
@@ -62,6 +63,8 @@ class Executor:
     """Folder of the run folders; a killed run continues from its own."""
     command: Command
     """How a trial is run."""
+    plan: Plan = all_trials
+    """The runs of the study."""
     wanted: Callable[[Trial], bool] = lambda _: True
     """Which trials to run."""
     workers: int = 1
@@ -107,7 +110,7 @@ class Executor:
         results = read_results(self.results)
         require_same_data(results)
         taken = set(results) | set(self._running) | set(self.failed)
-        left = (trial for trial in all_trials(results) if trial.name not in taken)
+        left = (trial for trial in self.plan(results) if trial.name not in taken)
         ready = (trial for trial in left if trial.settings is not None and self.wanted(trial))
         return next(ready, None)
 

@@ -1,7 +1,7 @@
 """The plots of the page, as PNG files. Each shows only what was measured, or is not made."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,12 @@ STYLE: Any = {
 }
 
 
+Draw = Callable[[Any, Mapping[str, Result]], bool]
+"""Draws into a figure; whether there was anything to draw."""
+
+
 def draw_figures(results: Mapping[str, Result], folder: Path) -> list[str]:
-    """Write every figure that has data; the names of those written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write every figure of this study that has data; the names of those written."""
     drawn = {
         "tuning.png": _draw_tuning,
         "curves.png": _draw_curves,
@@ -42,6 +45,12 @@ def draw_figures(results: Mapping[str, Result], folder: Path) -> list[str]:
         "epsilon.png": _draw_epsilon,
         "gradient_norm.png": _draw_dip,
     }
+    return draw_all(drawn, results, folder)
+
+
+def draw_all(drawn: Mapping[str, Draw], results: Mapping[str, Result], folder: Path) -> list[str]:
+    """Write every figure that has data, and remove those that have none any more."""
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in drawn.items():
         with rc_context(STYLE):
@@ -82,7 +91,7 @@ def _draw_tuning(figure: Any, results: Mapping[str, Result]) -> bool:
         axes.set_xlim(min(tried) / 1.2, max(tried) * 1.2)
     tokens = declared.TUNE_STEPS * TOKENS_PER_STEP / 1e6
     axes.set(xlabel="tuned learning rate", ylabel=f"validation loss after {tokens:.2f} M tokens")
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
 def _draw_curves(figure: Any, results: Mapping[str, Result]) -> bool:
@@ -105,7 +114,7 @@ def _draw_curves(figure: Any, results: Mapping[str, Result]) -> bool:
     for axes, label in ((left, "validation loss"), (right, "validation loss - full rank's")):
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
         axes.set(xlabel="tokens", ylabel=label)
-    return _with_legend(figure, left, where="outside lower center", columns=3)
+    return with_legend(figure, left, where="outside lower center", columns=3)
 
 
 def _points(
@@ -165,7 +174,7 @@ def _draw_epsilon(figure: Any, results: Mapping[str, Result]) -> bool:
     left.set(xlabel="Adam's epsilon", ylabel=f"validation loss after {tokens:.2f} M tokens")
     right.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
     right.set(xlabel="tokens (dashed: epsilon 1e-4)", ylabel="validation loss")
-    return _with_legend(figure, left, where="outside lower center", columns=3)
+    return with_legend(figure, left, where="outside lower center", columns=3)
 
 
 def _draw_dip(figure: Any, results: Mapping[str, Result]) -> bool:
@@ -189,10 +198,10 @@ def _draw_dip(figure: Any, results: Mapping[str, Result]) -> bool:
     return True
 
 
-def _with_legend(
+def with_legend(
     figure: Any, axes: Any, *, where: str = "outside right upper", columns: int = 1
 ) -> bool:
-    """A legend beside the axes; whether there was anything to put into it."""
+    """Put a legend beside the axes; whether there was anything to put into it."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc=where, ncols=columns)

@@ -1,10 +1,11 @@
 """What is done, what is left, and about how long that takes."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from study.plan import Trial, all_trials, unknown_results
+from study.plan import all_trials
 from study.results import Result
+from study.trial import Trial, undeclared
 
 SECONDS_PER_STEP = 0.25
 """On one core, where nothing has been measured yet."""
@@ -14,17 +15,26 @@ OVERHEAD = 1.15
 
 def listing(results: Mapping[str, Result], *, workers: int) -> str:
     """A line a run, then what is left in runs, tokens and hours."""
-    trials = all_trials(results)
     speed = seconds_per_step(results)
-    lines = [_line(trial, results, speed) for trial in trials]
+    return list_trials(all_trials(results), results, workers, lambda t: _seconds(t, speed))
+
+
+def list_trials(
+    trials: Sequence[Trial],
+    results: Mapping[str, Result],
+    workers: int,
+    seconds_of: Callable[[Trial], float],
+) -> str:
+    """The listing of any study, whose runs take about `seconds_of` on one core."""
+    lines = [_line(trial, results, seconds_of(trial)) for trial in trials]
     left = [trial for trial in trials if trial.name not in results]
     steps = sum(trial.steps for trial in left)
-    hours = sum(_seconds(trial, speed) for trial in left) / workers / 3600
+    hours = sum(map(seconds_of, left)) / workers / 3600
     lines.append(
         f"{len(trials) - len(left)} of {len(trials)} runs are done; left: {len(left)} runs, "
         f"{steps:,} steps, about {hours:.1f} h with {workers} worker(s)"
     )
-    if foreign := unknown_results(results):
+    if foreign := undeclared(trials, results):
         lines.append(f"results of no declared run, never shown: {', '.join(foreign)}")
     return "\n".join(lines)
 
@@ -51,11 +61,11 @@ def _seconds(trial: Trial, speed: Mapping[str, float]) -> float:
     return trial.steps * speed.get(_kind(trial.name), speed[""]) * OVERHEAD
 
 
-def _line(trial: Trial, results: Mapping[str, Result], speed: Mapping[str, float]) -> str:
+def _line(trial: Trial, results: Mapping[str, Result], seconds: float) -> str:
     result = results.get(trial.name)
     if result is not None:
         state = "diverged" if result.diverged else f"done, validation loss {result.loss:.4f}"
     else:
-        state = f"left, about {_seconds(trial, speed) / 60:.0f} min"
+        state = f"left, about {seconds / 60:.0f} min"
         state += f", waits for {trial.waits_for}" if trial.waits_for else ""
     return f"{trial.name:<44} {trial.steps:>6} steps  {state}"

@@ -27,15 +27,19 @@ def render(results: Mapping[str, Result], docs: Path) -> list[str]:
     Raises StudyError if the page has no marks or results do not belong together.
     """
     require_same_data(dict(results))
-    page = docs / PAGE
+    figures = draw_figures(results, docs / FIGURES)
+    replace_measured(docs / PAGE, measured(results, figures))
+    return [str(docs / PAGE), *(str(docs / FIGURES / name) for name in figures)]
+
+
+def replace_measured(page: Path, text_between: str) -> None:
+    """Write the part of a page between its marks. Raises StudyError if it has none."""
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise StudyError(f"{page} lacks the lines {BEGIN!r} and {END!r}, between which to write")
-    figures = draw_figures(results, docs / FIGURES)
-    page.write_text(f"{before}{BEGIN}\n\n{measured(results, figures)}\n\n{END}{after}", "utf-8")
-    return [str(page), *(str(docs / FIGURES / name) for name in figures)]
+    page.write_text(f"{before}{BEGIN}\n\n{text_between}\n\n{END}{after}", "utf-8")
 
 
 def measured(results: Mapping[str, Result], figures: list[str]) -> str:
@@ -63,17 +67,24 @@ def _image(name: str, figures: list[str]) -> str:
 
 
 def _measured_on(results: Mapping[str, Result]) -> str:
-    """Machine, versions, commits and speed of the finished runs, as a sentence."""
     shown = {trial.name for trial in all_trials(results)} & set(results)
-    facts = [results[name].facts for name in sorted(shown)]
-    if not facts:
+    if not shown:
         return "Nothing has been measured yet."
+    of = {name: results[name] for name in sorted(shown)}
+    speed = seconds_per_step(of)[""]
+    return (
+        f"{measured_on(of)}; {speed:.3f} s a step on average, on a machine shared with "
+        "other work, so seconds are not comparable between variants."
+    )
+
+
+def measured_on(results: Mapping[str, Result]) -> str:
+    """Machine, versions and commits of finished runs, as the beginning of a sentence."""
+    facts = [result.facts for result in results.values()]
     machines = sorted({f"{f['machine']['cpu']}, {f['machine']['cores']} cores" for f in facts})
     versions = sorted({f"torch {f['versions']['torch']}" for f in facts})
     commits = sorted({str(f["commit"]) for f in facts})
-    speed = seconds_per_step({name: results[name] for name in shown})[""]
     return (
         f"Measured on {'; '.join(machines)}, one thread a run, {', '.join(versions)}, at commits "
-        f"{', '.join(commits)}; {speed:.3f} s a step on average, on a machine shared with "
-        "other work, so seconds are not comparable between variants."
+        f"{', '.join(commits)}"
     )

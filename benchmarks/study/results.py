@@ -9,6 +9,8 @@ from typing import Any
 
 from study.settings import Settings
 
+Cost = tuple[int, int, float, int]
+"""Step, tokens and processor seconds of the steps so far, bytes of the training state."""
 FORMAT, FORMAT_VERSION = "spectral_scale.study", 1
 
 
@@ -23,7 +25,7 @@ class Result:
     name: str
     """Of the run; the file is NAME.json."""
     stage: str
-    """tune, final, ablation or dip."""
+    """The part of the study that it belongs to."""
     settings: Settings
     """What it was run with, by dotted key."""
     diverged: bool
@@ -32,6 +34,8 @@ class Result:
     """(step, validation loss), the last one at the end of the run."""
     training: list[tuple[int, float]]
     """(step, training loss of that step)."""
+    costs: list[Cost] = field(default_factory=list)
+    """What was spent and held at each evaluation, if that was measured."""
     gradient_norms: dict[str, list[float]] = field(default_factory=dict)
     """Kind of parameters -> norm in each step (runs that log every step only)."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +78,7 @@ def _read(path: Path) -> Result:
             raise ValueError(f"unknown keys {sorted(unknown)}")
         for curve in ("validation", "training"):
             raw[curve] = [(int(step), float(loss)) for step, loss in raw[curve]]
+        raw["costs"] = [tuple(cost) for cost in raw.get("costs", [])]
         result = Result(**raw)
         if result.name != path.stem:
             raise ValueError(f"it names itself {result.name}")

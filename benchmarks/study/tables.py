@@ -1,16 +1,15 @@
 """The tables of the page, as Markdown, from results alone. What was not measured is a dash."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from study import settings as declared
 from study.dip import DIP_WINDOW, dip_ratios
+from study.markdown import NOTHING, difference, number, table
 from study.plan import STAGES, all_trials, chosen_rate, tuned_rates, tuned_variants
 from study.results import Result
 from study.settings import TOKENS_PER_STEP, Variant
 from study.tuning import at_edge, best_rate
-
-NOTHING = "–"
 
 
 def progress_table(results: Mapping[str, Result]) -> str:
@@ -22,7 +21,7 @@ def progress_table(results: Mapping[str, Result]) -> str:
         done = [trial for trial in declared_runs if trial.name in results]
         tokens = declared_runs[0].steps * TOKENS_PER_STEP
         rows.append([stage, f"{tokens / 1e6:.2f} M", str(len(done)), str(len(declared_runs))])
-    return _table(["stage", "tokens a run", "done", "declared"], rows)
+    return table(["stage", "tokens a run", "done", "declared"], rows)
 
 
 def missing_runs(results: Mapping[str, Result]) -> str:
@@ -49,7 +48,7 @@ def tuning_table(results: Mapping[str, Result]) -> str:
         cells += [NOTHING] * (declared.TUNING_RUNS - len(cells))
         rows.append([variant.title, *cells, _tuning_note(losses, chosen)])
     tries = [f"try {n + 1}" for n in range(declared.TUNING_RUNS)]
-    return _table(["variant", *tries, "chosen"], rows)
+    return table(["variant", *tries, "chosen"], rows)
 
 
 def finals_table(results: Mapping[str, Result]) -> str:
@@ -67,13 +66,13 @@ def finals_table(results: Mapping[str, Result]) -> str:
                 _rate(chosen_rate(results, variant)),
                 _count(runs),
                 *(_loss(run) for run in runs),
-                _number(mean),
-                _number(None if mean is None else _perplexity(mean), digits=1),
-                _difference(mean, full),
+                number(mean),
+                number(None if mean is None else _perplexity(mean), digits=1),
+                difference(mean, full),
             ]
         )
     head = ["variant", "learning rate", "trained", *(f"seed {s}" for s in declared.SEEDS)]
-    return _table([*head, "mean loss", "perplexity", "loss - full"], rows)
+    return table([*head, "mean loss", "perplexity", "loss - full"], rows)
 
 
 def curve_table(results: Mapping[str, Result]) -> str:
@@ -84,9 +83,9 @@ def curve_table(results: Mapping[str, Result]) -> str:
         runs = [final(results, variant, seed) for seed in variant.seeds]
         curves = [run.validation for run in runs if run is not None]
         means = (_mean_at(curves, step) if len(curves) == len(runs) else None for step in quarters)
-        rows.append([variant.title, *map(_number, means)])
+        rows.append([variant.title, *map(number, means)])
     head = [f"{step * TOKENS_PER_STEP / 1e6:.1f} M tokens" for step in quarters]
-    return _table(["variant", *head], rows)
+    return table(["variant", *head], rows)
 
 
 def ablation_table(results: Mapping[str, Result]) -> str:
@@ -97,10 +96,10 @@ def ablation_table(results: Mapping[str, Result]) -> str:
         for seed in declared.SEEDS:
             pair = (ablation, declared.BASES[ablation.of.name])
             run, base = (results.get(a.run(seed)) for a in pair)
-            cells += [_loss(run), _difference(_loss_of(run), _loss_of(base))]
+            cells += [_loss(run), difference(_loss_of(run), _loss_of(base))]
         rows.append(cells)
     columns = (text for seed in declared.SEEDS for text in (f"loss, seed {seed}", "- base"))
-    return _table(["question", "change", *columns], rows)
+    return table(["question", "change", *columns], rows)
 
 
 def dip_table(results: Mapping[str, Result]) -> str:
@@ -114,7 +113,7 @@ def dip_table(results: Mapping[str, Result]) -> str:
             first, window = ratios
             rows.append([variant.title, str(len(first)), _range(first), _range(window)])
     head = ["variant", "boundaries", "first step after", f"mean of {DIP_WINDOW} steps after"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _final_variants() -> list[Variant]:
@@ -158,23 +157,11 @@ def _loss_of(run: Result | None) -> float | None:
 
 
 def _loss(run: Result | None) -> str:
-    return _number(_loss_of(run))
+    return number(_loss_of(run))
 
 
 def _rate(rate: float | None) -> str:
     return NOTHING if rate is None else f"{rate:g}"
-
-
-def _number(value: float | None, *, digits: int = 4) -> str:
-    if value is None:
-        return NOTHING
-    return f"{value:.{digits}f}" if math.isfinite(value) else "diverged"
-
-
-def _difference(loss: float | None, reference: float | None) -> str:
-    if loss is None or reference is None or not math.isfinite(loss - reference):
-        return NOTHING
-    return f"{loss - reference:+.4f}"
 
 
 def _perplexity(loss: float) -> float:
@@ -184,8 +171,3 @@ def _perplexity(loss: float) -> float:
 def _range(values: Sequence[float]) -> str:
     ordered = sorted(values)
     return f"{ordered[len(ordered) // 2]:.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

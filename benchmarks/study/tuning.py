@@ -7,14 +7,17 @@ from study.settings import TUNING_RUNS
 FACTOR = 2.0
 
 
-def next_rate(losses: Mapping[float, float], first: float) -> float | None:
+def next_rate(
+    losses: Mapping[float, float], first: float, *, most: int = TUNING_RUNS
+) -> float | None:
     """The next learning rate to try after those in `losses` (rate -> validation loss), or None.
 
     First the given one and twice it, then beyond the better one: a factor of 2 up from the largest
     tried or down from the smallest. A run that diverged has an infinite loss. None when the budget
-    is spent.
+    of TUNING_RUNS is spent; while the best rate then lies at the edge of what was tried, up to
+    `most` runs go on beyond it.
     """
-    if len(losses) >= TUNING_RUNS:
+    if len(losses) >= (TUNING_RUNS if not losses or not at_edge(losses) else most):
         return None
     if not losses:
         return first

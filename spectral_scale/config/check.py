@@ -21,6 +21,7 @@ AT_LEAST_ONE = (
     "model.num_layers",
     "model.num_heads",
     "model.ffn_size",
+    "model.max_positions",
     "model.sequence_length",
     "spectral.spectral_rank",
     "spectral.steps_per_iteration",

@@ -130,11 +130,12 @@ def _override(base: Architecture, model: ModelConfig) -> Architecture:
         num_kv_heads=heads if base.num_kv_heads == base.num_heads else base.num_kv_heads,
         ffn_size=ffn,
         vocab_size=vocab,
+        max_positions=model.max_positions or base.max_positions,
     )
 
 
 def _architecture_of_folder(folder: Path, model: ModelConfig) -> Architecture:
-    overrides = ("hidden_size", "num_layers", "num_heads", "ffn_size")
+    overrides = ("hidden_size", "num_layers", "num_heads", "ffn_size", "max_positions")
     given = [key for key in overrides if getattr(model, key) is not None]
     if given:
         raise ConfigError(

@@ -28,6 +28,8 @@ class ModelConfig:
     """Overrides the preset's number of attention heads."""
     ffn_size: int | None = None
     """Overrides the preset's feed-forward width."""
+    max_positions: int | None = None
+    """Overrides the preset's number of positions."""
     dropout: float = 0.0
     """Probability of residual dropout (OPT only)."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"

@@ -149,7 +149,7 @@ class TrainingLoop:
 
     def _one_step(self, batch: StepBatch) -> None:
         run, config = self.run, self.run.config
-        started = time.perf_counter()
+        started, computed = time.perf_counter(), time.process_time()
         last = self.step + 1 == config.train.steps
         log_now = last or (self.step + 1) % config.metrics.log_interval == 0
         evaluate_now = last or (self.step + 1) % config.train.eval_interval == 0
@@ -161,7 +161,8 @@ class TrainingLoop:
         self.step_log.add(loss, stats)
         numbers = self._read_finite() if log_now else None
         # After the numbers are read: only then has the device finished the step.
-        self.step_log.add_seconds(time.perf_counter() - started)
+        computed = time.process_time() - computed
+        self.step_log.add_seconds(time.perf_counter() - started, computed)
         if log_now:
             values |= self.step_log.metrics(self.step, numbers, skipped=self.skipped_steps)
             values |= self.supervisor.rank_metrics()

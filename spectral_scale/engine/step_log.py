@@ -34,7 +34,7 @@ class StepLog:
     def __init__(self, run: Run, rates: LearningRates) -> None:
         self._run, self._rates = run, rates
         self._flops_per_token = flops_per_token(run)
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds, self._processor_seconds = 0, 0.0, 0.0
         self._loss: torch.Tensor | None = None
         self._stats: StepStats
 
@@ -52,9 +52,11 @@ class StepLog:
         """Whether the latest step was applied, which `add` could not know."""
         self._stats = replace(self._stats, applied=applied, left_out=None)
 
-    def add_seconds(self, seconds: float) -> None:
-        """Add what the step took, with the wait for its numbers if they were read."""
+    def add_seconds(self, seconds: float, processor_seconds: float) -> None:
+        """Add what the step took, with the wait for its numbers if they were read, and what this
+        process computed in it on all of its threads."""
         self._seconds += seconds
+        self._processor_seconds += processor_seconds
 
     def read(self) -> StepNumbers | None:
         """Read the latest step's numbers; None if the step was refused. Collective."""
@@ -76,13 +78,15 @@ class StepLog:
             skipped: steps so far that updated nothing.
         """
         seconds = self._seconds / self._steps
-        self._steps, self._seconds = 0, 0.0
+        computed = self._processor_seconds / self._steps
+        self._steps, self._seconds, self._processor_seconds = 0, 0.0, 0.0
         loader = self._run.loader
         speed = loader.tokens_per_step / seconds
         values: dict[str, Any] = {
             "train/tokens": step * loader.tokens_per_step,
             "train/epoch": loader.epoch_of(step),
             "train/step_seconds": seconds,
+            "train/processor_seconds": computed,
             "train/tokens_per_second": speed,
         }
         if numbers is not None:

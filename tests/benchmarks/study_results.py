@@ -1,7 +1,8 @@
 """Made-up results to give the study."""
 
-from study.plan import Trial, all_trials
+from study.plan import all_trials
 from study.results import Result
+from study.trial import Trial
 
 
 def result_of(trial: Trial, loss: float = 5.0, *, diverged: bool = False) -> Result:

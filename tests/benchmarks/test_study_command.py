@@ -45,7 +45,7 @@ def test_what_is_wrong_is_said_in_one_line(monkeypatch, capsys, tmp_path):
 
 def test_missing_books_name_the_variable(monkeypatch, tmp_path):
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
-    with pytest.raises(StudyError, match=f"set {DATA_VARIABLE}"):
+    with pytest.raises(StudyError, match=f"set {DATA_VARIABLE}, to the folder"):
         prepare_books(tmp_path / "out")
 
 

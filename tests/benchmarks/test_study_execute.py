@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from study import settings as declared
 from study.execute import RESUMABLE, Executor
-from study.plan import Trial, all_trials
+from study.plan import all_trials
 from study.results import StudyError, read_results
+from study.trial import Trial
 
 # Writes what a run folder holds; the loss depends on the learning rate.
 # Arguments: folder, steps, rate, mode, settings as JSON.

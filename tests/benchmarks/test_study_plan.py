@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 from study import settings as declared
-from study.plan import Trial, all_trials, chosen_rate, settings_of, tuned_variants, unknown_results
+from study.plan import all_trials, chosen_rate, settings_of, tuned_variants, unknown_results
 from study.results import StudyError, read_results, require_same_data, write_result
+from study.trial import Trial
 from study_results import complete, result_of
 
 from spectral_scale.config.check import check_config, keys_without_effect

@@ -103,6 +103,7 @@ KEYS = {
     "train/grad_norm/spectral_direction",
     "train/grad_norm/spectral_value",
     "train/step_seconds",
+    "train/processor_seconds",
     "train/tokens_per_second",
 }
 EVALUATED = {"validation/loss", "validation/perplexity", "validation/seconds"}

@@ -85,6 +85,13 @@ def test_building_the_largest_allocates_nothing() -> None:
     assert sum(t.nbytes for t in real) < 1e6
 
 
+def test_positions_are_overridden() -> None:
+    found = resolve_architecture(ModelConfig(max_positions=64, sequence_length=64))
+    assert found.max_positions == 64
+    with pytest.raises(ConfigError, match="exceeds the model's 64 positions"):
+        resolve_architecture(ModelConfig(max_positions=64, sequence_length=65))
+
+
 def test_overrides_keep_the_ratios() -> None:
     found = resolve_architecture(ModelConfig(name="llama-130m", hidden_size=384, num_heads=6))
     assert (found.hidden_size, found.ffn_size, found.num_kv_heads) == (384, 1024, 6)

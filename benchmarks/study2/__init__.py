@@ -1,0 +1,1 @@
+"""The second study: blocks hold the parameters, three axes (`run.py` is the command)."""

@@ -1,0 +1,106 @@
+"""Which runs the second study consists of, in which order.
+
+Every prefix is informative: width 128 first (tuning, then all variants with one seed, then the
+changes of rank and settings, then the other seeds), then width 64 and width 256.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from study.group import Group
+from study.results import Result
+from study.settings import TUNING_RUNS, Variant
+from study.trial import Trial, checked
+
+from study2 import settings as declared
+from study2.settings import Change
+
+STAGES = ("tune", "final", "rank", "ablation")
+
+
+def group(width: int) -> Group:
+    """The variants of one width: dense parameters take the rate of its dense training."""
+    return Group(
+        full=declared.VARIANTS[width][0],
+        common=declared.common(width),
+        tune_steps=declared.TUNE_STEPS,
+        tune_changes=declared.TUNE,
+        most=declared.MOST_RATES,
+    )
+
+
+def all_trials(results: Mapping[str, Result]) -> list[Trial]:
+    """Every run in order, done or not. Raises StudyError if a result has other settings."""
+    main, *others = declared.VARIANTS
+    first, *rest = declared.SEEDS
+    trials = [
+        *_tuning(results, main),
+        *_finals(results, main, [first]),
+        *_changes(results, "rank", declared.RANK_CHANGES, [first]),
+        *_changes(results, "ablation", declared.ABLATIONS, [first]),
+        *_finals(results, main, rest),
+        *_changes(results, "rank", declared.RANK_CHANGES, rest),
+    ]
+    for width in others:
+        trials += [*_tuning(results, width), *_finals(results, width, declared.SEEDS)]
+    return checked(trials, results)
+
+
+def _tuning(results: Mapping[str, Result], width: int) -> Iterator[Trial]:
+    """The dense rate first; then each variant's first rate before any second one, and so on."""
+    full, *others = declared.VARIANTS[width]
+    yield from _turns(results, width, [full])
+    yield from _turns(results, width, others)
+
+
+def _turns(
+    results: Mapping[str, Result], width: int, variants: Sequence[Variant]
+) -> Iterator[Trial]:
+    for turn in range(max(TUNING_RUNS, declared.MOST_RATES)):
+        for variant in variants:
+            trial = group(width).tune(results, variant, turn)
+            if trial is not None:
+                yield trial
+
+
+def _finals(results: Mapping[str, Result], width: int, seeds: Sequence[int]) -> Iterator[Trial]:
+    """One seed after the other."""
+    for seed in seeds:
+        for variant in declared.VARIANTS[width]:
+            if seed in variant.seeds:
+                name = final_name(variant, seed)
+                changes, steps = declared.FINAL, declared.FINAL_STEPS
+                yield group(width).after_tuning(
+                    results, name, "final", variant, changes, steps=steps, seed=seed
+                )
+
+
+def final_name(variant: Variant, seed: int) -> str:
+    """The name of a variant's run to the end."""
+    return f"final-{variant.name}-seed_{seed}"
+
+
+def _changes(
+    results: Mapping[str, Result], stage: str, changes: Sequence[Change], seeds: Sequence[int]
+) -> Iterator[Trial]:
+    width = next(iter(declared.VARIANTS))
+    by_name = {v.name: v for v in declared.VARIANTS[width]}
+    for seed in seeds:
+        for change in changes:
+            variant = by_name.get(f"w{width}_{change.of}")
+            if variant is not None and seed in change.seeds:
+                yield group(width).after_tuning(
+                    results,
+                    change.run(seed),
+                    stage,
+                    variant,
+                    declared.FINAL | change.settings,
+                    steps=declared.FINAL_STEPS,
+                    seed=seed,
+                )
+
+
+def width_of(trial: Trial) -> int:
+    """The width of a run's model, also while it waits."""
+    width = next(iter(declared.VARIANTS))
+    found = (w for w in declared.VARIANTS if f"-w{w}_" in trial.name)
+    return next(found, width)

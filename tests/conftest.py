@@ -19,6 +19,15 @@ settings.load_profile("shared machine")
 TEXT_FILES = ("argparse.py", "ast.py", "calendar.py", "decimal.py", "difflib.py", "inspect.py")
 
 
+MOST_WORKERS = 8  # a test of several ranks starts up to four processes of its own
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many tests run at a time under `--numprocesses auto`."""
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the fast tier."""

@@ -1,12 +1,14 @@
 """What every launcher does with signals, lost ranks and errors, and the outcome for the run.
 
-    python benchmarks/launchers.py [--only NAME …] [--output FOLDER] [--render FILE]
+    python benchmarks/launchers.py [--only NAME …] [--events EVENT …] [--output FOLDER]
+        [--render FILE]
 
 Starts two ranks (one under `plain`) of a tiny run with each installed launcher and applies each
 event to it; for srun, the cluster of tests/slurm is started where no SLURM answers. An observation
 records status.json, the newest checkpoint (every byte verified), the processes left after launcher
 and ranks had time to exit, the launcher's exit code, and the time from the event to the end of the
-last process. The script exits with 0 only if every outcome is the documented one.
+last process. `prepare` is started as one process, and its command is given again after the event.
+The script exits with 0 only if every outcome is the documented one.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from spectral_scale.supervision.status import read_status
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "slurm"))
 
+import launcher_prepare  # noqa: E402
 from slurm_cluster import CannotStartError, running_cluster  # noqa: E402
 
 SCRIPT = str(ROOT / "launch" / "pretrain.py")
@@ -45,14 +48,16 @@ HANG_SECONDS = 10
 
 @dataclass(frozen=True)
 class Launcher:
-    """The command by which a launcher starts two ranks."""
+    """The command by which a launcher starts ranks."""
 
     program: str
     """The program that must be installed."""
     words: tuple[str, ...]
-    """Words of the command line before the arguments of training."""
+    """Words of the command line before the script."""
     kills_its_ranks_on: tuple[str, ...] = ()
     """Events after which the launcher kills its ranks at once."""
+    other_script: tuple[str, ...] = ()
+    """Further words before a script that takes no `--local_rank`."""
 
 
 def _beside_python(name: str) -> str:
@@ -61,30 +66,34 @@ def _beside_python(name: str) -> str:
 
 
 LAUNCHERS = {
-    "plain": Launcher(sys.executable, (sys.executable, SCRIPT)),
+    "plain": Launcher(sys.executable, (sys.executable,)),
     "torchrun": Launcher(
         _beside_python("torchrun"),
-        (_beside_python("torchrun"), "--standalone", "--nproc-per-node=2", SCRIPT),
+        (_beside_python("torchrun"), "--standalone", "--nproc-per-node={ranks}"),
     ),
     "deepspeed": Launcher(
         _beside_python("deepspeed"),
-        (_beside_python("deepspeed"), "--num_gpus=2", "--master_port={port}", SCRIPT),
+        (_beside_python("deepspeed"), "--num_gpus={ranks}", "--master_port={port}"),
+        other_script=("--no_local_rank",),
     ),
     "mpirun": Launcher(
         "mpirun",
-        ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, SCRIPT),
+        ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "{ranks}", sys.executable),
     ),
-    "mpich": Launcher("mpirun.mpich", ("mpirun.mpich", "-n", "2", sys.executable, SCRIPT)),
+    "mpich": Launcher("mpirun.mpich", ("mpirun.mpich", "-n", "{ranks}", sys.executable)),
     "srun": Launcher(
         "srun",
-        ("srun", "--nodes=1", "--ntasks=2", "--disable-status", "--job-name={run}")
-        + (sys.executable, SCRIPT),
+        ("srun", "--nodes=1", "--ntasks={ranks}", "--disable-status", "--job-name={run}")
+        + (sys.executable,),
         kills_its_ranks_on=("SIGTERM to the launcher",),
     ),
 }
 
 SAVED, INTACT, NOTHING = "saved and resumable", "last checkpoint intact", "nothing begun"
+WHOLE = "whole after the same command"
 GRACEFUL = ("SIGTERM", "SIGUSR1", "SIGINT")
+WAITING = "SIGTERM while waiting for data"
+PREPARING = "SIGTERM while preparing"
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,8 @@ class Observation:
         """The outcome in the words of the page."""
         if self.orphans:
             return f"{self.orphans} processes left behind"
+        if self.event == PREPARING:
+            return WHOLE if self.reason == WHOLE else "a folder that cannot be used"
         if self.state == "stopped" and self.saved_at_end:
             return SAVED
         if self.checkpoint is not None:
@@ -134,6 +145,9 @@ def events(launcher: str) -> dict[str, str]:
     if launcher != "plain":
         found["one rank SIGKILLed"] = INTACT
         found["one rank SIGSTOPped"] = INTACT
+    # Several ranks can only save together, and wait in different steps.
+    found[WAITING] = SAVED if launcher == "plain" else INTACT
+    found[PREPARING] = WHOLE
     found["configuration error"] = NOTHING
     return found | dict.fromkeys(LAUNCHERS[launcher].kills_its_ranks_on, INTACT)
 
@@ -174,7 +188,7 @@ def ranks_of(run_dir: Path) -> list[psutil.Process]:
     return [psutil.Process(beat.pid) for beat in read_beats(run_dir)]
 
 
-def training_words(run_dir: Path, launcher: str) -> list[str]:
+def training_words(run_dir: Path, event: str) -> list[str]:
     """Arguments for a run that does not end by itself."""
     values = {
         "model.hidden_size": 32,
@@ -186,10 +200,12 @@ def training_words(run_dir: Path, launcher: str) -> list[str]:
         "train.steps": 1_000_000,
         "train.eval_interval": 1_000_000,
         "train.global_batch_size": 8,
-        "train.micro_batch_size": 2,
+        "train.micro_batch_size": 3 if event == "configuration error" else 2,
         "train.device": "cpu",
+        "data.num_workers": 1 if event == WAITING else 0,
         "checkpoint.interval": 5,
-        "health.hang_timeout_seconds": HANG_SECONDS,
+        # Long enough for the stop to come first where data is waited for.
+        "health.hang_timeout_seconds": 60 if event == WAITING else HANG_SECONDS,
         "metrics.log_interval": 1,
         "metrics.tensorboard": "false",
         "metrics.progress": "false",
@@ -201,11 +217,15 @@ def observe(launcher: str, event: str, folder: Path) -> Observation:
     """Start a run, apply the event, wait for the end, and inspect what is left."""
     mark, run_dir = uuid.uuid4().hex, folder / f"{launcher}-{event.replace(' ', '_')}"
     shutil.rmtree(run_dir, ignore_errors=True)
-    port = 20_000 + os.getpid() % 20_000
-    words = [w.format(port=port, run=run_dir.name) for w in LAUNCHERS[launcher].words]
-    words += training_words(run_dir, launcher)
-    if event == "configuration error":
-        words.append("--train.micro_batch_size=3")
+    given = {"port": 20_000 + os.getpid() % 20_000, "run": run_dir.name}
+    given["ranks"] = 1 if event == PREPARING else 2
+    words = [word.format(**given) for word in LAUNCHERS[launcher].words]
+    if event == PREPARING:
+        launcher_prepare.make_input(folder)
+        words += LAUNCHERS[launcher].other_script
+        words += [launcher_prepare.COMMAND, *launcher_prepare.words(folder, run_dir)]
+    else:
+        words += [SCRIPT, *training_words(run_dir, event)]
     log = folder / f"{run_dir.name}.log"
     environment = os.environ | {
         MARK: mark,
@@ -218,8 +238,7 @@ def observe(launcher: str, event: str, folder: Path) -> Observation:
             words, stdout=stream, stderr=stream, env=environment, start_new_session=True
         )
     try:
-        if event != "configuration error":
-            wait_for_step(process, run_dir, 7, log)
+        wait_for_moment(event, process, run_dir, log)
         began = time.monotonic()
         act(event, process, run_dir)
         wait_for_end(process, mark)
@@ -235,6 +254,30 @@ def observe(launcher: str, event: str, folder: Path) -> Observation:
     return look(launcher, event, run_dir, code, len(left), seconds)
 
 
+def wait_for_moment(
+    event: str, process: "subprocess.Popen[bytes]", run_dir: Path, log: Path
+) -> None:
+    """Wait until the run has come to where the event is to meet it."""
+    if event == PREPARING:
+        launcher_prepare.wait_until_it_tokenises(process, run_dir, log)
+    elif event != "configuration error":
+        wait_for_step(process, run_dir, 7, log)
+    if event == WAITING:
+        stop_data(run_dir)
+
+
+def stop_data(run_dir: Path) -> None:
+    """Suspend the loader processes of all ranks, and wait until their last batch is used up."""
+    for rank in ranks_of(run_dir):
+        for child in rank.children():
+            if child.cmdline() == rank.cmdline():  # a fork of the rank
+                child.suspend()
+    steps = [-1]
+    while len(set(steps[-3:])) > 1 or len(steps) < 3:
+        time.sleep(2)
+        steps.append(max(x["step"] for x in load_history(run_dir).current()))
+
+
 def wait_for_step(process: "subprocess.Popen[bytes]", run_dir: Path, step: int, log: Path) -> None:
     """Wait until the run has logged `step`."""
     deadline = time.monotonic() + 240
@@ -247,7 +290,9 @@ def wait_for_step(process: "subprocess.Popen[bytes]", run_dir: Path, step: int, 
 def act(event: str, process: "subprocess.Popen[bytes]", run_dir: Path) -> None:
     """Apply the event to the run."""
     name, _, to = event.partition(" to ")
-    if name in GRACEFUL and to == "the launcher":
+    if event in (WAITING, PREPARING):
+        process.send_signal(signal.SIGTERM)
+    elif name in GRACEFUL and to == "the launcher":
         process.send_signal(getattr(signal, name))
     elif name in GRACEFUL:
         ranks_of(run_dir)[1].send_signal(getattr(signal, name))
@@ -275,6 +320,9 @@ def look(
 ) -> Observation:
     """Inspect the run folder and record the observation."""
     status = read_status(run_dir)
+    if event == PREPARING:
+        whole = launcher_prepare.is_whole_after_the_same_command(run_dir.parent, run_dir)
+        status = {"reason": WHOLE if whole else ""}
     try:
         newest = inspect_checkpoints(run_dir)[0]
         step = newest.step if newest.good else None
@@ -315,7 +363,10 @@ exits; a run that loses a rank exits with its last checkpoint intact; no process
 
 This page is written by `python benchmarks/launchers.py --render docs/launchers.md`. Each row is one
 run with two ranks on one machine (one rank under `plain`) and `health.hang_timeout_seconds` {hang};
-all bytes of the checkpoint were verified after each event.
+all bytes of the checkpoint were verified after each event. Data is waited for where the loader
+processes of all ranks are suspended (with a timeout of 60 seconds): one process then saves, several
+end with their last checkpoint after ten seconds. `prepare` is one process with two workers, and its
+command is given again after the event; the folder must then equal that of an undisturbed one.
 {missing}
 ## Exit codes
 
@@ -328,7 +379,8 @@ instead.
 
 - **torchrun** is killed by SIGUSR1, and `deepspeed` by any signal, without forwarding it. The ranks
   notice that their launcher is gone, save and exit. `torchrun --signals-to-handle
-  SIGTERM,SIGINT,SIGUSR1` forwards SIGUSR1 as well.
+  SIGTERM,SIGINT,SIGUSR1` forwards SIGUSR1 as well. torchrun hands SIGHUP to its ranks even under
+  `nohup`; they save.
 - **mpirun** is Open MPI's, `mpich` is MPICH's `mpirun`. On one host, MPICH's ranks find each other
   through their common parent process. On several hosts, either mpi4py must load the launcher's own
   library (`MPI4PY_MPIABI=mpich`), or `-genv MASTER_ADDR HOST -genv MASTER_PORT 29500` must give the
@@ -356,6 +408,7 @@ def main() -> int:
     """Run the missing observations, then print or render all of them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", choices=LAUNCHERS, default=list(LAUNCHERS))
+    parser.add_argument("--events", nargs="*", help="observe these alone")
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--render", type=Path, default=None)
     arguments = parser.parse_args()
@@ -374,7 +427,7 @@ def main() -> int:
                 absent.append("srun")
         for launcher in arguments.only:
             for event in events(launcher) if launcher not in absent else ():
-                if (launcher, event) in known:
+                if (launcher, event) in known or event not in (arguments.events or [event]):
                     continue
                 found.append(observe(launcher, event, folder))
                 print(json.dumps(asdict(found[-1])), flush=True)

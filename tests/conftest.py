@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -17,6 +18,15 @@ settings.register_profile("shared machine", deadline=None)  # tests never assert
 settings.load_profile("shared machine")
 
 TEXT_FILES = ("argparse.py", "ast.py", "calendar.py", "decimal.py", "difflib.py", "inspect.py")
+
+
+MOST_WORKERS = 8  # a test of several ranks starts up to four processes of its own
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many tests run at a time under `--numprocesses auto`."""
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker

@@ -7,6 +7,7 @@ import os
 from spectral_scale.data.prepare import PrepareResult, prepare
 from spectral_scale.data.prepare_settings import SHARD_TOKENS
 from spectral_scale.data.tokens import TokenFolder
+from spectral_scale.supervision.launcher_watch import end_with_launcher
 
 _DESCRIPTION = """\
 Turn text into a token folder: memory-mapped shards of token ids, an index with checksums, and
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit code, 0.
     """
+    end_with_launcher()
     result = prepare(
         args.input,
         args.output,

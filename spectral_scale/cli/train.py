@@ -23,6 +23,7 @@ from spectral_scale.config.resolve import resolve
 from spectral_scale.errors import SpectralScaleError
 
 if TYPE_CHECKING:
+    from spectral_scale.config.schema import RunConfig
     from spectral_scale.engine.build import Inputs, Run
     from spectral_scale.engine.outcome import Outcome
     from spectral_scale.supervision.exit_status import ExitStatus
@@ -172,7 +173,7 @@ def _loop(built: "Run", run_dir: Path, output: str, exit_status: "ExitStatus") -
     log.close()
     if progress is not None:
         progress.close()
-        _conclude(run_dir, outcome, steps, output)
+        _conclude(run_dir, outcome, config, output)
     return 0 if outcome.stopped is None else RESUMABLE
 
 
@@ -228,9 +229,10 @@ def _introduce(built: "Run") -> None:
         _say(f"resuming at step {built.start_step} of {config.train.steps}")
 
 
-def _conclude(run_dir: Path, outcome: "Outcome", steps: int, output: str) -> None:
+def _conclude(run_dir: Path, outcome: "Outcome", config: "RunConfig", output: str) -> None:
     from spectral_scale.supervision.status import write_status
 
+    steps = config.train.steps
     if outcome.stopped is not None:
         write_status(
             run_dir,
@@ -246,7 +248,8 @@ def _conclude(run_dir: Path, outcome: "Outcome", steps: int, output: str) -> Non
         _say(f"\n{what}; run the same command again to continue")
         return
     write_status(run_dir, "completed", step=outcome.step, steps=steps)
-    _write_report(run_dir)
+    if config.metrics.report:
+        _write_report(run_dir)
     _say_done(run_dir, outcome.step, output)
 
 

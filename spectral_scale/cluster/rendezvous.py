@@ -1,5 +1,6 @@
 """Rendezvous of a run: an address and a port that all ranks derive without communication."""
 
+import contextlib
 import hashlib
 import socket
 from collections.abc import Mapping
@@ -93,9 +94,16 @@ def job_port(*identity: str) -> int:
 
 def free_port() -> int:
     """A port nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def free_ports(number: int) -> list[int]:
+    """Different ports, none of which anybody listens on at this moment."""
+    with contextlib.ExitStack() as open_sockets:
+        probes = [open_sockets.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _from_mpi(

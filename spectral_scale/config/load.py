@@ -8,6 +8,7 @@ jsonargparse.
 import argparse
 import dataclasses
 import difflib
+import functools
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -206,6 +207,7 @@ def _likeness(given: str, key: str) -> float:
     return similar + part + 0.2 * difflib.SequenceMatcher(None, section, other).ratio()
 
 
+@functools.cache  # reading the schema's source takes longer than parsing a configuration
 def build_parser() -> ArgumentParser:
     """The jsonargparse parser of the schema: type checks and the generated help."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

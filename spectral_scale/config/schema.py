@@ -342,6 +342,8 @@ class MetricsConfig:
     """Number of steps between logged lines."""
     progress: bool = True
     """Show a progress bar on a terminal."""
+    report: bool = True
+    """Draw report.html when the run completes; `spectral-scale report` draws it at any time."""
 
 
 @dataclass(frozen=True, kw_only=True)

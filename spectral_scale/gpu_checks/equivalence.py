@@ -15,7 +15,7 @@ from spectral_scale.metrics.history import load_history
 
 LOSS_LIMIT = 1e-5
 """Largest difference of any step's loss in fp32."""
-SECONDS = 120.0
+SECONDS = 240.0
 """Time for one run."""
 
 

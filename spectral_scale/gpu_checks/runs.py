@@ -42,6 +42,7 @@ SMALL: dict[str, Any] = {
     "metrics.log_interval": 1,
     "metrics.tensorboard": False,
     "metrics.progress": False,
+    "metrics.report": False,
 }
 """A run whose steps take milliseconds: swaps after steps 4 and 8, the second with SVDs."""
 LLAMA = {"model.name": "llama-60m"}

@@ -6,6 +6,9 @@ as orphans (measured with torch 2.13 and DeepSpeed 0.19.8).
 
 import contextlib
 import os
+import signal
+import threading
+import time
 
 import psutil
 
@@ -19,6 +22,10 @@ MODULES = frozenset(
     + ("accelerate.commands.launch",)
 )
 """What a launcher's command line begins with, as a program or after `python -m`."""
+
+
+_SECONDS = 0.5
+"""How often `end_with_launcher` looks."""
 
 
 class LauncherWatch:
@@ -36,6 +43,26 @@ class LauncherWatch:
     def gone(self) -> bool:
         """Whether one of them has ended."""
         return not all(map(_runs, self._launchers))
+
+    def watches(self) -> bool:
+        """Whether there is a launcher at all."""
+        return bool(self._launchers)
+
+
+def end_with_launcher() -> None:
+    """From now on a SIGTERM ends this process within a second of its launcher's end.
+
+    For commands that have no loop of steps to ask in. Without a launcher nothing happens.
+    """
+    watch = LauncherWatch()
+    if watch.watches():
+        threading.Thread(target=_wait_for_end, args=(watch,), daemon=True).start()
+
+
+def _wait_for_end(watch: LauncherWatch) -> None:
+    while not watch.gone():
+        time.sleep(_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _runs(process: psutil.Process) -> bool:

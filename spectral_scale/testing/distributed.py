@@ -13,7 +13,14 @@ from typing import Any
 
 from spectral_scale.cluster.rendezvous import LOOPBACK, free_port
 
-PRELOADED = ["spectral_scale.engine.loop", "spectral_scale.metrics.sinks"]
+PRELOADED = [
+    "spectral_scale.engine.loop",
+    "spectral_scale.metrics.sinks",
+    # Most of what DeepSpeed and megatron-core import: seconds of processor time in every rank.
+    "torch._inductor.compile_fx",
+    "torch._dynamo.repro.after_dynamo",
+]
+"""What the process that ranks are forked from has imported, so that they need not."""
 JOIN_SECONDS = 10.0
 
 

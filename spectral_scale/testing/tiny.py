@@ -37,6 +37,7 @@ TINY = {
     "checkpoint.interval": 100,
     "metrics.log_interval": 1,
     "metrics.tensorboard": False,
+    "metrics.report": False,
 }
 TORCH_ADAM = Path(__file__).with_name("torch_adam.json")
 """DeepSpeed file of runs that ask for offload without one: DeepSpeed's own Adam would be compiled

@@ -119,7 +119,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], str]] = {
         "1 key and value heads cannot be sharded over 2 .*lower the tensor-parallel size",
     ),
     "weight": (lambda g: column(g)(x, weight=x), "takes no weight from outside"),
-    "not ready": (lambda g: column(g)(x), "create the SpectralController before the first"),
+    "not ready": (lambda g: column(g)(x), "create the SpectralController after convert"),
     "normalization": (lambda g: norm(normalization="L2Norm"), "only LayerNorm and RMSNorm"),
     "gamma": (lambda g: norm(layernorm_zero_centered_gamma=True), "not supported .*set it False"),
     "no GPTModel": (lambda g: converted(gpt()), "no linear_qkv.*is it a GPTModel"),

@@ -55,7 +55,7 @@ def test_killed_runs_end_with_the_same_losses(corpus: Path, tmp_path: Path) -> N
     straight = start(arguments(corpus, tmp_path / "straight"))
     straight.join()
     assert straight.exitcode == 0
-    words = arguments(corpus, tmp_path / "killed")
+    words = [*arguments(corpus, tmp_path / "killed"), "--metrics.report=true"]
     for moment in (15, 40, 65):
         process = start(words)
         while process.is_alive() and steps_logged(tmp_path / "killed") < moment:

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PYTEST = "pytest --numprocesses auto --dist loadfile"
+"""How `launch/selftest` calls pytest."""
 COPIED = (
     *("launch/_setup.sh", "launch/quickstart", "launch/selftest", "launch/quickstart.yaml"),
     *(".ci/run", "pyproject.toml", "constraints.txt"),
@@ -176,12 +178,12 @@ def test_a_matching_stamp_needs_no_other_python_disk_or_network(checkout):
     (checkout.bin / "python3").unlink()
     checkout.stub("df", FULL_DISK)
     assert checkout.run("launch/selftest", "-k", "bank", PIP_EXIT="1").returncode == 0
-    assert checkout.calls() == ["pytest -k bank"]
+    assert checkout.calls() == [f"{PYTEST} -k bank"]
 
 
 def test_selftest_runs_the_fast_tier_alone(checkout):
     checkout.run("launch/selftest", "--fast", "-k", "bank")
-    assert checkout.calls()[-1] == "pytest -m fast -k bank"
+    assert checkout.calls()[-1] == f"{PYTEST} -m fast -k bank"
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
@@ -201,7 +203,7 @@ def test_selftest_adds_the_test_packages_and_serves_quickstart_too(checkout):
     checkout.run("launch/selftest")
     install, run = checkout.calls()
     assert install.endswith("--editable .[test]")
-    assert run == "pytest"
+    assert run == PYTEST
     checkout.run("launch/quickstart")
     assert installs(checkout.calls()) == []
 
@@ -218,11 +220,11 @@ def test_schedulers_are_installed_only_for_ci_and_root(checkout):
     checkout.stub("apt-get", '#!/usr/bin/env bash\necho "apt-get $1" >> "$CALLS"; exit 1\n')
     checkout.calls()
     assert checkout.run(".ci/run").returncode == 0
-    assert checkout.calls() == ["pytest"]
+    assert checkout.calls() == [PYTEST]
     done = checkout.run(".ci/run", CI="true")
     assert done.returncode == 0
     tried = ["apt-get install", "apt-get update"] if os.geteuid() == 0 else []
-    assert checkout.calls() == [*tried, "pytest"]
+    assert checkout.calls() == [*tried, PYTEST]
     assert ("could not be installed; their tests skip" in done.stderr) is bool(tried)
 
 
@@ -328,7 +330,7 @@ def test_no_network_shows_the_log_and_where_it_is(checkout):
     log = checkout.root / ".venv" / "install.log"
     assert str(log) in done.stderr
     assert "first line" in log.read_text()
-    assert "pytest" not in checkout.calls()
+    assert PYTEST not in checkout.calls()
 
 
 def test_disk_full_while_installing_is_named(checkout):

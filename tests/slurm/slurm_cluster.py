@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectral_scale.cluster.rendezvous import free_port
+from spectral_scale.cluster.rendezvous import free_ports
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "setpriv")
 NODES = ("n1", "n2")
@@ -174,10 +174,15 @@ def _write(folder: Path) -> None:
     key = folder / "munge" / "key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
-    nodes = [NODE.format(name=name, host=host, port=free_port()) for name in NODES]
+    # Asked for together: one asked for after another may be the same.
+    controller, *node_ports = free_ports(1 + len(NODES))
+    nodes = [
+        NODE.format(name=name, host=host, port=port)
+        for name, port in zip(NODES, node_ports, strict=True)
+    ]
     (folder / "slurm.conf").write_text(
         CONFIGURATION.format(
-            host=host, folder=folder, controller=free_port(), nodes="\n".join(nodes)
+            host=host, folder=folder, controller=controller, nodes="\n".join(nodes)
         )
     )
     gpus = [f"NodeName={name} Name=gpu File=/dev/tty[0-7]\n" for name in NODES]

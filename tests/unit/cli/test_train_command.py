@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from spectral_scale.cli import train as train_command
 from spectral_scale.cli.main import main
 from spectral_scale.config.load import known_keys, load_config
 from spectral_scale.metrics.history import read_metrics
 from spectral_scale.testing.tiny import tiny_words
 
-WRITE_REPORT = train_command._write_report
 SECRETS = {"HF_TOKEN": "hf_Xq7secret", "AWS_SECRET_ACCESS_KEY": "aws_Zz9secret"}
 STEPS = 12  # swaps after 4, 8 (re-SVD) and 12
 
@@ -48,14 +46,8 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
             patch.setenv(name, value)
-        assert train(corpus, run_dir, metrics__tensorboard=True) == 0
+        assert train(corpus, run_dir, metrics__tensorboard=True, metrics__report=True) == 0
     yield run_dir
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the run of `finished` renders its page, which takes longer than training."""
-    monkeypatch.setattr("spectral_scale.cli.train._write_report", lambda run_dir: None)
 
 
 def test_a_run_leaves_what_is_promised(finished: Path) -> None:
@@ -228,15 +220,11 @@ def test_a_status_that_cannot_be_written_costs_only_the_status(
 
 
 def test_a_report_that_cannot_be_written_costs_only_the_report(
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Training was successful and stays so; nothing names a page that is not there."""
     (tmp_path / "report.html" / "in the way").mkdir(parents=True)
-    monkeypatch.setattr(train_command, "_write_report", WRITE_REPORT)
-    assert train(corpus, tmp_path, train__steps=4) == 0
+    assert train(corpus, tmp_path, train__steps=4, metrics__report=True) == 0
     shown = capsys.readouterr()
     assert "warning: report.html could not be written" in shown.err
     assert "run complete at step 4" in shown.out and "report.html" not in shown.out

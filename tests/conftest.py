@@ -10,6 +10,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
+from exhaustive_tier import EXHAUSTIVE, stale
 from fast_tier import is_fast
 from hypothesis import settings
 
@@ -18,23 +19,38 @@ settings.register_profile("shared machine", deadline=None)  # tests never assert
 settings.load_profile("shared machine")
 
 TEXT_FILES = ("argparse.py", "ast.py", "calendar.py", "decimal.py", "difflib.py", "inspect.py")
-
-
-MOST_WORKERS = 8  # a test of several ranks starts up to four processes of its own
+MOST_WORKERS = 8
+"""Most tests at a time under `--numprocesses auto`: one of several ranks starts four processes."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """How many tests run at a time under `--numprocesses auto`."""
-    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    """How many tests run at a time under `--numprocesses auto`: some of them wait, mostly."""
+    return min(len(os.sched_getaffinity(0)) + 1, MOST_WORKERS)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--exhaustive`."""
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="also run what tests/exhaustive_tier.py lists, which takes many minutes",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the fast tier."""
-    for item in items:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of the fast tier; leave out those of the exhaustive one unless asked for."""
+    names = {item: item.nodeid.removeprefix("tests/") for item in items}
+    whole = not any("::" in word for word in config.args)
+    if whole and (unknown := stale(set(names.values()))):
+        raise pytest.UsageError(f"tests/exhaustive_tier.py names tests that are not: {unknown}")
+    left_out = pytest.mark.skip(reason="of the exhaustive tier: pytest --exhaustive")
+    for item, name in names.items():
         if is_fast(item.path) and item.get_closest_marker("slow") is None:
             item.add_marker("fast")
+        if name in EXHAUSTIVE and whole and not config.getoption("exhaustive"):
+            item.add_marker(left_out)
 
 
 @pytest.fixture(scope="session")

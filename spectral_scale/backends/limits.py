@@ -23,8 +23,8 @@ from spectral_scale.parallel.group import COLLECTIVE_TIMEOUT
 UNEVEN_SECONDS = 600.0
 """Seconds of a phase that is long now and then, decompositions aside."""
 DECOMPOSED_A_SECOND = {"cpu": 1e8, "cuda": 5e9}
-"""Decomposition cost (`decomposition_cost`) that a slow device gets through in a second: a fifth of
-what was measured on one core (5e8), and of what an A100 is expected to do."""
+"""Decomposition cost (`decomposition_cost`) that a slow device gets through in a second: an
+assumption, not a measurement. A fifth of what one core (5e8) and an A100 (2.5e10) should do."""
 HEADROOM = 1.25
 """The watchdog's patience may grow beyond the phase limit by this factor."""
 VERDICT_SECONDS = 60.0

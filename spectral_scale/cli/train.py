@@ -24,8 +24,9 @@ from spectral_scale.errors import SpectralScaleError
 
 if TYPE_CHECKING:
     from spectral_scale.config.schema import RunConfig
-    from spectral_scale.engine.build import Inputs, Run
+    from spectral_scale.engine.build import Inputs
     from spectral_scale.engine.outcome import Outcome
+    from spectral_scale.engine.run import Run
     from spectral_scale.supervision.exit_status import ExitStatus
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ from spectral_scale.engine.data import check_vocabulary, open_data, with_vocabul
 from spectral_scale.engine.identity import base_identity, check_identity, run_identity
 from spectral_scale.engine.methods import METHODS, convert_model, open_controller, open_filter
 from spectral_scale.engine.numerics import set_numerics
+from spectral_scale.engine.run import Run
 from spectral_scale.errors import SpectralError
-from spectral_scale.methods.base import Method, MethodController
+from spectral_scale.methods.base import Method
 from spectral_scale.methods.layer import factored_layers
 from spectral_scale.models.attention import choose_attention
 from spectral_scale.models.build import (
@@ -43,8 +44,6 @@ from spectral_scale.models.build import (
 )
 from spectral_scale.models.folder import check_folder
 from spectral_scale.models.weights import FolderWeights, InitialWeights, KeyedWeights
-from spectral_scale.optim.filter.spectral_filter import SpectralFilter
-from spectral_scale.parallel.chunks import TensorChunk, whole
 from spectral_scale.parallel.device import pick_device
 from spectral_scale.parallel.group import limit_waits, separate
 from spectral_scale.parallel.rank_info import RankInfo, require_rendezvous
@@ -61,71 +60,6 @@ MASTER_DTYPES = {
 """Precision -> dtype of trained weights, moments and the bank."""
 PRODUCT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precision -> dtype of products and frozen weights, where it is another one."""
-
-
-@dataclass(kw_only=True)
-class Run:
-    """Everything the loop needs."""
-
-    resolved: ResolvedRun
-    """The settings and what follows from them, vocabulary included."""
-    backend: Backend
-    """What holds the model and takes the training step."""
-    model: PreTrainedModel
-    """The model itself, for evaluation and state."""
-    forward: nn.Module
-    """The module that the training forward pass calls."""
-    table: ParameterTable
-    """Logical parameters."""
-    optimizer: torch.optim.Optimizer
-    """The optimizer; its groups carry `name`, `fqns`, `base_lr`, `spectral`."""
-    controller: MethodController | None
-    """The method's actions between steps; None for dense training."""
-    gradient_filter: SpectralFilter | None
-    """Filter of gradients before they are clipped; None: there is none."""
-    loader: TrainLoader
-    """Training batches by step."""
-    validation: ValidationLoader | None
-    """Fixed validation batches."""
-    checkpoints: CheckpointManager
-    """Saves and finds checkpoints."""
-    identity: dict[str, Any]
-    """Settings that must be equal in a resumed run; see `engine.identity`."""
-    start_step: int = 0
-    """Steps already taken."""
-    skipped_steps: int = 0
-    """Steps among them that updated nothing, because fp16 gradients overflowed."""
-    autocast: torch.dtype | None = None
-    """Compute dtype of the forward pass, if it differs from the weights'."""
-    saved_state: Mapping[str, Any] = field(default_factory=dict)
-    """Counters of the checkpoint it goes on from; empty at step 0."""
-
-    @property
-    def config(self) -> RunConfig:
-        """The settings, as resolved."""
-        return self.resolved.config
-
-    @property
-    def architecture(self) -> Architecture:
-        """The model's shapes."""
-        return self.resolved.architecture
-
-    def state_chunks(self) -> list[TensorChunk]:
-        """The tensors that this rank saves, as views that are valid until the next step."""
-        chunks = list(self.backend.state_chunks())
-        if self.controller is not None:
-            chunks += [whole(name, tensor) for name, tensor in self.controller.state_tensors()]
-        if self.gradient_filter is not None:
-            chunks += self.gradient_filter.state_chunks()
-        return chunks
-
-    def load(self, reader: CheckpointReader) -> None:
-        """Take the tensors of a checkpoint, in place. Collective."""
-        self.backend.load_state(reader.read)
-        if self.controller is not None:
-            self.controller.load_state(reader.read, reader.state["applied_steps"])
-        if self.gradient_filter is not None:
-            self.gradient_filter.load_state(reader.read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,42 +112,20 @@ def build_run(inputs: Inputs, methods: Mapping[str, Method] = METHODS) -> Run:
 
     Raises ConfigError, DataError or CheckpointError on all ranks alike.
     """
-    resolved, weights = inputs.run, inputs.weights
-    config, architecture = resolved.config, resolved.architecture
-    train_tokens, validation_tokens = inputs.train, inputs.validation
-
+    resolved, config = inputs.run, inputs.run.config
     backend = open_backend(resolved, inputs.rank_info)
     set_numerics(config.train, backend.device)
-    loader, validation = _build_loaders(config, backend, train_tokens, validation_tokens)
+    loader, validation = _build_loaders(config, backend, inputs.train, inputs.validation)
     identity = run_identity(resolved, loader)
-    identity |= base_identity(resolved.config, resolved.method, weights, backend.collective)
+    identity |= base_identity(config, resolved.method, inputs.weights, backend.collective)
     checkpoints = _open_checkpoints(config, backend)
-    reader = checkpoints.latest_good()
-    if reader is not None:
-        allowed = config.train.allow_changed
-        check_identity(reader.identity, identity, allowed=allowed, run_dir=config.train.run_dir)
+    reader = _checkpoint_to_resume(checkpoints, identity, config)
+    fresh = reader is None
 
-    model = build_model(architecture, config.model, eos_token_id=train_tokens.eos_token_id)
-    precision = config.train.precision
-    attention = choose_attention(model, config.model, device=backend.device, precision=precision)
-    logger.info("attention: %s", attention)
-    if reader is None and config.model.path is not None:
-        check_folder(Path(config.model.path), model)
-        check_folder_tokenizer(Path(config.model.path), train_tokens)
     method = methods[method_name(config.spectral)]
-    convert_model(model, config.spectral, frozen_dtype(config), method)
-    check_converted(model, config.spectral, architecture)
+    model = _shape_model(inputs, backend, method, fresh=fresh)
     table = parameter_table(model)
-    if config.model.compile:
-        compile_blocks(model)
-    backend.make(
-        model,
-        table,
-        weights,
-        dtype=MASTER_DTYPES[precision],
-        frozen_dtype=frozen_dtype(config),
-        fresh=reader is None,
-    )
+    _give_memory(model, table, inputs, backend, fresh=fresh)
     optimizer = backend.own_optimizer(method.optimizer(model, config, backend.collective))
     forward = backend.attach(optimizer)
     # The first decompositions come next; all groups of the backend are there.
@@ -225,9 +137,9 @@ def build_run(inputs: Inputs, methods: Mapping[str, Method] = METHODS) -> Run:
         config=config,
         collective=backend.collective,
         store=backend.store(),
-        weights=weights,
-        dtype=MASTER_DTYPES[precision],
-        fresh=reader is None,
+        weights=inputs.weights,
+        dtype=MASTER_DTYPES[config.train.precision],
+        fresh=fresh,
     )
     saved_state = {} if reader is None else reader.state
     run = Run(
@@ -238,7 +150,7 @@ def build_run(inputs: Inputs, methods: Mapping[str, Method] = METHODS) -> Run:
         table=table,
         optimizer=optimizer,
         controller=controller,
-        gradient_filter=open_filter(config, architecture, table, backend.store()),
+        gradient_filter=open_filter(config, resolved.architecture, table, backend.store()),
         loader=loader,
         validation=validation,
         checkpoints=checkpoints,
@@ -252,6 +164,61 @@ def build_run(inputs: Inputs, methods: Mapping[str, Method] = METHODS) -> Run:
         run.load(reader)
         logger.info("resuming from %s at step %d", reader.path.name, run.start_step)
     return run
+
+
+def _checkpoint_to_resume(
+    checkpoints: CheckpointManager, identity: Mapping[str, Any], config: RunConfig
+) -> CheckpointReader | None:
+    """The latest good checkpoint, which must be of this run; None: it begins. Collective."""
+    reader = checkpoints.latest_good()
+    if reader is not None:
+        allowed = config.train.allow_changed
+        check_identity(reader.identity, identity, allowed=allowed, run_dir=config.train.run_dir)
+    return reader
+
+
+def _shape_model(
+    inputs: Inputs, backend: Backend, method: Method, *, fresh: bool
+) -> PreTrainedModel:
+    """The model on the meta device, its linears converted by the method: shapes without memory.
+
+    A folder of weights is compared with it only if the run is `fresh`, since a checkpoint holds
+    what is trained otherwise.
+    """
+    config, architecture = inputs.run.config, inputs.run.architecture
+    model = build_model(architecture, config.model, eos_token_id=inputs.train.eos_token_id)
+    attention = choose_attention(
+        model, config.model, device=backend.device, precision=config.train.precision
+    )
+    logger.info("attention: %s", attention)
+    if fresh and config.model.path is not None:
+        check_folder(Path(config.model.path), model)
+        check_folder_tokenizer(Path(config.model.path), inputs.train)
+    convert_model(model, config.spectral, frozen_dtype(config), method)
+    check_converted(model, config.spectral, architecture)
+    return model
+
+
+def _give_memory(
+    model: PreTrainedModel,
+    table: ParameterTable,
+    inputs: Inputs,
+    backend: Backend,
+    *,
+    fresh: bool,
+) -> None:
+    """Let the backend put parameters with memory in the place of the meta model's. Collective."""
+    config = inputs.run.config
+    if config.model.compile:
+        compile_blocks(model)
+    backend.make(
+        model,
+        table,
+        inputs.weights,
+        dtype=MASTER_DTYPES[config.train.precision],
+        frozen_dtype=frozen_dtype(config),
+        fresh=fresh,
+    )
 
 
 def check_converted(model: nn.Module, spectral: SpectralConfig, architecture: Architecture) -> None:

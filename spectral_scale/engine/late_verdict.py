@@ -17,7 +17,7 @@ from typing import Any
 
 from spectral_scale.backends.base import StepStats
 from spectral_scale.data.loader import StepBatch
-from spectral_scale.engine.build import Run
+from spectral_scale.engine.run import Run
 from spectral_scale.methods.base import FollowsOpenSteps
 from spectral_scale.metrics.sinks import MetricsLog, NullLog
 from spectral_scale.supervision.incidents import step_data

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +10,13 @@ from spectral_scale.backends.base import StepStats
 from spectral_scale.backends.limits import wait_limits
 from spectral_scale.data.loader import StepBatch
 from spectral_scale.data.to_device import BatchMover
-from spectral_scale.engine.build import Run
-from spectral_scale.engine.evaluate import Evaluation, evaluate
+from spectral_scale.engine.evaluations import Evaluations
 from spectral_scale.engine.late_verdict import LateVerdicts
 from spectral_scale.engine.learning_rate import LearningRates, no_ramp
 from spectral_scale.engine.measure import memory
 from spectral_scale.engine.outcome import Outcome, Progress
-from spectral_scale.engine.rollback import checkpoint_before, no_way_back
+from spectral_scale.engine.rollback import way_back
+from spectral_scale.engine.run import Run
 from spectral_scale.engine.saver import Saver
 from spectral_scale.engine.step_log import StepLog, StepNumbers
 from spectral_scale.methods.base import FollowsOpenSteps
@@ -72,11 +71,10 @@ class TrainingLoop:
             limits=wait_limits(run.resolved, run.backend.device.type),
         )
         self.verdicts = LateVerdicts(run, self.supervisor, log)
+        self.evaluations = Evaluations(run, self.supervisor)
         self._to_device = BatchMover(run.backend.device)
         self._leads = run.backend.collective.rank == 0
         self._saved_step: int | None = run.start_step or None
-        self._evaluations: list[Evaluation] = []
-        self._first: Evaluation | None = None
 
     @property
     def skipped_steps(self) -> int:
@@ -107,14 +105,14 @@ class TrainingLoop:
             stopped=stopped,
             requeue=manner == "requeue",
             saved=saved,
-            first=self._first,
-            last=self._evaluations[-1] if self._evaluations else None,
+            first=self.evaluations.first,
+            last=self.evaluations.last,
         )
 
     def _measure_untrained(self) -> None:
         """Evaluate and measure memory before the first step of a fresh run."""
         values: dict[str, Any] = {}
-        self._first = self._evaluate(values)
+        self.evaluations.measure(0, values)
         self.log.write(0, values | memory(self.run))
 
     def _train_to_the_end_or_a_stop(self) -> str | None:
@@ -168,7 +166,7 @@ class TrainingLoop:
             values |= self.supervisor.rank_metrics()
             values |= {} if run.gradient_filter is None else run.gradient_filter.metrics()
         if evaluate_now:
-            self._evaluate(values)
+            self.evaluations.measure(self.step, values)
             values |= memory(run)
         # Before the save, so that no checkpoint holds a replica that differs.
         self.supervisor.compare_replicas(self.step, run.backend.replicated)
@@ -269,25 +267,6 @@ class TrainingLoop:
             )
         return numbers
 
-    def _evaluate(self, values: dict[str, Any]) -> Evaluation | None:
-        run = self.run
-        if run.validation is None:
-            return None
-        self.supervisor.mark(self.step, "evaluation")
-        started = time.perf_counter()
-        result = evaluate(
-            run.forward,
-            run.validation,
-            device=run.backend.device,
-            collective=run.backend.data_collective,
-            autocast=run.autocast,
-        )
-        self._evaluations.append(result)
-        values["validation/loss"] = result.loss
-        values["validation/perplexity"] = result.perplexity
-        values["validation/seconds"] = time.perf_counter() - started
-        return result
-
     # -- returning to a checkpoint ---------------------------------------------------------------
 
     def _roll_back(self, batch: StepBatch) -> None:
@@ -299,16 +278,7 @@ class TrainingLoop:
             f"{supervisor.skipped_in_a_row} steps in a row up to step {self.step} "
             "could not be applied"
         )
-        reader = None
-        if supervisor.may_roll_back:
-            healthy = self.step - supervisor.skipped_in_a_row
-            interval = run.config.checkpoint.interval
-            reader = checkpoint_before(run.checkpoints, healthy, interval=interval)
-        if reader is None:
-            run_dir = Path(run.config.train.run_dir)
-            raise no_way_back(
-                supervisor, bad, loader=run.loader, data_step=batch.step, run_dir=run_dir
-            )
+        reader = way_back(run, supervisor, bad, step=self.step, data_step=batch.step)
         run.load(reader)
         passed = self.step - reader.step
         self.data_offset += passed

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from spectral_scale.engine.build import Run
 from spectral_scale.engine.counts import count_parameters
+from spectral_scale.engine.run import Run
 from spectral_scale.metrics.flops import (
     attention_flops_per_token,
     model_flops_per_token,

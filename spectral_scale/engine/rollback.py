@@ -9,9 +9,35 @@ from pathlib import Path
 from spectral_scale.checkpoint.manager import CheckpointManager
 from spectral_scale.checkpoint.reader import CheckpointReader
 from spectral_scale.data.loader import TrainLoader
+from spectral_scale.engine.run import Run
 from spectral_scale.errors import HealthError
 from spectral_scale.supervision.incidents import INCIDENTS_NAME, step_data
 from spectral_scale.supervision.supervisor import Supervisor
+
+
+def way_back(
+    run: Run, supervisor: Supervisor, bad: str, *, step: int, data_step: int
+) -> CheckpointReader:
+    """The checkpoint that a run returns to after steps that were left out. Collective.
+
+    Args:
+        run: the run that is trained.
+        supervisor: knows how many steps in a row were left out, and how often the run went back.
+        bad: which steps were left out, for the error.
+        step: the last of them.
+        data_step: the data step of its batch.
+
+    Raises HealthError if there is no checkpoint, or if the run has gone back often enough.
+    """
+    reader = None
+    if supervisor.may_roll_back:
+        healthy = step - supervisor.skipped_in_a_row
+        interval = run.config.checkpoint.interval
+        reader = checkpoint_before(run.checkpoints, healthy, interval=interval)
+    if reader is None:
+        run_dir = Path(run.config.train.run_dir)
+        raise no_way_back(supervisor, bad, loader=run.loader, data_step=data_step, run_dir=run_dir)
+    return reader
 
 
 def checkpoint_before(

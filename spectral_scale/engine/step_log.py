@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from spectral_scale.backends.base import StepStats
-from spectral_scale.engine.build import Run
 from spectral_scale.engine.learning_rate import LearningRates
 from spectral_scale.engine.measure import flops_per_token, utilization
+from spectral_scale.engine.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ from spectral_scale.config.load import load_config
 from spectral_scale.config.resolve import ResolvedRun, resolve
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.data.prepare import prepare
-from spectral_scale.engine.build import Run, build_run, check_inputs
+from spectral_scale.engine.build import build_run, check_inputs
 from spectral_scale.engine.loop import TrainingLoop
+from spectral_scale.engine.run import Run
 from spectral_scale.gpu_checks.place import Place
 from spectral_scale.metrics.sinks import NullLog
 from spectral_scale.parallel.rank_info import RankInfo

@@ -23,9 +23,10 @@ from spectral_scale.config.methods import method_name
 from spectral_scale.config.resolve import ResolvedRun, resolve
 from spectral_scale.data.loader import Batch, StepBatch
 from spectral_scale.engine.backends import autocast_dtype, open_backend
-from spectral_scale.engine.build import MASTER_DTYPES, Run, frozen_dtype
+from spectral_scale.engine.build import MASTER_DTYPES, frozen_dtype
 from spectral_scale.engine.loop import TrainingLoop
 from spectral_scale.engine.methods import METHODS, convert_model, open_controller
+from spectral_scale.engine.run import Run
 from spectral_scale.methods.layer import factored_layers
 from spectral_scale.metrics.sinks import NullLog
 from spectral_scale.models.attention import choose_attention

@@ -16,7 +16,7 @@ from spectral_scale.config.schema import RunConfig
 from spectral_scale.parallel.rank_info import RankInfo, detect_rank_info
 
 if TYPE_CHECKING:
-    from spectral_scale.engine.build import Run
+    from spectral_scale.engine.run import Run
 
 TINY = {
     "model.hidden_size": 32,

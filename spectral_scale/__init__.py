@@ -10,12 +10,17 @@ if TYPE_CHECKING:
     from spectral_scale.backends.deepspeed.store import ZeroStore as ZeroStore
     from spectral_scale.backends.fsdp2.store import FSDP2Store as FSDP2Store
     from spectral_scale.config.schema import FilterConfig as FilterConfig
+    from spectral_scale.config.schema import OptimizerConfig as OptimizerConfig
     from spectral_scale.config.schema import SpectralConfig as SpectralConfig
     from spectral_scale.methods.convert import merge as merge
     from spectral_scale.methods.frod.adapter import load_adapter as load_adapter
     from spectral_scale.methods.frod.adapter import save_adapter as save_adapter
     from spectral_scale.methods.frod.controller import FRoDController as FRoDController
     from spectral_scale.methods.frod.layer import convert_frod as convert_frod
+    from spectral_scale.methods.galore.controller import galore_groups as galore_groups
+    from spectral_scale.methods.galore.optimizer import GaLoreAdamW as GaLoreAdamW
+    from spectral_scale.methods.lora.controller import LowRankController as LowRankController
+    from spectral_scale.methods.lora.layer import convert_lora as convert_lora
     from spectral_scale.methods.sst.controller import SpectralController as SpectralController
     from spectral_scale.methods.sst.layer import convert as convert
     from spectral_scale.methods.tangent.controller import TangentController as TangentController
@@ -40,6 +45,11 @@ _EXPORTS = {
     "SpectralController": "spectral_scale.methods.sst.controller",
     "FSDP2Store": "spectral_scale.backends.fsdp2.store",
     "ZeroStore": "spectral_scale.backends.deepspeed.store",
+    "LowRankController": "spectral_scale.methods.lora.controller",
+    "convert_lora": "spectral_scale.methods.lora.layer",
+    "GaLoreAdamW": "spectral_scale.methods.galore.optimizer",
+    "galore_groups": "spectral_scale.methods.galore.controller",
+    "OptimizerConfig": "spectral_scale.config.schema",
     "FilterConfig": "spectral_scale.config.schema",
     "SpectralFilter": "spectral_scale.optim.filter.spectral_filter",
     "SpectralFilterAdamW": "spectral_scale.optim.filter.adamw",

@@ -73,6 +73,11 @@ def _require_adapter(run: SavedRun) -> None:
             f"{run.folder} also trained embeddings, norms and biases, which an adapter leaves out; "
             "export it without --adapter, or train with spectral.train_dense=false"
         )
+    if spectral.train_also:
+        raise ConfigError(
+            f"{run.folder} also trained {spectral.train_also}, which an adapter leaves out; "
+            "export it without --adapter"
+        )
 
 
 def _logits_with_adapter(run: SavedRun, folder: Path, device: torch.device, ids: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ AT_LEAST_ZERO = (
     "optimizer.value_lr",
     "optimizer.eps",
     "optimizer.weight_decay",
+    "optimizer.spectral_weight_decay",
     "optimizer.clip_grad_norm",
     "optimizer.warmup_steps",
     "data.num_workers",
@@ -193,6 +194,11 @@ def _check_targets(
         yield (
             f"spectral.{key} needs a method that converts linears ({converting}), not "
             f"spectral.method={spectral.method}; leave it out"
+        )
+    if spectral.train_also and spectral.train_dense:
+        yield (
+            f"spectral.train_also={spectral.train_also} needs spectral.train_dense=false: "
+            "otherwise all parameters train; leave it out, or freeze the rest"
         )
 
 

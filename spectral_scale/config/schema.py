@@ -49,9 +49,11 @@ class SpectralConfig:
     method: Literal["full", "sst", "lora", "relora", "galore", "frod"] = "sst"
     """full: dense training. sst: Sparse Spectral Training. lora, relora, galore: its baselines.
     frod: fine-tuning in a basis that all layers of the same kind have in common."""
-    settings: Literal["default", "paper"] = "default"
+    settings: Literal["default", "paper", "paper_translation", "paper_graph"] = "default"
     """paper: keys that are not given take the values of the SST paper (all triplets stay factored,
-    all sigma train, T3 = 200, constant rates after 2000 steps) instead of the defaults."""
+    all sigma train, T3 = 200, constant rates after 2000 steps) instead of the defaults.
+    paper_translation, paper_graph: the same of the paper's other tasks (T3 = 200 with a ramp of 20
+    steps; 100 with one of 100), which leave the optimizer's schedule open."""
     form: Literal["sst", "tangent"] = "sst"
     """sst: the triplets of a matrix train themselves. tangent: factors train from zero beside fixed
     orthonormal bases, W + U0 C^T + D V0^T, and are added to the weight at every swap."""
@@ -77,8 +79,13 @@ class SpectralConfig:
     largest matrix."""
     iteration_warmup_steps: int = 20
     """Number of steps over which the spectral learning rates ramp up after each swap or merge."""
-    sampling: Literal["mixed", "sigma", "uniform", "partitioned"] = "mixed"
-    """How triplets are drawn without replacement. mixed: p_i = (1/k + sigma_i / sum sigma) / 2."""
+    sampling: Literal["mixed", "sigma", "uniform", "partitioned", "top", "sequential"] = "mixed"
+    """How triplets are drawn without replacement. mixed: p_i = (1/k + sigma_i / sum sigma) / 2. top
+    and sequential draw nothing: the largest singular values, or all triplets in turn."""
+    initialization: Literal["svd", "random", "zero"] = "svd"
+    """What the first triplets are made of. svd: the model's weights. random: random orthonormal
+    directions with the weights' singular values. zero: such directions with singular values of 0.
+    The last two are the paper's ablation, and discard the weights."""
     gradient: Literal["enhanced", "default"] = "enhanced"
     """enhanced: gradients of the directions without the factor sigma. default: the true partial
     derivatives."""
@@ -115,6 +122,9 @@ class SpectralConfig:
     train_dense: bool = True
     """Whether parameters that are not converted train as well: embeddings, norms, biases and other
     linears."""
+    train_also: list[str] = field(default_factory=list)
+    """Names of modules, such as [classifier, score] or [lm_head], whose own parameters train, at
+    optimizer.lr, although train_dense is false."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +148,9 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of dense matrices (never of norms, biases, triplets or low-rank
     factors)."""
+    spectral_weight_decay: float = 0.0
+    """sst: decoupled weight decay of the singular values that train. While the directions are
+    orthonormal and all sigma train, it is the decay of the weight itself."""
     clip_grad_norm: float = 1.0
     """Maximum gradient norm of each kind of parameter group, clipped separately. 0 disables
     clipping."""

@@ -24,6 +24,7 @@ FREE_KEYS = {
     "optimizer.spectral_lr",
     "optimizer.value_lr",
     "optimizer.weight_decay",
+    "optimizer.spectral_weight_decay",
     "optimizer.clip_grad_norm",
     "optimizer.schedule",
     "optimizer.warmup_steps",
@@ -35,6 +36,8 @@ SINCE = {
     "spectral.form": "sst",
     "spectral.basis": "auto",
     "spectral.residual_dtype": "auto",
+    "spectral.initialization": "svd",
+    "spectral.train_also": [],
     "optimizer.muon_momentum": 0.95,
 }
 """Keys that older checkpoints do not hold -> the value that such checkpoints stand for, at which

@@ -50,7 +50,7 @@ def convert_model(
     """
     (method or METHODS[method_name(config)]).convert(model, config, frozen_dtype)
     if not config.train_dense:
-        freeze_dense(model, frozen_dtype)
+        freeze_dense(model, frozen_dtype, also=config.train_also)
 
 
 def open_controller(

@@ -100,6 +100,7 @@ def standard_optimizer(model: nn.Module, config: RunConfig, _: Collective) -> to
         lr=config.optimizer.lr,
         spectral_lr=config.optimizer.spectral_lr,
         weight_decay=config.optimizer.weight_decay,
+        spectral_weight_decay=config.optimizer.spectral_weight_decay,
         direction_lr_scaling=config.spectral.direction_lr_scaling,
         value_lr=config.optimizer.value_lr,
     )

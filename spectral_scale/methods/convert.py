@@ -99,17 +99,20 @@ def dense_block_weights(
     return found
 
 
-def freeze_dense(model: nn.Module, frozen_dtype: torch.dtype) -> int:
+def freeze_dense(model: nn.Module, frozen_dtype: torch.dtype, *, also: Sequence[str] = ()) -> int:
     """Freeze all parameters but the factors of converted layers, in place; returns their number.
 
-    Weights and biases of linears take `frozen_dtype` unless they are tied to an embedding: products
-    cast them to it anyway. Embeddings and norms stay in float32 at least.
+    Parameters of a module that `also` names, by its last name, train on. Raises ConfigError for a
+    name that no module with parameters has. Weights and biases of frozen linears take
+    `frozen_dtype` unless they are tied to an embedding: products cast them to it anyway. Embeddings
+    and norms stay in float32 at least.
     """
     kept = {
         id(getattr(layer, leaf))
         for layer in factored_layers(model).values()
         for leaf in layer.trained_shapes()
     }
+    kept |= _parameters_of(model, also)
     modules = [m for m in model.modules() if isinstance(m, nn.Linear | FactoredLinear)]
     linear = {id(p) for module in modules for p in module.parameters(recurse=False)}
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -121,6 +124,25 @@ def freeze_dense(model: nn.Module, frozen_dtype: torch.dtype) -> int:
         parameter.data = parameter.data.to(frozen_dtype if id(parameter) in linear else wide)
     logger.info("froze %d parameters that no method converts", len(frozen))
     return len(frozen)
+
+
+def _parameters_of(model: nn.Module, names: Sequence[str]) -> set[int]:
+    """Identities of all trained parameters in the modules of these last names.
+
+    Raises ConfigError for a name without any.
+    """
+    found: set[int] = set()
+    for wanted in names:
+        modules = [m for n, m in model.named_modules() if n.rpartition(".")[2] == wanted]
+        parameters = {id(p) for m in modules for p in m.parameters() if p.requires_grad}
+        if not parameters:
+            heads = [name for name, module in model.named_children()]
+            raise ConfigError(
+                f"spectral.train_also names {wanted}, which is no module with parameters to train; "
+                f"the model's outermost modules are {heads}; correct it"
+            )
+        found |= parameters
+    return found
 
 
 @torch.no_grad()

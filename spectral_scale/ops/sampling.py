@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectral_scale.ops.keyed_random import keyed_uniform
 
-Sampling = Literal["mixed", "sigma", "uniform", "partitioned"]
+Sampling = Literal["mixed", "sigma", "uniform", "partitioned", "top", "sequential"]
 
 
 def sampling_probabilities(sigma: Tensor, rule: Sampling) -> Tensor:
@@ -57,13 +57,19 @@ def sample_triplets(
 ) -> Tensor:
     """The r triplets of `layer` that train in (round, iteration): ascending int64 indices into k.
 
-    A pure function of its arguments. Raises ValueError if r exceeds k.
+    A pure function of its arguments. `top` takes the r largest singular values, `sequential` the
+    next r indices of the round, which begins with the largest: both are controls of the paper's
+    ablation and draw nothing. Raises ValueError if r exceeds k.
     """
     k = sigma.numel()
     if r > k:
         raise ValueError(f"{layer}: cannot draw r={r} of k={k} triplets")
+    if rule == "top":
+        return torch.argsort(sigma.detach().cpu(), descending=True, stable=True)[:r].sort().values
+    blocks = -(-k // r)
+    if rule == "sequential":
+        return torch.arange(iteration * r, (iteration + 1) * r).remainder(k).sort().values
     if rule == "partitioned":
-        blocks = -(-k // r)
         return partition_block(
             k, r, iteration % blocks, seed, "partition", layer, round, iteration // blocks
         )

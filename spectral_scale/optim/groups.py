@@ -23,6 +23,7 @@ def param_groups(
     lr: float,
     spectral_lr: float,
     weight_decay: float = 0.0,
+    spectral_weight_decay: float = 0.0,
     direction_lr_scaling: str = "none",
     value_lr: float | Literal["auto"] = "auto",
 ) -> list[dict[str, Any]]:
@@ -30,19 +31,21 @@ def param_groups(
     spectral_value, low_rank (the factors of LoRA), frod_mixing and frod_value (the entries of S
     and the change of lambda of FRoD; `auto` is ten times spectral_lr) that the model has.
 
-    Each holds `params`, their `fqns`, `name`, `lr`, `base_lr`, `weight_decay` (dense matrices only)
-    and `spectral` (whose lr the controller ramps after each swap). With `width` scaling the
+    Each holds `params`, their `fqns`, `name`, `lr`, `base_lr`, `weight_decay` (that of dense
+    matrices; singular values have `spectral_weight_decay`, others none) and `spectral` (whose lr
+    the controller ramps after each swap). With `width` scaling the
     directions form one group for each number of rows m, at spectral_lr * sqrt(768 / m): an Adam
     step turns a unit vector by about lr * sqrt(m).
     """
     by_name: dict[str, list[str]] = {}
     for fqn, info in parameter_table(model).items():
         if info.trainable:
-            name = _group_name(info.role, info.global_shape[0], direction_lr_scaling)
+            name = _group_name(info.role, info.global_shape, direction_lr_scaling)
             by_name.setdefault(name, []).append(fqn)
     if not by_name:
         raise ConfigError("the model has no trainable parameter")
     parameters = dict(model.named_parameters())
+    decays = {"dense": weight_decay, "spectral_value": spectral_weight_decay}
     groups = []
     for name, fqns in sorted(by_name.items()):
         spectral = group_kind(name) in SPECTRAL_KINDS
@@ -56,7 +59,7 @@ def param_groups(
                 "params": [parameters[fqn] for fqn in fqns],
                 "lr": peak,
                 "base_lr": peak,
-                "weight_decay": weight_decay if name == "dense" else 0.0,
+                "weight_decay": decays.get(name, 0.0),
                 "spectral": spectral,
             }
         )
@@ -76,9 +79,9 @@ def kinds(groups: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _group_name(role: str, rows: int, direction_lr_scaling: str) -> str:
+def _group_name(role: str, shape: Sequence[int], direction_lr_scaling: str) -> str:
     if role == "direction":
-        suffix = f"/{rows}" if direction_lr_scaling == "width" else ""
+        suffix = f"/{shape[0]}" if direction_lr_scaling == "width" else ""
         return "spectral_direction" + suffix
     names = {
         "value": "spectral_value",

@@ -23,10 +23,15 @@ GRAM_WORKSPACE = 10
 def category_of(fqn: str) -> str:
     """The category of a layer: layers of one role in different blocks share one.
 
-    It is the last two parts of the name, as FRoD's published code has it (`self_attn.q_proj`),
-    without numbers (`fc1`).
+    It is the whole name inside the block, which tells `attention.output.dense` from `output.dense`
+    in BERT and RoBERTa: what follows the last number, numbers at the end left out. `fc1` is that
+    of `decoder.layers.3.fc1`, `self_attn.q_proj` that of `layers.0.self_attn.q_proj`.
     """
-    return ".".join(part for part in fqn.split(".")[-2:] if not part.isdigit()) or "linear"
+    parts = fqn.split(".")
+    while parts and parts[-1].isdigit():
+        parts.pop()
+    last_number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[last_number + 1 :]) or "linear"
 
 
 def entries(width: int, sparsity: float) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from spectral_scale.config.presets import Architecture, linear_shapes
 from spectral_scale.config.schema import SpectralConfig
 
-TARGET_KEYS = frozenset({"spectral.targets", "spectral.train_dense"})
+TARGET_KEYS = frozenset({"spectral.targets", "spectral.train_dense", "spectral.train_also"})
 """Keys of every method that converts linears."""
 NO_MATRIX = "it trains no dense matrix in the blocks; use layers or block_gains"
 """Why the spectral filter finds nothing to filter inside the matrices of a converting method."""

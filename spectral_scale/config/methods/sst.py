@@ -133,7 +133,7 @@ SST = MethodSpec(
     keys=frozenset(
         f"spectral.{key.name}" for key in fields(SpectralConfig) if key.name not in _NOT_ITS_OWN
     )
-    | {"optimizer.spectral_lr"},
+    | {"optimizer.spectral_lr", "optimizer.spectral_weight_decay"},
     problems=_problems,
     run_problems=_run_problems,
     features=_features,

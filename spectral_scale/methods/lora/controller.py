@@ -25,6 +25,7 @@ from spectral_scale.methods.lora.layer import (
     lora_scaling,
     product_of_factors,
 )
+from spectral_scale.methods.lr_ramp import ramp_learning_rates
 from spectral_scale.methods.owners import assign_owners
 from spectral_scale.methods.schedule import SpectralSchedule
 from spectral_scale.parallel.collective import Collective, SingleProcess
@@ -75,6 +76,8 @@ class LowRankController:
         base_dtype: ReLoRA*'s merges add up in this dtype. Where the layers hold the base in
             another one (bf16), each matrix's owner keeps a copy in it, as SST's bank does.
         initialise: False when `load_state` follows.
+        ramps: whether ReLoRA* ramps the learning rates up after each merge, inside
+            `optimizer.step`; False for a loop that sets them by `lr_factor` itself.
 
     Collective: all ranks construct it and call its methods alike.
     """
@@ -91,6 +94,7 @@ class LowRankController:
         weights: Callable[[str], Tensor] | None = None,
         base_dtype: torch.dtype = torch.float32,
         initialise: bool = True,
+        ramps: bool = True,
     ) -> None:
         self.config, self.seed, self.base_dtype = config, seed, base_dtype
         self.merges = method_spec(config.method).swaps
@@ -108,6 +112,8 @@ class LowRankController:
         self.applied_steps = 0
         self.store = store or TorchStore(model, optimizer, self.collective)
         self._optimizer = optimizer
+        if ramps and self.merges:
+            ramp_learning_rates(optimizer, self.lr_factor)
         self._bases: dict[str, Tensor] = {}
         if initialise:
             self._initialise(weights or weights_set_aside(self.layers))

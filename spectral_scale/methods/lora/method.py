@@ -24,6 +24,7 @@ def _controller(parts: ControllerParts) -> LowRankController:
         weights=parts.dense_weight,
         base_dtype=parts.dtype,
         initialise=parts.fresh,
+        ramps=False,  # the loop sets the learning rates
     )
 
 

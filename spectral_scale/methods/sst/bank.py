@@ -20,11 +20,13 @@ layer trains, the bank's active columns are out of date; `commit` brings them up
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.ops.decomposition import compose, svd
+from spectral_scale.ops.keyed_basis import keyed_columns
 from spectral_scale.ops.sampling import sample_triplets
 
 NOTHING = torch.empty(0, dtype=torch.int64)
@@ -111,6 +113,27 @@ class SpectralBank:
         """Fill the entry from a dense weight (m, n). Raises ValueError if it is not finite."""
         u, sigma, v = svd(weight.detach().to(self.compute_device, self.dtype))
         self.put(name, u, sigma, v, active=NOTHING)
+
+    def discard(self, name: str, weight: Tensor, initialization: str, *, seed: int) -> None:
+        """Fill the entry with random orthonormal directions, functions of seed and name.
+
+        Args:
+            name: the matrix.
+            weight: dense (m, n), of which only the singular values are kept.
+            initialization: random, or zero, which keeps not even those.
+            seed: the run's seed.
+        """
+        self.decompose(name, weight)
+        entry = self._entries[name]
+        for side in ("u", "v"):
+            directions: Tensor = getattr(entry, side)
+            size, k = directions.shape
+            columns = keyed_columns(
+                size, np.arange(k), seed, "initial", name, side, dtype=self.dtype
+            )
+            directions.copy_(columns)
+        if initialization == "zero":
+            entry.sigma.zero_()
 
     def redecompose(self, name: str) -> None:
         """SVD of u diag(sigma) v^T: orthogonal again, sorted again, the same matrix.

@@ -201,8 +201,15 @@ class SpectralController:
             )
 
     def _decompose_initial(self, weights: WeightSource) -> None:
+        def take(name: str) -> None:
+            kind = self.config.initialization
+            if kind == "svd":
+                self.bank.decompose(name, weights(name))
+            else:
+                self.bank.discard(name, weights(name), kind, seed=self.seed)
+
         take_over_weights(
-            lambda name: self.bank.decompose(name, weights(name)),
+            take,
             layers=self.layers,
             owners=self.owners,
             collective=self.collective,

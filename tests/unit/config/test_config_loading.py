@@ -225,3 +225,12 @@ def test_every_key_is_described() -> None:
 
 def test_defaults_are_plain_values() -> None:
     assert yaml.safe_load(yaml.safe_dump(to_dict(RunConfig()))) == to_dict(RunConfig())
+
+
+@pytest.mark.parametrize(("name", "steps", "ramp"), [("translation", 200, 20), ("graph", 100, 100)])
+def test_the_papers_other_tasks_have_names(name: str, steps: int, ramp: int) -> None:
+    config = load_config([], ["--spectral.settings", f"paper_{name}"]).config
+    assert (config.spectral.storage, config.spectral.trained_sigma) == ("factored", "all")
+    found = config.spectral.steps_per_iteration, config.spectral.iteration_warmup_steps
+    assert found == (steps, ramp)
+    assert config.optimizer == RunConfig().optimizer  # those of the baseline

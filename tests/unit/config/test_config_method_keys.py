@@ -137,3 +137,10 @@ def test_scales_must_be_positive(key: str, value: object) -> None:
     changed = replace(getattr(run, section), **{name: float(value)})
     with pytest.raises(ConfigError, match=f"{section}.{name}=.* must be finite and above 0"):
         check_config(replace(run, **{section: changed}), world_size=1)
+
+
+def test_what_trains_also_needs_a_frozen_rest() -> None:
+    with pytest.raises(ConfigError, match=r"train_also=\['lm_head'\] needs spectral.train_dense"):
+        check_config(config(spectral__train_also=["lm_head"]), world_size=1)
+    frozen = config(spectral__train_also=["lm_head"], spectral__train_dense=False)
+    check_config(frozen, world_size=1)

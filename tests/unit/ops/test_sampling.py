@@ -116,3 +116,16 @@ def test_draw_does_not_see_the_dtype_or_device_of_sigma() -> None:
     a = sample_triplets(sigma, 8, "mixed", **key)
     b = sample_triplets(sigma.double(), 8, "mixed", **key)
     assert torch.equal(a, b)
+
+
+def test_the_controls_of_the_ablation_draw_nothing() -> None:
+    sigma = torch.tensor([1.0, 5.0, 5.0, 2.0, 3.0])
+
+    def chosen(rule: str, iteration: int, seed: int = 0) -> list[int]:
+        key = {"seed": seed, "layer": "l", "round": 1, "iteration": iteration}
+        return sample_triplets(sigma, 2, rule, **key).tolist()
+
+    assert chosen("top", 0) == chosen("top", 3, seed=9) == [1, 2]
+    assert [chosen("sequential", i) for i in range(4)] == [[0, 1], [2, 3], [0, 4], [1, 2]]
+    assert chosen("sequential", 1, seed=9) == [2, 3]
+    assert len({tuple(chosen("mixed", 0, seed=seed)) for seed in range(9)}) > 1  # the twin

@@ -11,6 +11,7 @@ from spectral_scale.config.presets import PRESETS
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
 from spectral_scale.errors import ConfigError
 from spectral_scale.methods.lora.layer import convert_lora
+from spectral_scale.methods.sst.controller import SpectralController
 from spectral_scale.methods.sst.layer import convert
 from spectral_scale.models.build import build_model
 from spectral_scale.optim.groups import group_kind, kinds, param_groups
@@ -118,3 +119,27 @@ def test_matrices_that_zero_has_sharded_stay_matrices() -> None:
     groups = {g["name"]: g for g in param_groups(model, lr=1.0, spectral_lr=1.0, weight_decay=0.1)}
     assert groups["dense"]["fqns"] == ["weight"] and groups["dense"]["weight_decay"] == 0.1
     assert groups["dense_no_decay"]["fqns"] == ["bias"]
+
+
+def test_a_trained_number_without_dimensions_is_a_vector() -> None:
+    """CLIP's logit scale and a Lorentz layer's are 0-dimensional."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    groups = {group["name"]: group for group in param_groups(model, **RATES)}
+    assert groups["dense_no_decay"]["fqns"] == ["scale", "0.bias"]
+
+
+def test_the_decay_of_sigma_is_that_of_the_weight() -> None:
+    """One step of decay alone, with orthonormal directions of which all sigma train."""
+    model = nn.Sequential(nn.Linear(6, 4, bias=False)).double()
+    before = model[0].weight.detach().clone()
+    config = SpectralConfig(spectral_rank=2, storage="factored")
+    convert(model, config)
+    groups = param_groups(model, lr=0.1, spectral_lr=0.1, spectral_weight_decay=0.5)
+    optimizer = torch.optim.AdamW(groups)
+    controller = SpectralController(model, optimizer, config, bank_dtype=torch.float64)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    factor = 1 - 0.1 * 0.5 * controller.lr_factor()
+    torch.testing.assert_close(model[0].effective_weight(), factor * before)

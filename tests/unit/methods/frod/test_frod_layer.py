@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from spectral_scale.config.methods.frod import category_of, entries
@@ -263,7 +264,29 @@ def _controller(model: nn.Module) -> FRoDController:
         ("fc1", "fc1"),
         ("layers.0", "layers"),
         ("3", "linear"),
+        ("bert.encoder.layer.2.attention.output.dense", "attention.output.dense"),
+        ("bert.encoder.layer.2.output.dense", "output.dense"),
+        ("blocks.1.mlp.0", "mlp"),
     ],
 )
 def test_categories(fqn: str, category: str) -> None:
     assert category_of(fqn) == category
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_encoders_are_taken(family: str) -> None:
+    """Their attention and their feed-forward part both end in `output.dense`, of two widths."""
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 12,
+    }
+    config = getattr(transformers, f"{family}Config")(**sizes, attn_implementation="eager")
+    model = getattr(transformers, f"{family}Model")(config).double().eval()
+    ids = torch.arange(2, 8)[None]
+    before = model(ids).last_hidden_state
+    layers = converted(model)
+    torch.testing.assert_close(layers(ids).last_hidden_state, before)

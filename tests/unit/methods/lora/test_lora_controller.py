@@ -162,9 +162,11 @@ def test_state_goes_into_a_fresh_controller(stack, take_step) -> None:
         assert layer.ready and torch.equal(layer.base, saved[f"base/{name}"])
 
 
-def test_the_learning_rate_ramps_up_after_each_merge(stack, take_step) -> None:
-    optimizer, controller = prepare(stack)
-    ramp_learning_rates(optimizer, controller.lr_factor)
+@pytest.mark.parametrize("own", [False, True])
+def test_the_learning_rate_ramps_up_after_each_merge(stack, take_step, own: bool) -> None:
+    optimizer, controller = prepare(stack, ramps=not own)
+    if own:  # as a loop that sets the rates itself
+        ramp_learning_rates(optimizer, controller.lr_factor)
     seen = []
 
     def spy(opt, *_):

@@ -356,3 +356,17 @@ def test_a_failed_collective_says_where_it_broke_off(monkeypatch: pytest.MonkeyP
     assert caught.value.__notes__ == [
         "rank 0 broke off in phase 'deliver' of the swap before iteration 1"
     ]
+
+
+@pytest.mark.parametrize("kind", ["random", "zero"])
+def test_the_ablation_of_the_initialization_discards_the_weights(kind: str) -> None:
+    svd, ablated = Trainer(), Trainer(initialization=kind)
+    for kept, weight in zip(svd.weights(), ablated.weights(), strict=True):
+        sigma = torch.linalg.svdvals(kept)
+        found = torch.linalg.svdvals(weight)
+        torch.testing.assert_close(found, sigma if kind == "random" else torch.zeros_like(sigma))
+        assert (weight - kept).norm() > 0.5 * kept.norm()
+    again = Trainer(initialization=kind)
+    assert all(map(torch.equal, ablated.weights(), again.weights()))
+    ablated.run(11)  # swaps and re-SVDs take such a start
+    assert all(weight.any() for weight in ablated.weights())

@@ -22,7 +22,7 @@ PACKAGE = "spectral_scale"
 FLOORS = (
     {"errors"},
     {"files"},
-    {"ops", "config", "parallel"},
+    {"ops", "config", "parallel", "hyperbolic"},
     {"optim", "models", "cluster", "metrics"},
     {"methods", "doctor"},
     {"backends"},
@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "files": frozenset({"errors"}),
     "config": frozenset({"errors", "files"}),
     "parallel": frozenset({"errors"}),
+    "hyperbolic": frozenset({"errors"}),
     "metrics": frozenset({"errors", "config"}),
     "optim": frozenset({"errors", "config", "ops", "parallel"}),
     "models": frozenset({"errors", "files", "config", "ops", "parallel"}),
@@ -79,7 +80,7 @@ ONLY_IN = {
     "torch": (
         *("ops/", "parallel/", "optim/", "models/", "methods/", "doctor/", "backends/", "data/"),
         *("checkpoint/", "metrics/", "supervision/", "engine/", "artifacts/", "bench/", "testing/"),
-        "gpu_checks/",
+        *("gpu_checks/", "hyperbolic/"),
     ),
     "torch.distributed": (
         *("parallel/", "doctor/", "backends/", "checkpoint/", "supervision/", "engine/"),

@@ -27,7 +27,7 @@ FLOORS = (
     {"methods", "doctor"},
     {"backends"},
     {"__init__", "megatron"},  # the package's face: names for a user's own loop
-    {"data", "checkpoint"},
+    {"data", "checkpoint", "tasks"},
     {"supervision"},
     {"engine"},
     {"plan", "artifacts", "bench"},
@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "megatron": frozenset({"config", "backends"}),
     "data": frozenset({"errors", "files", "config", "ops"}),
     "checkpoint": frozenset({"errors", "files", "parallel"}),
+    "tasks": frozenset({"errors", "files"}),
     "supervision": frozenset(
         {"errors", "files", "config", "parallel", "checkpoint", "data", "backends"}
     ),
@@ -80,7 +81,7 @@ ONLY_IN = {
     "torch": (
         *("ops/", "parallel/", "optim/", "models/", "methods/", "doctor/", "backends/", "data/"),
         *("checkpoint/", "metrics/", "supervision/", "engine/", "artifacts/", "bench/", "testing/"),
-        *("gpu_checks/", "hyperbolic/"),
+        *("gpu_checks/", "hyperbolic/", "tasks/"),
     ),
     "torch.distributed": (
         *("parallel/", "doctor/", "backends/", "checkpoint/", "supervision/", "engine/"),

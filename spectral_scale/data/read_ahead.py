@@ -35,6 +35,8 @@ POLL_SECONDS = 1.0
 WARN_SECONDS = 20.0
 """A wait this long is said, and again whenever it has doubled."""
 _PARENT_SECONDS = 1.0
+_KILLED_SECONDS = 5.0
+"""How long a killed worker may take to be gone; one that hangs in the kernel is left behind."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -97,7 +99,7 @@ class ReadAhead:
         for process, _ in self._workers:
             process.kill()
         for process, pipe in self._workers:
-            process.join(POLL_SECONDS)
+            process.join(_KILLED_SECONDS)
             pipe.close()
         self._workers = []
 

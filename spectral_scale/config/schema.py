@@ -66,8 +66,8 @@ class SpectralConfig:
     factored."""
     residual_dtype: Literal["auto", "int8"] = "auto"
     """The precision of the frozen matrix in residual storage. auto: that of the products
-    (train.precision). int8: whole numbers of eight bits with a scale for each row, of which the
-    products on the CPU take inputs and gradients rounded alike (docs/int8.md)."""
+    (train.precision). int8: whole numbers of eight bits with a scale for each row; processors that
+    can multiply them round inputs and gradients alike (docs/int8.md)."""
     spectral_rank: int = 16
     """r: the number of triplets that train at a time (sst), the rank of the factors (lora, relora)
     or the rank of the projected gradient (galore)."""

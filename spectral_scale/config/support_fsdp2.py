@@ -31,7 +31,7 @@ _BOTH: dict[str, Support] = {
     "dense=frozen": Yes(f"{_FROD}test_fsdp2_equals_one_process"),
     "storage=residual": Yes(_EQUAL),
     "storage=factored": Yes(_EQUAL),
-    "residual_dtype=int8": NOT_EIGHT_BITS,
+    "residual_dtype=int8": Yes(f"{_FOLDER}test_int8.py::test_ranks_equal_one_process"),
     "extra_sigma": Yes(_OTHERS),
     "moments=kept": Yes(_OTHERS),
     "filter=layers": _FILTER,

@@ -25,7 +25,7 @@ TORCH: dict[str, Support] = {
     "dense=frozen": Yes(f"{_FROD}test_ddp_equals_one_process"),
     "storage=residual": Yes(_DDP),
     "storage=factored": Yes(f"{_RESUME}test_resume_is_bit_exact[factored storage]"),
-    "residual_dtype=int8": Yes("tests/distributed/test_int8.py::test_ddp_equals_one_process"),
+    "residual_dtype=int8": Yes("tests/distributed/test_int8.py::test_ranks_equal_one_process"),
     "extra_sigma": Yes(f"{_RESUME}test_resume_is_bit_exact[extra sigma, kept moments]"),
     "moments=kept": Yes("tests/distributed/test_ddp_kept_moments.py"),
     "filter=layers": _FILTER,

@@ -15,13 +15,18 @@ Both directions of a layer read the same Q, and sum whole numbers exactly:
 The sums have 32 bits, which up to 133,000 summands of 127 x 127 cannot exceed. Every form of the
 arithmetic here rounds at the same places, so that all of them give the same bits. A NaN or an
 infinity in a row makes the row's scale one, and with it all of the row's results: whoever watches
-losses and gradients sees it.
+losses and gradients sees it. Where there is a compiler, `ops.int8_kernels` takes the loops over
+rows on the CPU; what is written here in torch is the oracle.
 
 Shape suffixes: T tokens (rows), K what is summed over, N columns, O out_features, I in_features.
 """
 
+import functools
+
 import torch
 from torch import Tensor
+
+from spectral_scale.ops.int8_kernels import kernels_for
 
 LARGEST = 127
 """The largest whole number; -128 is left out, so that rounding is symmetric."""
@@ -33,6 +38,15 @@ BLOCK_ROWS = 64
 """Rows that are rounded or scaled at a time, so that wide copies of them stay in the cache."""
 
 
+@functools.cache
+def processor_multiplies() -> bool:
+    """Whether this processor has instructions that sum products of eight bits (AVX-512 VNNI).
+
+    Without them `torch._int_mm` is fifty times slower than a product of floating numbers.
+    """
+    return torch.cpu._is_vnni_supported()
+
+
 def quantise_rows(values_TK: Tensor, columns_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Whole numbers q (T, K), int8, and scales s (T,), float32: values diag(columns) ~ diag(s) q.
 
@@ -40,6 +54,11 @@ def quantise_rows(values_TK: Tensor, columns_K: Tensor | None = None) -> tuple[T
     """
     q = torch.empty(values_TK.shape, dtype=torch.int8, device=values_TK.device)
     scale = torch.empty(values_TK.shape[0], dtype=torch.float32, device=values_TK.device)
+    kernels = kernels_for(values_TK)
+    if kernels is not None and _fp32(columns_K):
+        values_TK = values_TK if values_TK.stride(1) == 1 else values_TK.contiguous()
+        kernels.quantise_rows(values_TK, columns_K, q, scale, LARGEST * LEAST_SCALE)
+        return q, scale
     wide = torch.promote_types(values_TK.dtype, torch.float32)
     for rows in _blocks(values_TK):
         block = values_TK[rows].to(wide)
@@ -111,6 +130,11 @@ def _scale_sums(
     out_TN: Tensor,
 ) -> None:
     """out = diag(scale) sums diag(columns) + bias, in float32 at least, rounded once at the end."""
+    kernels = kernels_for(out_TN)
+    if kernels is not None and _fp32(columns_N):
+        bias = None if bias_N is None else bias_N.detach().float()
+        kernels.scale_sums(sums_TN, scale_T, columns_N, bias, out_TN)
+        return
     wide = torch.promote_types(out_TN.dtype, torch.float32)
     for rows in _blocks(sums_TN):
         block = sums_TN[rows].to(wide) * scale_T[rows].unsqueeze(1)
@@ -119,6 +143,11 @@ def _scale_sums(
         if bias_N is not None:
             block += bias_N.to(wide)
         out_TN[rows] = block
+
+
+def _fp32(columns: Tensor | None) -> bool:
+    """Whether the compiled loops take these factors of columns."""
+    return columns is None or (columns.dtype == torch.float32 and columns.is_contiguous())
 
 
 def _blocks(rows_TK: Tensor) -> list[slice]:

@@ -45,6 +45,7 @@ class FSDP2Store(ParameterStore):
     """
 
     moves_moments = True
+    keeps_whole_numbers = True  # `fully_shard` gathers int8 as it is, whatever its mixed precision
 
     def __init__(
         self,

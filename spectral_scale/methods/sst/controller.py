@@ -13,6 +13,7 @@ from spectral_scale.config.methods.sst import iterations_per_round
 from spectral_scale.config.schema import SpectralConfig
 from spectral_scale.errors import ConfigError
 from spectral_scale.methods.delivery import take_over_weights
+from spectral_scale.methods.frozen_weight import multiplies_int8
 from spectral_scale.methods.layer import weights_set_aside
 from spectral_scale.methods.lr_ramp import ramp_learning_rates
 from spectral_scale.methods.owners import assign_owners
@@ -150,8 +151,9 @@ class SpectralController:
     def describe(self) -> str:
         """One line for a person: what was converted, what trains, when it changes."""
         config = self.config
+        rest = self._describe_eight_bits()
         return (
-            f"SST ({config.storage}): {len(self.layers)} matrices converted, "
+            f"SST ({config.storage}{rest}): {len(self.layers)} matrices converted, "
             f"{config.spectral_rank} triplets of each train for {config.steps_per_iteration} "
             f"steps, SVD every {self.schedule.iterations_per_round} iterations"
         )
@@ -189,6 +191,14 @@ class SpectralController:
         for layer in self.layers.values():
             if layer.casts is not None:
                 layer.casts.clear()
+
+    def _describe_eight_bits(self) -> str:
+        """What becomes of residuals of whole numbers in a product; nothing if there are none."""
+        scale = next(iter(self.layers.values())).residual_scale
+        if scale is None:
+            return ""
+        how = "multiplied as it is" if multiplies_int8(scale.device) else "widened for each product"
+        return f" of eight bits, {how}"
 
     def _require_kept_whole_numbers(self) -> None:
         """Raise ConfigError if the store's host might cast a residual of whole numbers."""

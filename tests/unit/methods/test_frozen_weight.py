@@ -65,15 +65,23 @@ def oracle(layer: SpectralLinear) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in trained.items()}
 
 
+def multiply(monkeypatch: pytest.MonkeyPatch, as_it_is: bool) -> None:
+    """Take the products of a processor that multiplies eight bits, or of one that does not."""
+    monkeypatch.setattr(frozen_weight, "multiplies_int8", lambda _: as_it_is)
+
+
 def off(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_on_the_cpu_only_inputs_are_rounded(dtype: torch.dtype) -> None:
+def test_only_inputs_are_rounded_where_it_is_multiplied(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the dequantised oracle: x and dL/dy are rounded to 1 in 127 of their row's largest
     entry, and the factors' gradients, which take them as they are, are exact."""
     layer, _ = filled(dtype)
+    multiply(monkeypatch, True)
     found, expected = outcome(layer), oracle(layer)
     exact = 1e-12 if dtype == torch.float64 else 1e-5
     limits = {"y": 0.01, "x": 0.02}
@@ -86,11 +94,20 @@ def test_elsewhere_the_weight_is_widened_for_one_product(monkeypatch: pytest.Mon
     """Both products, as another device takes them, equal the dequantised oracle."""
     layer, _ = filled(torch.float64)
     expected = oracle(layer)
-    monkeypatch.setattr(frozen_weight, "MULTIPLIES_INT8", set())
+    multiply(monkeypatch, False)
     for fused in (set(), {"cpu"}):
         monkeypatch.setattr(forward, "FUSED_ON", fused)
         for name, value in outcome(layer).items():
             assert off(value, expected[name]) < 1e-12, (name, fused)
+
+
+def test_only_a_processor_with_the_instructions_multiplies_eight_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for able in (True, False):
+        monkeypatch.setattr(int8, "processor_multiplies", lambda able=able: able)
+        assert frozen_weight.multiplies_int8(torch.device("cpu")) is able
+        assert not frozen_weight.multiplies_int8(torch.device("cuda"))
 
 
 def test_effective_weight_is_what_is_multiplied() -> None:
@@ -131,10 +148,11 @@ def wide_weights(layer: SpectralLinear) -> tuple[int, int, int]:
 
 
 def test_no_wide_weight_outlives_its_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU none is made at all; elsewhere one a product, gone before the next."""
+    """None is made at all where it is multiplied; elsewhere one a product, gone before the next."""
     layer, _ = filled()
+    multiply(monkeypatch, True)
     assert wide_weights(layer) == (0, 0, 0)
-    monkeypatch.setattr(frozen_weight, "MULTIPLIES_INT8", set())
+    multiply(monkeypatch, False)
     made, between, after = wide_weights(layer)
     assert made >= 2 and between == after == 0
 
@@ -142,7 +160,7 @@ def test_no_wide_weight_outlives_its_product(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_kept_copy_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: a form that keeps what it widened."""
     layer, _ = filled()
-    monkeypatch.setattr(frozen_weight, "MULTIPLIES_INT8", set())
+    multiply(monkeypatch, False)
     monkeypatch.setattr(forward, "FUSED_ON", {"cpu"})
     kept: list[Tensor] = []
 

@@ -14,6 +14,14 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the compiled loops where they can be had, and in torch alone."""
+    if request.param == "plain":
+        monkeypatch.setattr(int8, "kernels_for", lambda _: None)
+    return request.param
+
+
 def uneven(m: int, n: int) -> Tensor:
     """Rows whose norms differ by a factor of 1000."""
     return random(m, n) * torch.logspace(-1.5, 1.5, m).unsqueeze(1)
@@ -21,7 +29,9 @@ def uneven(m: int, n: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_row_is_rounded_to_its_own_grid(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_every_row_is_rounded_to_its_own_grid(
+    shape: tuple[int, int], dtype: torch.dtype, form: str
+) -> None:
     values = random(*shape, dtype=dtype)
     q, scale = int8.quantise_rows(values)
     assert q.dtype == torch.int8 and scale.dtype == torch.float32
@@ -38,7 +48,7 @@ def test_one_row_by_hand() -> None:
     assert scale.tolist() == pytest.approx([1 / 127, 0.2 / 127])
 
 
-def test_rows_of_zeros_stay_zeros() -> None:
+def test_rows_of_zeros_stay_zeros(form: str) -> None:
     q, scale = int8.quantise_rows(torch.zeros(3, 4))
     assert not q.any() and bool(torch.isfinite(scale).all())
     assert not int8.dequantise(q, scale, torch.float32).any()
@@ -72,7 +82,7 @@ def test_the_scale_of_columns_would_be_worse() -> None:
 )
 @pytest.mark.parametrize("tokens", [0, 1, 65, 300])
 def test_products_are_those_of_the_grids(
-    dtype: torch.dtype, off: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, off: float, tokens: int, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both directions equal the plain product of the dequantised operands, through a scratch of
     few rows as well as of many."""
@@ -92,7 +102,7 @@ def test_products_are_those_of_the_grids(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_so(bad: float) -> None:
+def test_what_is_not_finite_stays_so(bad: float, form: str) -> None:
     """Whole numbers hold no NaN: without care a burst input would become a quiet zero."""
     q, scale = int8.quantise_rows(random(6, 5))
     x, g = random(3, 5), random(3, 6)

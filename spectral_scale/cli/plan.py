@@ -2,47 +2,163 @@
 
 import argparse
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectral_scale.cli.arguments import add_format, add_run_config, load_run_config, positive
 from spectral_scale.config.resolve import resolve
+from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
+from spectral_scale.plan.gpus import (
+    GPUS,
+    NETWORK_GIGABITS,
+    Cluster,
+    Gpu,
+    Rates,
+    assumed_rates,
+    gpu_named,
+    with_network,
+)
 
 if TYPE_CHECKING:
     from spectral_scale.plan.build import Plan
 
+DEFAULT_MEMORY = 80e9
+"""Bytes of a rank's GPU where nothing else is said."""
+
 DESCRIPTION = """Memory of a rank by part, bytes on the wire and the batch arithmetic of a run, by
 formula: nothing is measured, and no GPU is needed. Keys are given as in `spectral-scale train`:
-  spectral-scale plan --config run.yaml --world-size 16 --gpu-memory 80 --parallel.backend fsdp2"""
+  spectral-scale plan --config run.yaml --world-size 16 --gpu-memory 80 --parallel.backend fsdp2
+With --gpu it also estimates the time of a step and of the run on nodes of that GPU (docs/plan.md):
+  spectral-scale plan --config run.yaml --gpu a100-80gb --nodes 4 --gpus-per-node 8"""
 
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "plan",
-        help="memory, traffic and batch arithmetic of a run, computed",
+        help="memory, traffic, batch arithmetic and time of a run, computed",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add_run_config(parser)
-    parser.add_argument("--world-size", type=positive, default=1, metavar="N", help="ranks")
+    parser.add_argument("--world-size", type=positive, metavar="N", help="ranks (1)")
     parser.add_argument(
-        "--gpu-memory", type=float, default=80.0, metavar="GB", help="of one rank's GPU (80)"
+        "--gpu-memory", type=float, metavar="GB", help="of one rank's GPU (that of --gpu, or 80)"
     )
+    group = parser.add_argument_group("time of a step and of the run")
+    group.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(GPUS)}")
+    group.add_argument("--nodes", type=positive, metavar="N", help="nodes (1)")
+    group.add_argument("--gpus-per-node", type=positive, metavar="G", help="ranks a node (8)")
+    group.add_argument(
+        "--network", type=float, metavar="GBIT", help=f"Gb/s a GPU, one way ({NETWORK_GIGABITS:g})"
+    )
+    group.add_argument(
+        "--calibration", type=Path, metavar="FILE",
+        help="JSON of `bench step` or of a bench check of `doctor --gpu`: measured rates",
+    )  # fmt: skip
+    group.add_argument("--energy", action="store_true", help="the energy of the run as well")
     add_format(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 0 whatever the verdict. Raises ConfigError for a run that cannot start."""
-    if not arguments.gpu_memory > 0:
-        raise ConfigError(f"--gpu-memory {arguments.gpu_memory} must be above 0 GB")
+    place = _place(arguments)
+    config = load_run_config(arguments).config
+    if not _timed(arguments):
+        return _plan(arguments, config, place)
+    return _estimate(arguments, config, place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a run is planned for, as far as the arguments say."""
+
+    world_size: int
+    nodes: int
+    gpus_per_node: int
+    gpu_memory: float | None
+    """Bytes; None: that of the GPU."""
+
+    def memory_of(self, gpu: Gpu) -> float:
+        """Bytes of a rank's device: what was given, or those of the GPU."""
+        return gpu.memory_bytes if self.gpu_memory is None else self.gpu_memory
+
+
+def _place(arguments: argparse.Namespace) -> _Place:
+    """Raises ConfigError for values that cannot be, or that contradict each other."""
+    memory, nodes, gpus = arguments.gpu_memory, arguments.nodes, arguments.gpus_per_node
+    if memory is not None and not memory > 0:
+        raise ConfigError(f"--gpu-memory {memory} must be above 0 GB")
+    timed = _timed(arguments)
+    for option, given in (
+        ("--nodes", nodes), ("--gpus-per-node", gpus), ("--network", arguments.network),
+        ("--energy", arguments.energy or None),
+    ):  # fmt: skip
+        if given is not None and not timed:
+            raise ConfigError(f"{option} is for estimates of time; give --gpu as well")
+    world = (nodes or 1) * (gpus or 8) if timed else arguments.world_size or 1
+    if timed and arguments.world_size not in (None, world):
+        raise ConfigError(
+            f"--world-size {arguments.world_size} differs from --nodes {nodes or 1} x "
+            f"--gpus-per-node {gpus or 8}; leave --world-size out"
+        )
+    return _Place(
+        world_size=world,
+        nodes=nodes or 1,
+        gpus_per_node=gpus or 8,
+        gpu_memory=None if memory is None else memory * 1e9,
+    )
+
+
+def _timed(arguments: argparse.Namespace) -> bool:
+    return arguments.gpu is not None or arguments.calibration is not None
+
+
+def _plan(arguments: argparse.Namespace, config: RunConfig, place: _Place) -> int:
     from spectral_scale.plan.build import plan_run, to_json
 
-    resolved = resolve(load_run_config(arguments).config, world_size=arguments.world_size)
-    plan = plan_run(resolved, gpu_memory_bytes=arguments.gpu_memory * 1e9)
+    resolved = resolve(config, world_size=place.world_size)
+    plan = plan_run(resolved, gpu_memory_bytes=place.gpu_memory or DEFAULT_MEMORY)
     print(json.dumps(to_json(plan), indent=1) if arguments.format == "json" else as_text(plan))
     return 0
+
+
+def _estimate(arguments: argparse.Namespace, config: RunConfig, place: _Place) -> int:
+    from spectral_scale.plan import build, estimate
+
+    rates, cluster = _cluster(arguments, config, place)
+    resolved = resolve(config, world_size=cluster.world_size)
+    memory = place.memory_of(cluster.gpu)
+    plan, found = estimate.estimate_config(resolved, rates, cluster, gpu_memory_bytes=memory)
+    if arguments.format == "json":
+        print(json.dumps(build.to_json(plan) | {"estimate": estimate.to_json(found)}, indent=1))
+    else:
+        print(as_text(plan))
+        print(estimate.as_text(found, energy=arguments.energy))
+    return 0
+
+
+def _cluster(
+    arguments: argparse.Namespace, config: RunConfig, place: _Place
+) -> tuple[Rates, Cluster]:
+    """The rates and the cluster that the arguments name. Raises ConfigError."""
+    gpu = None if arguments.gpu is None else gpu_named(arguments.gpu)
+    if arguments.calibration is not None:
+        from spectral_scale.plan.calibration import read_calibration
+
+        measured = read_calibration(arguments.calibration, gpu, config.train.precision)
+        gpu, rates = measured.device, measured.rates
+    elif gpu is not None:
+        rates = assumed_rates(gpu, config)
+    else:
+        raise ConfigError("give --gpu, or --calibration with what was measured on a processor")
+    cluster = Cluster(gpu=gpu, nodes=place.nodes, gpus_per_node=place.gpus_per_node)
+    if arguments.network is not None:
+        cluster = with_network(cluster, arguments.network)
+    return rates, cluster
 
 
 PARTS = {

@@ -1,13 +1,11 @@
 """Measures of a run that are logged: FLOPs a token, utilization, memory by use."""
 
-import math
-
 import torch
 
 from spectral_scale.engine.counts import count_parameters
 from spectral_scale.engine.run import Run
 from spectral_scale.metrics.flops import (
-    attention_flops_per_token,
+    matrix_products,
     model_flops_per_token,
     model_flops_utilization,
     peak_flops,
@@ -15,38 +13,20 @@ from spectral_scale.metrics.flops import (
 from spectral_scale.metrics.measures import peak_memory_bytes, tensor_bytes
 from spectral_scale.optim.build import state_tensors
 from spectral_scale.parallel.dtensor_collectives import local
-from spectral_scale.parallel.table import ParameterInfo
 
 
 def flops_per_token(run: Run) -> float:
     """Training FLOPs a token of the whole model, from its shapes."""
     a = run.architecture
-    head = a.vocab_size * a.embedding_size
-    dense = head + sum(
-        info.global_shape[0] * info.global_shape[1]
-        for fqn, info in run.table.items()
-        if info.role == "matrix" and "embed" not in fqn and "lm_head" not in fqn
+    products = matrix_products(
+        run.table.values(), vocab_size=a.vocab_size, embedding_size=a.embedding_size
     )
-    factors = [info for info in run.table.values() if info.layer and len(info.global_shape) == 2]
     return model_flops_per_token(
-        dense_elements=dense,
-        attention_flops=attention_flops_per_token(
-            num_layers=a.num_layers,
-            hidden_size=a.hidden_size,
-            sequence_length=run.config.model.sequence_length,
-        ),
-        spectral_flops=sum(map(_factor_flops, factors)),
+        products,
+        num_layers=a.num_layers,
+        hidden_size=a.hidden_size,
+        sequence_length=run.config.model.sequence_length,
     )
-
-
-def _factor_flops(info: ParameterInfo) -> int:
-    """FLOPs a token of one matrix of a converted layer, for any method.
-
-    The forward pass, the gradient of the input and, if the matrix trains, its own gradient are one
-    product each, at 2 FLOPs an element. FRoD needs the gradient of its frozen weight as well.
-    """
-    products = 3 if info.trainable or info.role == "mixed" else 2
-    return 2 * products * math.prod(info.global_shape)
 
 
 def utilization(run: Run, flops_a_token: float, tokens_per_second: float) -> float | None:

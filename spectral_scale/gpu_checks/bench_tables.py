@@ -1,5 +1,7 @@
 """`bench step` of whole models, dense against SST."""
 
+from dataclasses import asdict
+
 from spectral_scale.bench.render import to_markdown
 from spectral_scale.bench.results import StepBench
 from spectral_scale.bench.settings import StepSettings
@@ -61,4 +63,4 @@ def table(bench: StepBench) -> CheckFinding:
                 required=f"1 within {FORMULA_TOLERANCE:g}",
             ),
         ]
-    return CheckFinding(figures=figures, text=to_markdown(bench))
+    return CheckFinding(figures=figures, text=to_markdown(bench), data=asdict(bench))

@@ -26,6 +26,8 @@ class CheckFinding:
     figures: Sequence[Figure]
     text: str = ""
     """Markdown that follows the figures on the page."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """The measurement itself, for `plan --calibration`; not on the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Result:
     """How long its process took."""
     figures: Sequence[Figure] = ()
     text: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """The measurement itself, for `plan --calibration`."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Versions and devices that it ran with."""
 
@@ -85,6 +89,7 @@ def judged(name: str, finding: CheckFinding, *, seconds: float, facts: Mapping[s
         seconds=seconds,
         figures=finding.figures,
         text=finding.text,
+        data=finding.data,
         facts=facts,
     )
 

@@ -1,6 +1,7 @@
 """Owners: the rank that decomposes a matrix; deterministic, recomputed at start, never saved."""
 
 from collections.abc import Mapping
+from heapq import heapify, heapreplace
 
 
 def assign_owners(
@@ -22,10 +23,12 @@ def assign_owners(
     owners = dict(fixed or {})
     for name, rank in owners.items():
         load[rank] += cost[name]
+    lightest = [(total, rank) for rank, total in enumerate(load)]
+    heapify(lightest)
     for name in sorted(cost.keys() - owners.keys(), key=lambda n: (-cost[n], n)):
-        rank = load.index(min(load))
+        total, rank = lightest[0]
         owners[name] = rank
-        load[rank] += cost[name]
+        heapreplace(lightest, (total + cost[name], rank))
     return {name: owners[name] for name in shapes}
 
 

@@ -5,7 +5,9 @@ recomputed activations are not counted: the conventions of PaLM (arXiv 2204.0231
 """
 
 import re
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 Storage = Literal["residual", "factored"]
 
@@ -42,19 +44,80 @@ def attention_flops_per_token(*, num_layers: int, hidden_size: int, sequence_len
     return 12 * num_layers * hidden_size * sequence_length
 
 
-def model_flops_per_token(
-    *, dense_elements: int, attention_flops: float = 0.0, spectral_flops: float = 0.0
-) -> float:
-    """FLOPs a token of one training step.
+class Shaped(Protocol):
+    """A parameter as `parallel.table.ParameterInfo` describes it."""
 
-    Args:
-        dense_elements: elements of the trained dense matrices that multiply activations: the
-            output head also when it is tied to the embedding, but no embedding that is only
-            looked up, and no spectral layer.
-        attention_flops: `attention_flops_per_token`.
-        spectral_flops: sum of `sst_linear_flops` with tokens = 1 over the spectral layers.
+    @property
+    def fqn(self) -> str:
+        """Dotted name in the model."""
+        ...
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """Shape before any sharding."""
+        ...
+
+    @property
+    def role(self) -> str:
+        """Part that it plays in its layer."""
+        ...
+
+    @property
+    def layer(self) -> str | None:
+        """The converted layer it belongs to; None for dense weights."""
+        ...
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the optimizer trains it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixProduct:
+    """The products of one matrix with every token, in a forward and a backward pass."""
+
+    fqn: str
+    """Name of the matrix; empty for the output layer."""
+    shape: tuple[int, int]
+    """Logical shape of the matrix."""
+    times: int
+    """Products: forward, gradient of the input, and the matrix's own gradient if it is needed."""
+    converted: bool
+    """Whether a method put the matrix in the place of a dense one."""
+
+    @property
+    def flops_per_token(self) -> int:
+        """2 FLOPs for each entry of the matrix in each product."""
+        return 2 * self.times * self.shape[0] * self.shape[1]
+
+
+def matrix_products(
+    parameters: Iterable[Shaped], *, vocab_size: int, embedding_size: int
+) -> Iterator[MatrixProduct]:
+    """Every matrix of a model that multiplies activations, converted by any method, and the output
+    layer, which comes first and once: an embedding that is only looked up multiplies nothing.
+
+    A frozen matrix needs no gradient of its own; FRoD needs that of its frozen weight as well.
     """
-    return 6 * dense_elements + attention_flops + spectral_flops
+    yield MatrixProduct(fqn="", shape=(vocab_size, embedding_size), times=3, converted=False)
+    for p in parameters:
+        converted = p.layer is not None
+        dense = p.role == "matrix" and "embed" not in p.fqn and "lm_head" not in p.fqn
+        if len(p.global_shape) == 2 and (converted or dense):
+            needed = not converted or p.trainable or p.role == "mixed"
+            shape = (p.global_shape[0], p.global_shape[1])
+            times = 3 if needed else 2
+            yield MatrixProduct(fqn=p.fqn, shape=shape, times=times, converted=converted)
+
+
+def model_flops_per_token(
+    products: Iterable[MatrixProduct], *, num_layers: int, hidden_size: int, sequence_length: int
+) -> int:
+    """FLOPs a token of one training step: the products of matrices, and attention."""
+    return sum(product.flops_per_token for product in products) + attention_flops_per_token(
+        num_layers=num_layers, hidden_size=hidden_size, sequence_length=sequence_length
+    )
 
 
 def model_flops_utilization(

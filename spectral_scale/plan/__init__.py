@@ -1,1 +1,1 @@
-"""Computes the memory and traffic of a run before it starts. Nothing is measured."""
+"""Computes the memory, traffic and time of a run before it starts. Nothing is measured."""

@@ -90,11 +90,40 @@ def plan_run(
         gpu_memory_bytes: of one rank's GPU.
         methods: implementation by name; by default the shipped ones.
     """
-    run, vocabulary = _with_vocabulary(run)
-    config, architecture = run.config, run.architecture
-    inventory = take_inventory(config, architecture, run.method, methods)
+    return plan_inventory(run, gpu_memory_bytes=gpu_memory_bytes, methods=methods)[1]
+
+
+def plan_inventory(
+    run: ResolvedRun,
+    *,
+    gpu_memory_bytes: float,
+    methods: "Mapping[str, Method] | None" = None,
+) -> tuple[ResolvedRun, Plan, Inventory]:
+    """The run with the vocabulary of its data, its plan, and the parameters that it is of."""
+    run, vocabulary = with_vocabulary_of_data(run)
+    inventory = take_inventory(run.config, run.architecture, run.method, methods)
+    plan = plan_of(run, inventory, gpu_memory_bytes=gpu_memory_bytes, notes=vocabulary)
+    return run, plan, inventory
+
+
+def plan_of(
+    run: ResolvedRun,
+    inventory: Inventory,
+    *,
+    gpu_memory_bytes: float,
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """The plan of a run whose vocabulary and parameters are known.
+
+    Args:
+        run: the resolved run.
+        inventory: its parameters, which do not depend on how it is distributed.
+        gpu_memory_bytes: of one rank's GPU.
+        notes: further assumptions.
+    """
+    config = run.config
     needs = memory_of(run, inventory)
-    activations = activation_bytes(config, architecture, run.method).total
+    activations = activation_bytes(config, run.architecture, run.method).total
     traffic = traffic_of(run, inventory)
     memory = {
         "weights": needs.weights,
@@ -132,7 +161,7 @@ def plan_run(
         gpu_memory_bytes=gpu_memory_bytes,
         verdict=verdict(max(peak, start), gpu_memory_bytes),
         assumptions=(
-            *vocabulary,
+            *notes,
             ASSUMPTIONS,
             *needs.notes,
             f"reserved: {RESERVED_BYTES / 1e9:.0f} GB for CUDA's context and NCCL",
@@ -140,7 +169,7 @@ def plan_run(
     )
 
 
-def _with_vocabulary(run: ResolvedRun) -> tuple[ResolvedRun, tuple[str, ...]]:
+def with_vocabulary_of_data(run: ResolvedRun) -> tuple[ResolvedRun, tuple[str, ...]]:
     """Take the embedding's rows from the data, or keep the preset's and note that."""
     from spectral_scale.data.tokens import open_tokens
     from spectral_scale.engine.data import with_vocabulary
@@ -161,7 +190,7 @@ def verdict(peak_bytes: float, gpu_memory_bytes: float) -> Fit:
 
 def disk_bytes(run: ResolvedRun) -> int:
     """Bytes of one checkpoint of a run; see `checkpoint_bytes`. Raises ConfigError."""
-    run, _ = _with_vocabulary(run)
+    run, _ = with_vocabulary_of_data(run)
     return checkpoint_bytes(run.config, take_inventory(run.config, run.architecture, run.method))
 
 

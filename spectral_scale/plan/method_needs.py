@@ -1,10 +1,8 @@
 """What the run's method adds to a plan, asked of its specification."""
 
 from spectral_scale.config.capability import projection_group, zero_stage
-from spectral_scale.config.methods.spec import MethodMemory, MethodTraffic, PlannedModel
-from spectral_scale.config.presets import linear_shapes
+from spectral_scale.config.methods.spec import MethodMemory, MethodTraffic, MethodWork, PlannedModel
 from spectral_scale.config.schema import RunConfig
-from spectral_scale.methods.owners import assign_owners
 from spectral_scale.parallel.tensor_parallel_table import kind_of
 from spectral_scale.plan.activations import itemsizes, master_itemsize
 from spectral_scale.plan.inventory import Inventory
@@ -20,17 +18,20 @@ def method_traffic(config: RunConfig, inventory: Inventory, world_size: int) -> 
     return inventory.method.traffic(config.spectral, _planned(config, inventory, world_size))
 
 
+def method_work(config: RunConfig, inventory: Inventory, world_size: int) -> MethodWork:
+    """FLOPs and decompositions that the method adds to the products with tokens."""
+    return inventory.method.work(config.spectral, _planned(config, inventory, world_size))
+
+
 def _planned(config: RunConfig, inventory: Inventory, world_size: int) -> PlannedModel:
-    parallel, architecture = config.parallel, inventory.architecture
-    blocks = list(linear_shapes(architecture).values()) * architecture.num_layers
+    parallel = config.parallel
     block_ranks = projection_group(parallel, world_size)
-    block_owners = assign_owners({str(i): s for i, s in enumerate(blocks)}, block_ranks)
     in_parts = parallel.tensor_parallel > 1
     return PlannedModel(
         matrices=inventory.matrices,
-        owners=assign_owners(inventory.matrices, world_size),
-        block_matrices=blocks,
-        block_owners=list(block_owners.values()),
+        owners=inventory.owners(world_size),
+        block_matrices=inventory.block_matrices,
+        block_owners=inventory.block_owners(block_ranks),
         block_ranks=block_ranks,
         world_size=world_size,
         itemsize=master_itemsize(config),

@@ -26,7 +26,10 @@ def rank_shard(config: RunConfig, inventory: Inventory) -> Inventory:
     ranks = config.parallel.tensor_parallel
     if ranks == 1:
         return inventory
-    return replace(inventory, items=tuple(_part(item, ranks) for item in inventory.items))
+    if ranks not in inventory.shards:
+        items = tuple(_part(item, ranks) for item in inventory.items)
+        inventory.shards[ranks] = replace(inventory, items=items)
+    return inventory.shards[ranks]
 
 
 def _part(item: Item, ranks: int) -> Item:

@@ -30,7 +30,7 @@ class Traffic:
 def traffic_of(run: ResolvedRun, inventory: Inventory) -> Traffic:
     """The bytes for the run's backend; nothing for one process."""
     config, world_size = run.config, run.world_size
-    group, replicas = _groups(config, world_size)
+    group, replicas = groups(config, world_size)
     payload = step_payload(run, rank_shard(config, inventory))
     sharded, summed = replace(payload, all_reduce=0), Payload(all_reduce=payload.all_reduce)
     moved = sharded.ring_bytes(group) + summed.ring_bytes(replicas)
@@ -38,12 +38,12 @@ def traffic_of(run: ResolvedRun, inventory: Inventory) -> Traffic:
     moved += within.ring_bytes(config.parallel.tensor_parallel)
     filtered = filter_needs(config, inventory, world_size=world_size)
     moved += filtered.exchanged + filtered.reduced
-    moved += _grams(config, inventory).ring_bytes(group)
+    moved += grams(config, inventory).ring_bytes(group)
     method = method_traffic(config, inventory, world_size)
     return Traffic(step=round(moved + method.step), swap=round(method.swap))
 
 
-def _grams(config: RunConfig, inventory: Inventory) -> Payload:
+def grams(config: RunConfig, inventory: Inventory) -> Payload:
     """The r x r matrices that Muon sums over the shards of factors (m, r); none where factors are
     whole on every rank."""
     if config.parallel.backend != "fsdp2":
@@ -52,7 +52,7 @@ def _grams(config: RunConfig, inventory: Inventory) -> Payload:
     return Payload(all_reduce=sum(item.itemsize * min(item.shape) ** 2 for item in items))
 
 
-def _groups(config: RunConfig, world_size: int) -> tuple[int, int]:
+def groups(config: RunConfig, world_size: int) -> tuple[int, int]:
     """Ranks of a shard group, and the number of replicas whose gradients are summed.
 
     8 ranks under FSDP2 with shard_group 4 are 4 ranks that share one replica, and 2 replicas. On
@@ -91,7 +91,7 @@ def _fsdp2(config: RunConfig, inventory: Inventory, world_size: int, accumulatio
     trained = inventory.nbytes(trainable=True)
     root = inventory.nbytes(trainable=True, in_blocks=False)
     frozen = inventory.nbytes(trainable=False) if shards_residual(config.parallel) else 0
-    group, replicas = _groups(config, world_size)
+    group, replicas = groups(config, world_size)
     return Payload(
         all_gather=accumulation * (2 * (trained - root + frozen) + root),
         reduce_scatter=trained,

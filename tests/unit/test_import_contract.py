@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         {"errors", "files", "config", "parallel", "checkpoint", "data", "backends"}
     ),
     "engine": BELOW_ENGINE,
-    "plan": BELOW_BACKENDS - {"ops"} | {"data", "engine"},
+    "plan": BELOW_BACKENDS - {"ops"} | {"data", "engine", "metrics"},
     "artifacts": BELOW_ENGINE | {"engine"},
     "bench": BELOW_ENGINE | {"engine"},
     "gpu_checks": BELOW_ENGINE | {"cluster", "engine", "bench", "plan"},

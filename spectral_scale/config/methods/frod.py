@@ -8,6 +8,7 @@ from spectral_scale.config.methods.spec import (
     MethodMemory,
     MethodSpec,
     MethodTraffic,
+    MethodWork,
     PlannedModel,
 )
 from spectral_scale.config.presets import Architecture
@@ -93,6 +94,12 @@ def _traffic(spectral: SpectralConfig, model: PlannedModel) -> MethodTraffic:
     return MethodTraffic(completed=model.itemsize * elements)
 
 
+def _work(_: SpectralConfig, model: PlannedModel) -> MethodWork:
+    """Forming the weights takes 16 m n^2 FLOPs a layer and micro-batch on GPUs, where products with
+    S are dense (`methods.frod.product`)."""
+    return MethodWork(micro_batch_flops=sum(16 * m * n * n for m, n in model.matrices.values()))
+
+
 FROD = MethodSpec(
     name="frod",
     title="FRoD",
@@ -108,6 +115,7 @@ FROD = MethodSpec(
     has_adapter=True,
     memory=_memory,
     traffic=_traffic,
+    work=_work,
     counted={"frod": {}},
     counted_by="sparsity",
 )

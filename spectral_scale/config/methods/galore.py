@@ -5,6 +5,7 @@ from spectral_scale.config.methods.spec import (
     MethodMemory,
     MethodSpec,
     MethodTraffic,
+    MethodWork,
     PlannedModel,
 )
 from spectral_scale.config.schema import SpectralConfig
@@ -42,6 +43,16 @@ def _traffic(spectral: SpectralConfig, model: PlannedModel) -> MethodTraffic:
     return MethodTraffic(step=step, swap=projectors * (1 - owners / model.world_size))
 
 
+def _work(spectral: SpectralConfig, model: PlannedModel) -> MethodWork:
+    """Every step projects each gradient to rank r and its update back, 4 r m n FLOPs on the owner,
+    and every renewal decomposes each gradient."""
+    projected, decomposed = [0] * model.block_ranks, [0] * model.block_ranks
+    for (m, n), owner in zip(model.block_matrices, model.block_owners, strict=True):
+        projected[owner] += 4 * spectral.spectral_rank * m * n
+        decomposed[owner] += max(m, n) * min(m, n) ** 2
+    return MethodWork(step_flops=max(projected), decomposed=max(decomposed))
+
+
 GALORE = MethodSpec(
     name="galore",
     title="GaLore",
@@ -62,4 +73,5 @@ GALORE = MethodSpec(
     swaps=True,
     memory=_memory,
     traffic=_traffic,
+    work=_work,
 )

@@ -5,6 +5,7 @@ from spectral_scale.config.methods.spec import (
     MethodMemory,
     MethodSpec,
     MethodTraffic,
+    MethodWork,
     PlannedModel,
 )
 from spectral_scale.config.presets import Architecture
@@ -42,6 +43,12 @@ def _relora_traffic(_: SpectralConfig, model: PlannedModel) -> MethodTraffic:
     return MethodTraffic(swap=ring_bytes(model.frozen_bytes, model.world_size))
 
 
+def _relora_work(spectral: SpectralConfig, model: PlannedModel) -> MethodWork:
+    """A merge adds the product of the factors, 2 m n r FLOPs, to each base weight."""
+    r = spectral.spectral_rank
+    return MethodWork(swap_flops=model.largest_load(lambda shape: 2 * r * shape[0] * shape[1]))
+
+
 LORA = MethodSpec(
     name="lora",
     title="LoRA",
@@ -74,4 +81,5 @@ RELORA = MethodSpec(
     kept_per_token=_kept_per_token,
     memory=_relora_memory,
     traffic=_relora_traffic,
+    work=_relora_work,
 )

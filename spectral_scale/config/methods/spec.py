@@ -55,6 +55,10 @@ class PlannedModel:
             loads[rank] += cost(self.matrices[name])
         return max(loads)
 
+    def decomposed_by_one(self) -> int:
+        """max(m, n) min(m, n)^2 of all matrices that the busiest owner decomposes."""
+        return self.largest_load(lambda shape: max(shape) * min(shape) ** 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodMemory:
@@ -82,6 +86,21 @@ class MethodTraffic:
     """Bytes over each rank's links at a swap, merge or renewal."""
     completed: int = 0
     """Whole all-reduces of a micro-batch that complete gradients over tensor-parallel ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodWork:
+    """What a method computes besides the products of its matrices with tokens, by formula."""
+
+    micro_batch_flops: float = 0.0
+    """FLOPs, in the precision of what trains, of weights that are formed for each micro-batch."""
+    step_flops: float = 0.0
+    """FLOPs, in the precision of what trains, on the busiest rank in an optimizer step."""
+    swap_flops: float = 0.0
+    """The same at a swap, merge or renewal: weights that are merged and rebuilt."""
+    decomposed: float = 0.0
+    """Work of the decompositions of the busiest owner at a swap, on average: the sum of
+    max(m, n) min(m, n)^2, to which their time is proportional."""
 
 
 def no_problems(*_: object) -> Iterable[str]:
@@ -151,6 +170,8 @@ class MethodSpec:
     """Bytes that it needs."""
     traffic: Callable[[SpectralConfig, PlannedModel], MethodTraffic] = lambda *_: MethodTraffic()
     """Bytes that it sends."""
+    work: Callable[[SpectralConfig, PlannedModel], MethodWork] = lambda *_: MethodWork()
+    """What it computes besides the products with tokens."""
     counted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Rows of `spectral-scale count`: label -> settings that it stands for."""
     counted_by: str | None = None

@@ -14,6 +14,7 @@ from spectral_scale.config.methods.spec import (
     MethodMemory,
     MethodSpec,
     MethodTraffic,
+    MethodWork,
     PlannedModel,
 )
 from spectral_scale.config.presets import Architecture, linear_shapes
@@ -125,6 +126,16 @@ def _traffic(spectral: SpectralConfig, model: PlannedModel) -> MethodTraffic:
     )
 
 
+def _work(spectral: SpectralConfig, model: PlannedModel) -> MethodWork:
+    """At a swap an owner rebuilds frozen weights, 2 m n k FLOPs each (none in factored storage);
+    once a round it decomposes its matrices again."""
+    rebuilt = 0
+    if spectral.storage == "residual":
+        rebuilt = model.largest_load(lambda shape: 2 * shape[0] * shape[1] * min(shape))
+    rounds = iterations_per_round(spectral, [min(shape) for shape in model.matrices.values()])
+    return MethodWork(swap_flops=rebuilt, decomposed=model.decomposed_by_one() / rounds)
+
+
 SST = MethodSpec(
     name="sst",
     title="SST",
@@ -143,6 +154,7 @@ SST = MethodSpec(
     kept_per_token=_kept_per_token,
     memory=_memory,
     traffic=_traffic,
+    work=_work,
     counted={
         "sst residual": {"storage": "residual"},
         "sst factored": {"storage": "factored"},

@@ -13,6 +13,7 @@ from spectral_scale.config.methods.spec import (
     MethodMemory,
     MethodSpec,
     MethodTraffic,
+    MethodWork,
     PlannedModel,
 )
 from spectral_scale.config.presets import Architecture
@@ -108,6 +109,21 @@ def _traffic(spectral: SpectralConfig, model: PlannedModel) -> MethodTraffic:
     )
 
 
+def _work(spectral: SpectralConfig, model: PlannedModel) -> MethodWork:
+    """A swap merges two thin products into each weight; singular vectors are computed anew. Where
+    products form the weight, that takes 4 r m n FLOPs for each of two weights."""
+    r, size = spectral.spectral_rank, model.product_itemsize
+
+    def formed(shape: tuple[int, int]) -> int:
+        return 8 * r * shape[0] * shape[1] if forms_weight(model.tokens, shape, size) else 0
+
+    return MethodWork(
+        micro_batch_flops=sum(map(formed, model.matrices.values())),
+        swap_flops=model.largest_load(lambda shape: 4 * r * shape[0] * shape[1]),
+        decomposed=model.decomposed_by_one() if basis_of(spectral) == "svd" else 0,
+    )
+
+
 TANGENT = MethodSpec(
     name="tangent",
     chosen_by="form=tangent",
@@ -138,5 +154,6 @@ TANGENT = MethodSpec(
     kept_per_token=_kept_per_token,
     memory=_memory,
     traffic=_traffic,
+    work=_work,
     headline_settings=("form", "basis", "spectral_rank"),
 )

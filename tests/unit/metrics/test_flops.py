@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spectral_scale.methods.sst.layer import SpectralLinear
 from spectral_scale.metrics.flops import (
+    MatrixProduct,
     attention_flops_per_token,
     dense_linear_flops,
     model_flops_per_token,
@@ -73,9 +74,11 @@ def test_impossible_ranks_and_storages_are_refused():
 
 def test_model_flops_of_opt_125m_agree_with_the_published_convention():
     dense = 12 * 12 * 768**2 + 50272 * 768
+    shape, head = (12 * 12 * 768, 768), (50272, 768)
+    products = [MatrixProduct(fqn=str(s), shape=s, times=3, converted=False) for s in (shape, head)]
+    total = model_flops_per_token(products, num_layers=12, hidden_size=768, sequence_length=2048)
     attention = attention_flops_per_token(num_layers=12, hidden_size=768, sequence_length=2048)
-    total = model_flops_per_token(dense_elements=dense, attention_flops=attention)
-    assert total == 6 * dense + 12 * 12 * 768 * 2048
+    assert total == 6 * dense + attention == 6 * dense + 12 * 12 * 768 * 2048
 
 
 def test_utilization_is_a_fraction_or_unknown():

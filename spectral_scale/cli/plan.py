@@ -60,6 +60,11 @@ def add_parser(commands: Any) -> None:
         help="JSON of `bench step` or of a bench check of `doctor --gpu`: measured rates",
     )  # fmt: skip
     group.add_argument("--energy", action="store_true", help="the energy of the run as well")
+    group = parser.add_argument_group("several methods")
+    group.add_argument(
+        "--compare", metavar="A,B", help="these methods side by side: full,sst,lora,galore,..."
+    )
+    group.add_argument("--figure", type=Path, metavar="FILE", help="draw them as SVG as well")
     add_format(parser)
 
 
@@ -67,6 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 0 whatever the verdict. Raises ConfigError for a run that cannot start."""
     place = _place(arguments)
     config = load_run_config(arguments).config
+    if arguments.figure is not None and arguments.compare is None:
+        raise ConfigError("--figure draws a comparison; give --compare as well")
+    if arguments.compare is not None:
+        return _compare(arguments, config, place)
     if not _timed(arguments):
         return _plan(arguments, config, place)
     return _estimate(arguments, config, place)
@@ -115,6 +124,31 @@ def _place(arguments: argparse.Namespace) -> _Place:
 
 def _timed(arguments: argparse.Namespace) -> bool:
     return arguments.gpu is not None or arguments.calibration is not None
+
+
+def _compare(arguments: argparse.Namespace, config: RunConfig, place: _Place) -> int:
+    from spectral_scale.plan import compare
+
+    timed = _cluster(arguments, config, place) if _timed(arguments) else None
+    memory = place.gpu_memory or DEFAULT_MEMORY
+    rows = compare.compare(
+        config,
+        [name.strip() for name in arguments.compare.split(",") if name.strip()],
+        world_size=place.world_size,
+        gpu_memory_bytes=memory if timed is None else place.memory_of(timed[1].gpu),
+        place=timed,
+    )
+    if arguments.figure is not None:
+        from spectral_scale.plan.figure import draw
+
+        plans = {row.name: row.plan for row in rows if row.plan is not None}
+        times = [row.estimate.step_seconds for row in rows if row.estimate is not None]
+        draw(plans, arguments.figure, seconds=times or None)
+    if arguments.format == "json":
+        print(json.dumps(compare.to_json(rows), indent=1))
+    else:
+        print(compare.as_text(rows))
+    return 0
 
 
 def _plan(arguments: argparse.Namespace, config: RunConfig, place: _Place) -> int:

@@ -2,11 +2,14 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from spectral_scale.cli.arguments import add_format, add_run_config, load_run_config, positive
+from spectral_scale.config.load import to_dict
 from spectral_scale.config.resolve import resolve
 from spectral_scale.config.schema import RunConfig
 from spectral_scale.errors import ConfigError
@@ -65,6 +68,14 @@ def add_parser(commands: Any) -> None:
         "--compare", metavar="A,B", help="these methods side by side: full,sst,lora,galore,..."
     )
     group.add_argument("--figure", type=Path, metavar="FILE", help="draw them as SVG as well")
+    group = parser.add_argument_group("layouts")
+    group.add_argument(
+        "--search", action="store_true", help="the layouts with the shortest step that fit"
+    )
+    group.add_argument(
+        "--write", type=Path, metavar="FILE",
+        help="write the best layout's configuration, and FILE.sbatch for it",
+    )  # fmt: skip
     add_format(parser)
 
 
@@ -74,6 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_run_config(arguments).config
     if arguments.figure is not None and arguments.compare is None:
         raise ConfigError("--figure draws a comparison; give --compare as well")
+    if arguments.write is not None and not arguments.search:
+        raise ConfigError("--write writes what a search found; give --search as well")
+    if arguments.search and (arguments.compare is not None or not _timed(arguments)):
+        raise ConfigError("--search needs --gpu (or --calibration), and not --compare")
+    if arguments.search:
+        return _search(arguments, config, place)
     if arguments.compare is not None:
         return _compare(arguments, config, place)
     if not _timed(arguments):
@@ -149,6 +166,43 @@ def _compare(arguments: argparse.Namespace, config: RunConfig, place: _Place) ->
     else:
         print(compare.as_text(rows))
     return 0
+
+
+def _search(arguments: argparse.Namespace, config: RunConfig, place: _Place) -> int:
+    from spectral_scale.plan import search
+
+    file: Path | None = arguments.write
+    for path in () if file is None else (file, _job_file(file)):
+        if path.exists() or not path.parent.is_dir():
+            raise ConfigError(
+                f"--write {file}: {path} exists, or its folder does not; give another file"
+            )
+    rates, cluster = _cluster(arguments, config, place)
+    memory = place.memory_of(cluster.gpu)
+    found = search.search(config, rates, cluster, gpu_memory_bytes=memory)
+    if arguments.format == "json":
+        print(json.dumps(search.to_json(found), indent=1))
+    else:
+        print(search.as_text(found))
+    if file is not None:
+        layout = found.best[0].run.config
+        # The vocabulary is that of the data again when the run starts.
+        layout = replace(layout, model=replace(layout.model, vocab_size=config.model.vocab_size))
+        _write(file, layout, cluster)
+    return 0
+
+
+def _job_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sbatch")
+
+
+def _write(file: Path, config: RunConfig, cluster: Cluster) -> None:
+    """Write a configuration and the job script that starts it."""
+    from spectral_scale.cli.slurm import script_for
+
+    file.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    script = script_for(file, nodes=cluster.nodes, gpus_per_node=cluster.gpus_per_node)
+    _job_file(file).write_text(script, encoding="utf-8")
 
 
 def _plan(arguments: argparse.Namespace, config: RunConfig, place: _Place) -> int:

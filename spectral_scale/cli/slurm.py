@@ -121,6 +121,16 @@ def _ranks_a_node(arguments: argparse.Namespace) -> int:
     return ranks
 
 
+def script_for(config: Path, *, nodes: int, gpus_per_node: int) -> str:
+    """The job script that the command prints for a configuration file and these nodes."""
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    words = ["slurm", "--config", str(config), "--nodes", str(nodes)]
+    arguments = parser.parse_args([*words, "--gpus-per-node", str(gpus_per_node)])
+    arguments.overrides = []
+    return _script(arguments)
+
+
 def _script(arguments: argparse.Namespace) -> str:
     ranks = _ranks_a_node(arguments)
     tasks = tasks_a_node(arguments.launcher, ranks)

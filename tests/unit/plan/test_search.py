@@ -83,7 +83,7 @@ def test_a_wrong_bound_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_rejected_layouts_have_reasons() -> None:
     cluster = cluster_of("a100-40gb", 1, 4)
-    found = found_on(cluster, config("opt-6.7b", 4, "--spectral.method=lora"))
+    found = found_on(cluster, config("opt-6.7b", 4, "--spectral.method=full"))
     reasons = {x.title: x.reason for x in found.rejected}
     assert any("does not fit" in reason for reason in reasons.values())
     assert "megatron" in reasons["megatron"]

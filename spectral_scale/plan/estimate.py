@@ -15,7 +15,7 @@ from spectral_scale.plan.memory import memory_of
 from spectral_scale.plan.step_time import STEP_ASSUMPTIONS, StepSeconds, step_seconds
 
 GPU_HOURS_BETWEEN_FAILURES = 7680.0
-"""An interruption every 7.5 hours on 1,024 GPUs (Kokolis et al. 2024, arXiv 2410.21680)."""
+"""GPU-hours between failures, an assumption: one interruption in 7.5 hours on 1,024 GPUs."""
 SAVE_RATE, LARGEST_SAVE_RATE = 1e9, 20e9
 """Bytes a second at which a node writes, and all nodes together."""
 RESTART_SECONDS = 600.0

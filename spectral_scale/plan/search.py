@@ -57,7 +57,7 @@ class Search:
     best: tuple[FoundLayout, ...]
     """The shortest steps first."""
     rejected: tuple[RejectedLayout, ...]
-    """Layouts that would be faster than the best and do not fit, then kinds that cannot run."""
+    """The first that do not fit though they may be faster, then kinds that cannot run."""
     candidates: int
     """Layouts that can run, whether or not they fit."""
     estimated: int

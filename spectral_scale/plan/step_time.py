@@ -18,7 +18,7 @@ from spectral_scale.plan.tensor_parallel_traffic import rank_shard
 
 MOVED = 12
 """Bytes that a pass and its backward pass move for each byte of activations that they keep, besides
-products: an assumption, near what docs/gpu.md counts for OPT-125M."""
+products: an assumption."""
 LAUNCHES = 124
 """Operations of a block in a forward and a backward pass (docs/gpu.md)."""
 CAST_BYTES = 16

@@ -103,7 +103,8 @@ def test_variants_compute_the_same_function(model: str, whole_model: bool) -> No
     dense, *others = (s.workload.forward(s.model).detach() for s in subjects(settings))
     for variant, other in zip(VARIANTS[1:], others, strict=True):
         if variant == "sst int8":
-            assert 1e-4 < float((other - dense).norm() / dense.norm()) < 0.03
+            # Weights alone are rounded on some processors, and a loss averages over tokens.
+            assert 1e-6 < float((other - dense).norm() / dense.norm()) < 0.03
         else:
             torch.testing.assert_close(other, dense, rtol=1e-4, atol=1e-4)
 

@@ -23,7 +23,7 @@ _BOTH: dict[str, Support] = {
     "method=relora": Yes(_OTHERS),
     "method=galore": Yes(f"{_FOLDER}test_galore_backends.py::test_fsdp2_equals_one_process"),
     "method=frod": Yes(f"{_FROD}test_fsdp2_equals_one_process"),
-    "muon=factors": Yes(f"{_FOLDER}test_muon.py::test_factors_equal_one_process"),
+    "muon=factors": Yes(f"{_FOLDER}test_muon_backends.py::test_factors_equal_one_process"),
     "muon=matrices": No(
         "torch.optim.Muon would gather each matrix from its shards in every step; set "
         "parallel.backend=torch, or train factors (spectral.form=tangent)"
@@ -31,7 +31,7 @@ _BOTH: dict[str, Support] = {
     "dense=frozen": Yes(f"{_FROD}test_fsdp2_equals_one_process"),
     "storage=residual": Yes(_EQUAL),
     "storage=factored": Yes(_EQUAL),
-    "residual_dtype=int8": Yes(f"{_FOLDER}test_int8.py::test_ranks_equal_one_process"),
+    "residual_dtype=int8": Yes(f"{_FOLDER}test_int8_backends.py::test_ranks_equal_one_process"),
     "extra_sigma": Yes(_OTHERS),
     "moments=kept": Yes(_OTHERS),
     "filter=layers": _FILTER,

@@ -7,7 +7,7 @@ _DDP = "tests/distributed/test_ddp.py::test_ddp_equals_one_process"
 _METHODS = "tests/unit/methods/test_methods_runs.py"
 _FROD = "tests/distributed/test_frod_backends.py::"
 _TANGENT = "tests/distributed/test_tangent_backends.py::"
-_MUON = "tests/distributed/test_muon.py::"
+_MUON = "tests/distributed/test_muon_backends.py::"
 _FILTER = Yes("tests/distributed/test_filter_equivalence.py::test_equals_one_process")
 
 TORCH: dict[str, Support] = {
@@ -25,7 +25,9 @@ TORCH: dict[str, Support] = {
     "dense=frozen": Yes(f"{_FROD}test_ddp_equals_one_process"),
     "storage=residual": Yes(_DDP),
     "storage=factored": Yes(f"{_RESUME}test_resume_is_bit_exact[factored storage]"),
-    "residual_dtype=int8": Yes("tests/distributed/test_int8.py::test_ranks_equal_one_process"),
+    "residual_dtype=int8": Yes(
+        "tests/distributed/test_int8_backends.py::test_ranks_equal_one_process"
+    ),
     "extra_sigma": Yes(f"{_RESUME}test_resume_is_bit_exact[extra sigma, kept moments]"),
     "moments=kept": Yes("tests/distributed/test_ddp_kept_moments.py"),
     "filter=layers": _FILTER,

@@ -82,6 +82,7 @@ def check_import(request: ImportRequest) -> ImportResult:
     pickled or quantised; an unsupported architecture) and SpectralScaleError if logits differ.
     """
     _require_folder(request.folder)
+    # The length is not used: positions come from the folder. One token is valid for any model.
     config = ModelConfig(path=str(request.folder), sequence_length=1)
     architecture = resolve_architecture(config)
     model = build_model(architecture, config, eos_token_id=None)

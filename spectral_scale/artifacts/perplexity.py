@@ -26,6 +26,7 @@ from spectral_scale.parallel.device import pick_device
 Precision = Literal["auto", "fp32", "bf16"]
 DEFAULT_BATCH_SIZE = 8
 EVERYTHING = 1 << 62
+"""More sequences than any folder holds: the loader takes what there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,7 @@ def _open_run_model(request: PerplexityRequest, device: torch.device) -> _Measur
     precision = trained if request.precision == "auto" else request.precision
     model = restore_model(run, device=device, exact=precision not in PRODUCT_DTYPES)
     if precision != "fp64":
+        # A run in double precision, measured in another: its weights are still double.
         for parameter in model.parameters():
             if parameter.dtype == torch.float64:
                 parameter.data = parameter.data.float()

@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _check_gpus(arguments)
     if arguments.only or arguments.resume or arguments.rehearsal:
         raise ConfigError("--only, --resume and --rehearsal belong to --gpu, which was not given")
+    # torch is imported from here on: the launcher has to be known before, and `--help` is quick.
     placement = adopt_launcher(launcher_flags(arguments))
     from spectral_scale.doctor.examine import examine
     from spectral_scale.doctor.findings import Finding, exit_code

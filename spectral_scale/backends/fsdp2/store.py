@@ -113,6 +113,9 @@ class FSDP2Store(ParameterStore):
         """
         self._reshard()
         factors = [self._parameters[fqn] for fqn in fqns]
+        # u of 6 x 4 over 2 ranks: each holds 3 rows and sums their squares; 4 numbers are added
+        # over ranks. Were columns spread instead, each rank would hold whole ones: nothing to add.
+        # Factors of one shape and layout become one stack, so launches do not grow with layers.
         shards, by_rows = [local(f) for f in factors], [self._row_layout(f) for f in factors]
         kinds = [(f.shape, id(layout)) for f, layout in zip(factors, by_rows, strict=True)]
         groups = alike(shards, kinds)
@@ -160,6 +163,7 @@ class FSDP2Store(ParameterStore):
         if layout is None or layout.dim != len(shape) - 1:
             rearrange(mine, source, new)
             return
+        # Columns are spread over ranks, so a column's new place may be on another rank.
         whole = cast(DTensor, moment).full_tensor().index_select(-1, source).masked_fill_(new, 0.0)
         box = layout.rectangle(shape)
         mine.copy_(whole[box.slices_in(Rectangle((0,) * len(shape), shape))])

@@ -61,6 +61,8 @@ class MegatronBackend(Backend):
         )
         self._tensor = parallel_state.get_tensor_model_parallel_group()
         self._data = parallel_state.get_data_parallel_group()
+        # Megatron's buffers reduce over a group that counts context-parallel ranks, too; there are
+        # none, but it is another communicator, and must live as long as the buffers.
         reducing = parallel_state.get_data_parallel_group(with_context_parallel=True)
         for group in (self._tensor, self._data, reducing):
             keep_until_exit(group)
@@ -68,6 +70,8 @@ class MegatronBackend(Backend):
         self.data_rank, self.data_world_size = self._data.rank(), self._data.size()
         self.data_collective: Collective = self.collective
         if self._tensor.size() > 1:
+            # All tensor-parallel ranks read the same data: what is counted over data must not be
+            # counted once for each of them.
             self.data_collective = ProcessGroup(torch.device("cpu"), self._data)
         self._model: nn.Module
         self._wrapped: DistributedDataParallel

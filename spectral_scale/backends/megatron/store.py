@@ -119,6 +119,7 @@ class MegatronStore(ParameterStore):
         by_rows = [self._sharded_dims[fqn] == 0 for fqn in names]
         groups = alike(factors, by_rows)
         squares = [norms.square_() for norms in column_norms(factors, groups)]
+        # A rank that holds some rows of a column has a part of its norm only.
         cut = [s for group, s in zip(groups, squares, strict=True) if by_rows[group[0]]]
         if cut and self._tensor.size() > 1:
             total = torch.cat([square.flatten() for square in cut])
@@ -213,6 +214,8 @@ class MegatronStore(ParameterStore):
 
     def _send(self, fqns: Sequence[str], values: Mapping[str, Tensor | None], owner: int) -> None:
         """Overwrite sharded parameters of one dtype by the owner's whole values, in place."""
+        # Ranks 0 1 | 2 3 are two tensor-parallel groups and owner is 2: it scatters to 2 and 3;
+        # then 2 sends its shard to 0, and 3 to 1. Ranks 0 and 1 take part in the second half only.
         into = [self._parameters[fqn].detach() for fqn in fqns]
         shards = self._flat_shards(fqns, values) if self.collective.rank == owner else None
         flat = into[0].new_empty(sum(t.numel() for t in into)) if shards is None else shards[0]

@@ -184,6 +184,7 @@ def test_files_of_an_unknown_kind_are_refused_or_counted(
         ("a.jsonl.gz", b"not gzip"),
         ("a.jsonl.gz", gzip.compress(LINES * 100)[:-20]),
     ],
+    ids=["no magic bytes", "empty", "not gzip", "cut short"],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)

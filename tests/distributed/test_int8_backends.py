@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from spectral_scale.testing.distributed import run_distributed
 from spectral_scale.testing.tiny import tiny_config, train_in_turn
@@ -64,7 +63,6 @@ def different(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return [name for name, value in expected.items() if not np.array_equal(found[name], value)]
 
 
-@pytest.mark.fast
 def test_ranks_equal_one_process(corpus: Path, tmp_path: Path) -> None:
     """Same losses, and whole numbers and scales equal to the bit, whole or sharded by rows; exact
     resume inside an iteration, alone and on two ranks of each backend."""

@@ -13,7 +13,7 @@ from spectral_scale.errors import ConfigError
 from spectral_scale.metrics.report import page as report_module
 from spectral_scale.metrics.report.page import build_report, write_report
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_charts")]
 
 VOID = {"meta", "img", "br", "hr", "link"}
 
@@ -53,9 +53,6 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(part for part in self.texts if part)
-
-
-pytestmark = pytest.mark.usefixtures("quick_charts")
 
 
 @pytest.fixture(autouse=True)

@@ -90,11 +90,33 @@ Case = tuple[Layout, str | None]
 """A layout and what is broken in it."""
 
 
-class Runs:
-    """Results of runs, those of a world size trained by the same processes."""
+def chosen_cases(request: pytest.FixtureRequest) -> list[Case]:
+    """The cases of the tests of this file that were chosen to run."""
+    found: list[Case] = []
+    for item in request.session.items:
+        if item.path != request.path or not isinstance(item, pytest.Function):
+            continue
+        if item.originalname == "test_bf16_products_train_as_on_one_process":
+            found.append((HALF, None))
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if "wanted" in given:
+            found.append((given["wanted"], None))
+        if "fault" in given:
+            found.append((BROKEN[given["fault"]], given["fault"]))
+    return found
 
-    def __init__(self, corpus: Path, folder: Path) -> None:
-        self.corpus, self.folder = corpus, folder
+
+class Runs:
+    """Results of runs, those of a world size trained by the same processes.
+
+    Args:
+        corpus: what they train on.
+        folder: where they write.
+        cases: what will be asked for.
+    """
+
+    def __init__(self, corpus: Path, folder: Path, cases: list[Case]) -> None:
+        self.corpus, self.folder, self.cases = corpus, folder, cases
         self.grouped = save_tiny_llama(folder / "grouped", corpus)
         self._alone: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._found: dict[Case, list[dict[str, Any]]] = {}
@@ -111,9 +133,8 @@ class Runs:
         """What the others are compared with, and the layouts of one rank."""
         if self._alone:
             return
-        compared = [*LAYOUTS, HALF, *BROKEN.values()]
-        keys = sorted({self._key(x.settings()) for x in compared}, key=str)
-        layouts = [x for x in LAYOUTS if x.world == 1]
+        keys = sorted({self._key(x.settings()) for x, _ in self.cases}, key=str)
+        layouts = [x for x, _ in self.cases if x.world == 1]
         changes = [dict(key) for key in keys] + [x.settings() for x in layouts]
         runs = [(self.config(f"one{i}", **c), None) for i, c in enumerate(changes)]
         results = run_distributed(train_in_turn_on_cpu, 1, runs, timeout_seconds=250)[0]
@@ -127,8 +148,7 @@ class Runs:
             self._train_in_one_process()
         if (wanted, fault) not in self._found:
             world = wanted.world
-            cases: list[Case] = [(x, None) for x in [*LAYOUTS, HALF] if x.world == world]
-            cases += [(x, f) for f, x in BROKEN.items() if x.world == world]
+            cases = [(x, f) for x, f in self.cases if x.world == world]
             runs = [
                 (self.config(f"world{world}-{i}", **x.settings()), None)
                 for i, (x, _) in enumerate(cases)
@@ -154,8 +174,10 @@ def norm_gap(found: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 @pytest.fixture(scope="module")
-def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(corpus, tmp_path_factory.mktemp("megatron"))
+def runs(
+    request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Runs:
+    return Runs(corpus, tmp_path_factory.mktemp("megatron"), chosen_cases(request))
 
 
 @pytest.mark.parametrize(

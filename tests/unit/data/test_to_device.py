@@ -60,6 +60,7 @@ def moved_to_gpu() -> dict[str, Any]:
     return {"calls": calls, "recorded": recorded, "devices": [str(t.device) for t in found]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_a_gpu_copies_pinned_memory_beside_its_work() -> None:
     found = on_fake_cuda(moved_to_gpu)

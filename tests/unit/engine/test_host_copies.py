@@ -42,6 +42,7 @@ def two_saves(blocking: bool) -> dict[str, Any]:
     return {"waits": seen.waits, "kept": same}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 @pytest.mark.parametrize("blocking", [False, True])
 def test_a_gpu_is_not_waited_for_and_buffers_stay(blocking: bool) -> None:

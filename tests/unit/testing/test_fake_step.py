@@ -7,6 +7,7 @@ import pytest
 from spectral_scale.models.loss_chunks import CHUNK_BYTES
 from spectral_scale.testing.fake_cuda import missing, on_fake_cuda
 
+pytestmark = pytest.mark.slow
 needs_fake_cuda = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 

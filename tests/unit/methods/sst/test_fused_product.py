@@ -259,6 +259,7 @@ def layer_on_a_gpu(kept: bool) -> dict[str, Any]:
     return counted.figures()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 @pytest.mark.parametrize(("kept", "launches"), [(True, 12), (False, 17)])
 def test_launches_and_bytes_on_a_gpu(kept: bool, launches: int) -> None:

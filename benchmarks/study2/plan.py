@@ -1,7 +1,8 @@
 """Which runs the second study consists of, in which order.
 
-Every prefix is informative: width 128 first (tuning, then all variants with one seed, then the
-changes of rank and settings, then the other seeds), then width 64 and width 256.
+Every prefix is informative: width 128 first, and there the variants that answer the question (their
+tuning, then one seed after the other), then the others, then changes of rank and settings; then
+width 64 and width 256.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,25 +32,32 @@ def group(width: int) -> Group:
 def all_trials(results: Mapping[str, Result]) -> list[Trial]:
     """Every run in order, done or not. Raises StudyError if a result has other settings."""
     main, *others = declared.VARIANTS
-    first, *rest = declared.SEEDS
-    trials = [
-        *_tuning(results, main),
-        *_finals(results, main, [first]),
-        *_changes(results, "rank", declared.RANK_CHANGES, [first]),
-        *_changes(results, "ablation", declared.ABLATIONS, [first]),
-        *_finals(results, main, rest),
-        *_changes(results, "rank", declared.RANK_CHANGES, rest),
-    ]
+    first, *more = declared.SEEDS
+    core = {declared.variant(name, main).name for name in declared.CORE}
+    of_main = declared.VARIANTS[main]
+    trials: list[Trial] = []
+    for variants in (
+        [v for v in of_main if v.name in core],
+        [v for v in of_main if v.name not in core],
+    ):
+        trials += [*_tuning(results, main, variants), *_finals(results, main, variants)]
+    trials += _changes(results, "rank", declared.RANK_CHANGES, [first])
+    trials += _changes(results, "ablation", declared.ABLATIONS, [first])
+    trials += _changes(results, "rank", declared.RANK_CHANGES, more)
     for width in others:
-        trials += [*_tuning(results, width), *_finals(results, width, declared.SEEDS)]
+        variants = declared.VARIANTS[width]
+        trials += [*_tuning(results, width, variants), *_finals(results, width, variants)]
     return checked(trials, results)
 
 
-def _tuning(results: Mapping[str, Result], width: int) -> Iterator[Trial]:
+def _tuning(
+    results: Mapping[str, Result], width: int, variants: Sequence[Variant]
+) -> Iterator[Trial]:
     """The dense rate first; then each variant's first rate before any second one, and so on."""
-    full, *others = declared.VARIANTS[width]
-    yield from _turns(results, width, [full])
-    yield from _turns(results, width, others)
+    full = declared.VARIANTS[width][0]
+    if full in variants:
+        yield from _turns(results, width, [full])
+    yield from _turns(results, width, [variant for variant in variants if variant != full])
 
 
 def _turns(
@@ -62,10 +70,12 @@ def _turns(
                 yield trial
 
 
-def _finals(results: Mapping[str, Result], width: int, seeds: Sequence[int]) -> Iterator[Trial]:
+def _finals(
+    results: Mapping[str, Result], width: int, variants: Sequence[Variant]
+) -> Iterator[Trial]:
     """One seed after the other."""
-    for seed in seeds:
-        for variant in declared.VARIANTS[width]:
+    for seed in declared.SEEDS:
+        for variant in variants:
             if seed in variant.seeds:
                 name = final_name(variant, seed)
                 changes, steps = declared.FINAL, declared.FINAL_STEPS

@@ -65,6 +65,11 @@ _METHODS: dict[str, tuple[str, float, Settings]] = {
     SST: ("SST residual", 4e-3, {"spectral.storage": "residual"} | _SST),
     LORA: ("LoRA", 4e-3, {"spectral.method": "lora"}),
     "full_muon": ("dense, Muon", 8e-3, {"spectral.method": "full"} | _MUON),
+    "full_scale": (
+        "dense, SCALE",
+        1e-2,
+        {"spectral.method": "full", "optimizer.name": "scale"},
+    ),
     "tangent_muon": ("tangent, Muon", 2e-2, _TANGENT | _FACTOR_MUON | _SST),
     "tangent_adam": ("tangent, AdamW", 8e-3, _TANGENT | _SST),
     "sst_factored": ("SST factored", 4e-3, {"spectral.storage": "factored"} | _SST),
@@ -85,7 +90,9 @@ _METHODS: dict[str, tuple[str, float, Settings]] = {
     ),
 }
 """Name -> title, the first rate tried at width 128, settings; the most telling first."""
-DENSE = (FULL, "full_muon")
+DENSE = (FULL, "full_muon", "full_scale")
+CORE = (FULL, "tangent_muon_t60", "tangent_adam_t60", SST, LORA, "full_muon")
+"""Run first, and at the smallest width as well."""
 FINALISTS = (FULL, "full_muon", "tangent_muon_t60")
 """Run at the largest width as well."""
 
@@ -105,7 +112,7 @@ def variant(name: str, width: int) -> Variant:
     )
 
 
-NAMES = {WIDTH: tuple(_METHODS), SMALL: tuple(_METHODS), LARGE: FINALISTS}
+NAMES = {WIDTH: tuple(_METHODS), SMALL: CORE, LARGE: FINALISTS}
 """Width -> what is tuned and run to the end there."""
 VARIANTS = {width: [variant(name, width) for name in names] for width, names in NAMES.items()}
 """By width, in the order in which they are run and shown."""
@@ -162,5 +169,5 @@ ABLATIONS = (
     ),
 )
 
-SECONDS_PER_STEP = {SMALL: 0.06, WIDTH: 0.13, LARGE: 0.4}
+SECONDS_PER_STEP = {SMALL: 0.1, WIDTH: 0.2, LARGE: 0.5}
 """On one slow core, where nothing has been measured yet."""

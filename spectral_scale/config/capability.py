@@ -75,6 +75,8 @@ def requested(config: RunConfig, spec: MethodSpec | None = None) -> Iterator[str
     yield from spec.features(spectral)
     if config.optimizer.name == "muon":
         yield "muon=factors" if spec.converts else "muon=matrices"
+    if config.optimizer.name == "scale":
+        yield "scale=matrices"
     if not spectral.train_dense:
         yield "dense=frozen"
     if spec.converts:

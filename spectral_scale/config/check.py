@@ -66,8 +66,11 @@ POSITIVE = (
     "train.time_limit_minutes",
 )
 """Keys of amounts, which must be finite and above 0."""
-MUON_KEYS = frozenset({"optimizer.muon_momentum", "optimizer.spectral_lr"})
-"""Keys that every run with `optimizer.name=muon` uses."""
+OPTIMIZER_KEYS = {
+    "muon": frozenset({"optimizer.muon_momentum", "optimizer.spectral_lr"}),
+    "scale": frozenset({"optimizer.spectral_lr"}),
+}
+"""Keys that every run with an optimizer uses, whatever its method."""
 
 
 def check_config(
@@ -89,6 +92,11 @@ def check_config(
         problems.append(
             f"train.tf32=true has no effect on train.precision={config.train.precision}; leave it "
             "out, or set train.precision=fp32"
+        )
+    if config.optimizer.name == "scale" and (spec.converts or not spec.muon):
+        problems.append(
+            "optimizer.name=scale trains the matrices of spectral.method=full, and not what "
+            f"{spec.title} trains; set optimizer.name=adamw"
         )
     if config.optimizer.name == "muon" and not spec.muon:
         problems.append(
@@ -209,8 +217,9 @@ def keys_without_effect(config: RunConfig) -> list[str]:
     They are no error, so that one file can serve several methods; a run names them at its start.
     """
     used = chosen_spec(config.spectral).keys
-    used |= MUON_KEYS if config.optimizer.name == "muon" else frozenset()
-    known = sorted(MUON_KEYS.union(*(spec.keys for spec in METHOD_SPECS.values())))
+    used |= OPTIMIZER_KEYS.get(config.optimizer.name, frozenset())
+    own = frozenset().union(*OPTIMIZER_KEYS.values())
+    known = sorted(own.union(*(spec.keys for spec in METHOD_SPECS.values())))
     if not config.filter.enabled:
         known += [f"filter.{field.name}" for field in fields(FilterConfig)]
     default = RunConfig()

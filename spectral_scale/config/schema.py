@@ -131,16 +131,18 @@ class SpectralConfig:
 class OptimizerConfig:
     """The optimizer, its learning rates and their schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "scale"] = "adamw"
     """adamw: for everything. muon: orthogonalised momentum for the factors of the tangent form, or
-    for the dense matrices of the blocks (full), at spectral_lr; AdamW for the rest, at lr."""
+    for the dense matrices of the blocks (full), at spectral_lr; AdamW for the rest, at lr. scale:
+    normalised gradients for all matrices (full), at spectral_lr; AdamW for the rest."""
     lr: float = 1.0e-3
     """Learning rate of the dense parameters."""
     spectral_lr: float = 1.0e-3
     """Learning rate of what the method trains: triplets, low-rank factors or projected matrices;
     also of Muon's dense matrices."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Adam's decay rates of the first and second moment."""
+    """Adam's decay rates of the first and second moment. scale: the first one is the momentum of
+    the output layer."""
     eps: float = 1.0e-8
     """Adam's epsilon."""
     muon_momentum: float = 0.95

@@ -38,6 +38,7 @@ FEATURES: dict[str, str] = {
     "moments=kept": "SST, moments that survive a swap",
     "muon=factors": "Muon for trained factors",
     "muon=matrices": "Muon for dense matrices",
+    "scale=matrices": "SCALE for dense matrices",
     "dense=frozen": "frozen embeddings, norms and other linears",
     "filter=layers": "spectral filter over layers",
     "filter=rows": "spectral filter over rows",

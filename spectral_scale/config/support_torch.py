@@ -22,6 +22,7 @@ TORCH: dict[str, Support] = {
     "method=frod": Yes(f"{_FROD}test_ddp_equals_one_process"),
     "muon=factors": Yes(f"{_MUON}test_factors_equal_one_process"),
     "muon=matrices": Yes(f"{_MUON}test_ddp_of_dense_matrices"),
+    "scale=matrices": Yes(f"{_MUON}test_ddp_of_scale"),
     "dense=frozen": Yes(f"{_FROD}test_ddp_equals_one_process"),
     "storage=residual": Yes(_DDP),
     "storage=factored": Yes(f"{_RESUME}test_resume_is_bit_exact[factored storage]"),

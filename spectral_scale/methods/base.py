@@ -5,7 +5,7 @@ Each method's folder exports one `METHOD`; `config.methods` holds its torch-free
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from spectral_scale.methods.layer import factored_layers
 from spectral_scale.optim.build import build_adamw
 from spectral_scale.optim.groups import param_groups
 from spectral_scale.optim.muon import build_muon
+from spectral_scale.optim.scale import build_scale
 from spectral_scale.parallel.collective import Collective
 from spectral_scale.parallel.store import ParameterStore
 
@@ -93,8 +94,9 @@ class ControllerParts:
 
 
 def standard_optimizer(model: nn.Module, config: RunConfig, _: Collective) -> torch.optim.Optimizer:
-    """The optimizer of most methods over the groups of `param_groups`: AdamW, or Muon for factors
-    (for the blocks' linears, where no method converted any) and AdamW for the rest."""
+    """The optimizer of most methods over the groups of `param_groups`: AdamW; Muon for factors
+    (for the blocks' linears, where no method converted any) or SCALE for all dense matrices, and
+    AdamW for the rest."""
     groups = param_groups(
         model,
         lr=config.optimizer.lr,
@@ -108,7 +110,15 @@ def standard_optimizer(model: nn.Module, config: RunConfig, _: Collective) -> to
         dense = [] if factored_layers(model) else find_targets(model)
         matrices = {f"{name}.weight" for name in dense}
         return build_muon(groups, config.optimizer, matrices=matrices)
+    if config.optimizer.name == "scale":
+        return build_scale(groups, config.optimizer, last=output_weight(model))
     return build_adamw(groups, config.optimizer)
+
+
+def output_weight(model: nn.Module) -> str:
+    """The fqn of the output layer's weight; of the embedding that it is tied to, if it is."""
+    head = cast(Any, model).get_output_embeddings().weight  # a transformers model's
+    return next(fqn for fqn, parameter in model.named_parameters() if parameter is head)
 
 
 @dataclass(frozen=True, kw_only=True)

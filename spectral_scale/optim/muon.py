@@ -18,7 +18,7 @@ from spectral_scale.config.schema import OptimizerConfig
 from spectral_scale.ops.orthogonal import polar_multiplier
 from spectral_scale.ops.precision import exact_products
 from spectral_scale.optim.build import adamw_state, build_adamw
-from spectral_scale.optim.groups import group_kind
+from spectral_scale.optim.composite import CompositeOptimizer, Part, divided
 from spectral_scale.parallel.dtensor_collectives import local, sum_over_shards
 from spectral_scale.parallel.dtensor_layout import DTensorLayouts
 from spectral_scale.parallel.stacking import alike, stack
@@ -33,83 +33,28 @@ RMS = 0.2
 """Root mean square of an update at a learning rate of 1, about that of Adam's."""
 
 
-def muon_groups(
-    groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, matrices: Collection[str]
-) -> list[dict[str, Any]]:
-    """The groups of `param_groups`, the dense matrices that Muon trains in one of their own.
-
-    Args:
-        groups: as `param_groups` builds them.
-        config: Muon's matrices train at its `spectral_lr` and decay as other dense matrices do.
-        matrices: fqns of dense matrices for Muon; what else is dense stays AdamW's.
-    """
-    divided = []
-    for group in groups:
-        members = dict(zip(group["fqns"], group["params"], strict=True))
-        taken = {fqn: p for fqn, p in members.items() if fqn in matrices}
-        rest = {fqn: p for fqn, p in members.items() if fqn not in matrices}
-        rate = config.spectral_lr
-        own = {"name": MATRICES, "lr": rate, "base_lr": rate}
-        for part, changes in ((rest, {}), (taken, own)):
-            if part:
-                held = {"fqns": list(part), "params": list(part.values())}
-                divided.append(group | changes | held)
-    return divided
-
-
 def build_muon(
     groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, matrices: Collection[str]
-) -> "MuonWithAdamW":
-    """Muon for `matrices` and for all factors, fused AdamW for the rest, without state yet."""
-    return MuonWithAdamW(muon_groups(groups, config, matrices=matrices), config)
-
-
-class MuonWithAdamW(torch.optim.Optimizer):
-    """One optimizer over groups of three kinds: factors, dense matrices, and what AdamW trains.
-
-    Its groups and its state are those of the optimizers that it consists of.
+) -> CompositeOptimizer:
+    """Muon for `matrices` and for all factors, fused AdamW for the rest, without state yet.
 
     Args:
-        groups: of `muon_groups`.
-        config: momentum of Muon; betas and epsilon of AdamW.
+        groups: of `param_groups`.
+        config: dense matrices train at its `spectral_lr` and decay as other dense matrices do.
+        matrices: fqns of dense matrices for Muon; what else is dense stays AdamW's.
     """
-
-    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> None:
-        super().__init__(groups, {"lr": config.lr})
-        parts: dict[str, list[dict[str, Any]]] = {}
-        for group in self.param_groups:
-            kind = group_kind(group["name"])
-            parts.setdefault(kind if kind in (FACTORS, MATRICES) else "adamw", []).append(group)
-        makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-            FACTORS: lambda of: FactorMuon(of, momentum=config.muon_momentum),
-            MATRICES: lambda of: torch.optim.Muon(
-                of, momentum=config.muon_momentum, adjust_lr_fn="match_rms_adamw"
-            ),
-            "adamw": lambda of: build_adamw(of, config),
-        }
-        self._parts = [makers[part](of) for part, of in parts.items()]
-        for optimizer in self._parts:
-            optimizer.state = self.state
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. Collective where factors are sharded."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for optimizer in self._parts:
-            optimizer.step()
-        return loss
-
-    def initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """Zero momentum, or AdamW's state."""
-        if group_kind(group["name"]) in (FACTORS, MATRICES):
-            return {MOMENTUM: torch.zeros_like(parameter, requires_grad=False)}
-        return adamw_state(parameter)
-
-    def kept_apart(self) -> tuple[Tensor, ...]:
-        """Nothing: all state is in `state`."""
-        return ()
+    rate, momentum = config.spectral_lr, config.muon_momentum
+    taken = dict.fromkeys(matrices, MATRICES)
+    own = divided(groups, {MATRICES: {"lr": rate, "base_lr": rate}}, taken)
+    parts = {
+        FACTORS: Part(make=lambda of: FactorMuon(of, momentum=momentum), state=_momentum_state),
+        MATRICES: Part(
+            make=lambda of: torch.optim.Muon(of, momentum=momentum, adjust_lr_fn="match_rms_adamw"),
+            state=_momentum_state,
+        ),
+    }
+    rest = Part(make=lambda of: build_adamw(of, config), state=lambda p, _: adamw_state(p))
+    return CompositeOptimizer(own, parts, rest)
 
 
 class FactorMuon(torch.optim.Optimizer):
@@ -158,7 +103,11 @@ class FactorMuon(torch.optim.Optimizer):
         """Update this rank's shard of the momentum; its average with the gradient's."""
         state = self.state[factor]
         if MOMENTUM not in state:
-            state[MOMENTUM] = torch.zeros_like(factor, requires_grad=False)
+            state |= _momentum_state(factor, {})
         average = local(state[MOMENTUM])
         average.lerp_(gradient, 1 - momentum)
         return gradient.lerp(average, momentum)
+
+
+def _momentum_state(parameter: Tensor, _: dict[str, Any]) -> dict[str, Tensor]:
+    return {MOMENTUM: torch.zeros_like(parameter, requires_grad=False)}

@@ -195,12 +195,12 @@ def disk_bytes(run: ResolvedRun) -> int:
 
 
 def checkpoint_bytes(config: RunConfig, inventory: Inventory) -> int:
-    """Trained weights and their moments (two, with Muon one), the bank or the frozen weights' fp32
-    truth, and what the spectral filter keeps."""
+    """Trained weights and their moments, the bank or the frozen weights' fp32 truth, and what the
+    spectral filter keeps."""
     method = method_memory(config, inventory, world_size=1).saved
     filtered = filter_needs(config, inventory, world_size=1).saved
     trained = 3 * master_itemsize(config) * inventory.numel(trainable=True)
-    trained -= master_itemsize(config) * sum(x.numel for x in inventory.muon_items(config))
+    trained -= inventory.lighter_bytes(config)
     return trained + method + filtered
 
 

@@ -124,6 +124,16 @@ class Inventory:
         trained = self._select(trainable=True, in_blocks=True)
         return [item for item in trained if item.role == role]
 
+    def lighter_bytes(self, config: RunConfig) -> int:
+        """Bytes by which the optimizer's moments are less than Adam's two: Muon keeps one of what
+        it trains; SCALE keeps none of matrices, and one of the output layer."""
+        if config.optimizer.name != "scale":
+            return sum(item.numel * item.itemsize for item in self.muon_items(config))
+        last = "embed_tokens.weight" if self.architecture.tied_embeddings else "lm_head.weight"
+        matrices = [item for item in self._select(True, None) if item.role == "matrix"]
+        kept = {item.fqn: 1 if item.fqn.endswith(last) else 0 for item in matrices}
+        return sum((2 - kept[item.fqn]) * item.numel * item.itemsize for item in matrices)
+
     def largest_block(self, *, trainable: bool) -> int:
         """Elements of trained or frozen parameters in the block that has most of them."""
         return self._largest_blocks[trainable]

@@ -56,10 +56,9 @@ def memory_of(run: ResolvedRun, inventory: Inventory) -> Memory:
     filtered = filter_needs(config, inventory, world_size=world_size)
     offloaded = config.parallel.offload == "cpu"
     parts["host" if offloaded else "optimizer"] += method.optimizer + filtered.kept
-    # Muon keeps one moment of an element, Adam two.
-    saved = sum(item.numel * item.itemsize for item in here.muon_items(config))
     sharded = config.parallel.backend == "fsdp2"
-    parts["optimizer"] -= saved // (shard_group_size(config.parallel, world_size) if sharded else 1)
+    group = shard_group_size(config.parallel, world_size) if sharded else 1
+    parts["optimizer"] -= here.lighter_bytes(config) // group
     parts["gathered"] += method.gathered
     bank = method.owned
     host = parts.pop("host", 0)

@@ -144,16 +144,17 @@ def test_the_whole_study_takes_at_most_twenty_processor_hours() -> None:
 
 
 def test_the_most_telling_runs_come_first(whole: dict[str, Result]) -> None:
-    order = [t for t in all_trials(whole) if t.stage != "ablation"]
+    """Of width 128 the core first, each of its variants once before any twice; seeds in turn."""
+    order = all_trials(whole)
     widths = [width_of(t) for t in order]
     assert widths == sorted(widths, reverse=True)
-    seeds = [(t.stage == "final", t.settings["train.seed"]) for t in order if width_of(t) == 128]
-    finals = [seed for is_final, seed in seeds if is_final]
-    assert finals == sorted(finals)
-    tunes = [t.name.split("-")[1] for t in order if t.stage == "tune" and width_of(t) == 128]
-    turn = [name for name in tunes if name != "w128_full"][:3]
-    assert len(set(turn)) == 3  # each variant once before any twice
-    assert tunes[:3] == ["w128_full"] * 3
+    of_main = [t for t in order if width_of(t) == declared.WIDTH]
+    names = [t.name.split("-")[1] for t in of_main if t.stage in ("tune", "final")]
+    assert names.index("w128_tangent_adam") > max(i for i, n in enumerate(names) if "lora" in n)
+    tunes = [t.name.split("-")[1] for t in of_main if t.stage == "tune"]
+    assert tunes[:5] == [*["w128_full"] * 3, "w128_sst_residual", "w128_lora"]
+    finals = [t.settings["train.seed"] for t in of_main if t.stage == "final"]
+    assert finals == [0] * 3 + [1] * 3 + [2] * 3 + [0, 1, 2]
 
 
 def test_a_best_rate_at_an_edge_is_followed(small: None) -> None:

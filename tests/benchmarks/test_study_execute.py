@@ -43,7 +43,8 @@ if mode == "wait" and not (folder / "stopped").exists():
     (folder / "begun").touch()
     time.sleep(60)
 line = {"step": steps, "validation/loss": 5 + abs(float(rate) - 0.002), "train/loss": 5.0,
-        "train/step_seconds": 0.1}
+        "train/step_seconds": 0.1, "train/processor_seconds": 0.05, "train/tokens": 64 * steps}
+line |= {f"memory/{use}_bytes": 10 for use in ("weights", "gradients", "states", "bank")}
 (folder / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
 """
 
@@ -68,6 +69,8 @@ def test_all_runs_are_made_once_and_skipped_afterwards(tmp_path, tiny_study):
     assert sorted(started) == sorted(results) == sorted(t.name for t in all_trials(results))
     assert results["final-full-seed_0"].settings["optimizer.lr"] == 2e-3
     assert results["final-full-seed_0"].facts["train_seconds"] == declared.FINAL_STEPS * 0.1
+    steps = declared.FINAL_STEPS
+    assert results["final-full-seed_0"].costs == [(steps, 64 * steps, steps * 0.05, 40)]
     again, started_again = executor(tmp_path)
     assert again.run() == 0
     assert started_again == []

@@ -1,4 +1,4 @@
-"""Muon on several ranks against one process; exact resume; what sharded factors send."""
+"""Muon and SCALE on several ranks against one process; exact resume; what sharded factors send."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +24,7 @@ FACTORS: dict[str, Any] = {
     "train__global_batch_size": BATCH,
 }
 MATRICES = FACTORS | {"spectral__form": "sst", "spectral__method": "full"}
+SCALE = MATRICES | {"optimizer__name": "scale"}
 FSDP2 = FACTORS | {"parallel__backend": "fsdp2"}
 CASES = {"DDP": FACTORS, "FSDP2": FSDP2, "HSDP": FSDP2 | {"parallel__shard_group": 1}}
 
@@ -45,7 +46,7 @@ def in_turn(
 @pytest.fixture(scope="module")
 def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One process's results for factors and for dense matrices."""
-    cases = {"factors": FACTORS, "matrices": MATRICES}
+    cases = {"factors": FACTORS, "matrices": MATRICES, "scale": SCALE}
     found = in_turn(1, corpus, tmp_path_factory.mktemp("alone"), cases)
     return {name: ranks[0] for name, ranks in found.items()}
 
@@ -54,7 +55,7 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 def together(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of two ranks."""
     folder = tmp_path_factory.mktemp("together")
-    return in_turn(WORLD, corpus, folder, CASES | {"dense": MATRICES})
+    return in_turn(WORLD, corpus, folder, CASES | {"dense": MATRICES, "scale": SCALE})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -76,9 +77,14 @@ def test_ddp_of_dense_matrices(alone: dict[str, Any], together: dict[str, Any]) 
     assert all(np.array_equal(first[name], second[name]) for name in shared)
 
 
+def test_ddp_of_scale(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    found = distance(together["scale"], alone["scale"])
+    assert found.loss < 1e-12 and max(found.weights, found.moments) < 1e-8, found
+
+
 def test_resume_is_bit_exact(corpus: Path, tmp_path: Path, together: dict[str, Any]) -> None:
     """Stopped inside an iteration, where momentum is not zero; fresh processes go on."""
-    cases = {"FSDP2": FSDP2, "dense": MATRICES}
+    cases = {"FSDP2": FSDP2, "dense": MATRICES, "scale": SCALE}
     first = in_turn(WORLD, corpus, tmp_path, cases, STOP)
     second = in_turn(WORLD, corpus, tmp_path, cases)
     for name in cases:

@@ -115,6 +115,17 @@ def test_muon_is_refused_by_name_where_it_cannot_train() -> None:
         check_config(config(**chosen), world_size=2)
 
 
+def test_scale_is_refused_by_name_where_it_cannot_train() -> None:
+    for chosen in ({"spectral__form": "tangent"}, {"spectral__method": "galore"}):
+        with pytest.raises(ConfigError, match="optimizer.name=scale trains the matrices of"):
+            check_config(config(**chosen, optimizer__name="scale"), world_size=1)
+    dense = {"spectral__method": "full", "optimizer__name": "scale"}
+    check_config(config(**dense), world_size=2)
+    assert keys_without_effect(config(**dense, optimizer__spectral_lr=0.1)) == []
+    with pytest.raises(ConfigError, match=r"\(scale=matrices\) does not run on fsdp2"):
+        check_config(config(**dense, parallel__backend="fsdp2"), world_size=2)
+
+
 def test_muon_s_keys_have_effect_with_muon_alone() -> None:
     given = {"optimizer__muon_momentum": 0.9, "optimizer__spectral_lr": 0.1}
     dense = {"spectral__method": "full"}

@@ -58,6 +58,14 @@ def test_muon_keeps_one_moment_of_factors_and_of_dense_matrices() -> None:
         assert plan.checkpoint_bytes == adam.checkpoint_bytes - saved
 
 
+def test_scale_keeps_one_moment_of_the_tied_embedding_alone() -> None:
+    words = ("--spectral.method=full", "--model.vocab_size=50000")
+    adam, plan = planned(*words), planned(*words, "--optimizer.name=scale")
+    saved = 4 * (2 * (MATRICES + 2050 * 768) + 50000 * 768)
+    assert plan.memory["optimizer"] == adam.memory["optimizer"] - saved
+    assert plan.checkpoint_bytes == adam.checkpoint_bytes - saved
+
+
 def test_muon_sums_gram_matrices_over_shards() -> None:
     words = [*WORDS, "--spectral.form=tangent", "--parallel.backend=fsdp2"]
     traffic = [

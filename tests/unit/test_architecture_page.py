@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| (\d+) \| `([\w/]+)` \| (.+) \|$", re.M)
 NAMED = re.compile(r"`((?:\w+/)+[\w*]*(?:\.py|/))`")
-TOP_LEVEL = ("benchmarks/", "launch/", "slurm/", "ds_configs/", "tests/")
+TOP_LEVEL = ("benchmarks/", "examples/", "launch/", "slurm/", "ds_configs/", "tests/")
 
 
 def floors_of(page: str) -> dict[str, int]:

@@ -30,7 +30,7 @@ FLOORS = (
     {"data", "checkpoint", "tasks"},
     {"supervision"},
     {"engine"},
-    {"plan", "artifacts", "bench"},
+    {"plan", "artifacts", "bench", "integrations"},
     {"gpu_checks"},
     {"cli"},
     {"testing", "__main__"},
@@ -67,6 +67,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "plan": BELOW_BACKENDS - {"ops"} | {"data", "engine", "metrics"},
     "artifacts": BELOW_ENGINE | {"engine"},
     "bench": BELOW_ENGINE | {"engine"},
+    "integrations": BELOW_BACKENDS - {"models", "ops"} | {"engine"},
     "gpu_checks": BELOW_ENGINE | {"cluster", "engine", "bench", "plan"},
     "cli": BELOW_ENGINE
     | {"cluster", "engine", "artifacts", "bench", "plan", "doctor", "gpu_checks"},
@@ -81,7 +82,7 @@ ONLY_IN = {
     "torch": (
         *("ops/", "parallel/", "optim/", "models/", "methods/", "doctor/", "backends/", "data/"),
         *("checkpoint/", "metrics/", "supervision/", "engine/", "artifacts/", "bench/", "testing/"),
-        *("gpu_checks/", "hyperbolic/", "tasks/"),
+        *("gpu_checks/", "hyperbolic/", "integrations/", "tasks/"),
     ),
     "torch.distributed": (
         *("parallel/", "doctor/", "backends/", "checkpoint/", "supervision/", "engine/"),
@@ -89,6 +90,7 @@ ONLY_IN = {
     ),
     "transformers": (
         *("models/", "backends/", "data/", "engine/", "artifacts/", "bench/", "cli/", "testing/"),
+        "integrations/",
     ),
     "deepspeed": ("backends/deepspeed/", "testing/deepspeed.py"),
     "megatron": ("backends/megatron/", "testing/megatron.py"),

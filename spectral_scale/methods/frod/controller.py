@@ -24,6 +24,7 @@ from spectral_scale.methods.frod.product import CategoryBasis
 from spectral_scale.methods.frod.sparsity import Pattern, draw_positions
 from spectral_scale.methods.layer import weights_set_aside
 from spectral_scale.methods.lr_ramp import require_spectral_group
+from spectral_scale.methods.state import StatefulController
 from spectral_scale.parallel.collective import Collective, SingleProcess
 from spectral_scale.parallel.store import ParameterStore, TorchStore
 
@@ -33,7 +34,7 @@ WeightSource = Callable[[str], Tensor]
 """Layer name -> dense weight (out, in); called on the owner only, twice or more."""
 
 
-class FRoDController:
+class FRoDController(StatefulController):
     """Gives the layers of `convert_frod` their frozen weights and their categories' bases.
 
     Each rank reads the matrices it owns, one at a time, and the ranks add up n x n sums; no rank

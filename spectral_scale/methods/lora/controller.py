@@ -28,6 +28,7 @@ from spectral_scale.methods.lora.layer import (
 from spectral_scale.methods.lr_ramp import ramp_learning_rates
 from spectral_scale.methods.owners import assign_owners
 from spectral_scale.methods.schedule import SpectralSchedule
+from spectral_scale.methods.state import StatefulController
 from spectral_scale.parallel.collective import Collective, SingleProcess
 from spectral_scale.parallel.store import ParameterStore, TorchStore
 
@@ -60,7 +61,7 @@ class MergeReport:
         }
 
 
-class LowRankController:
+class LowRankController(StatefulController):
     """Draws the factors of a model converted by `convert_lora` and, for relora, merges them.
 
     Call `after_step()` after every applied optimizer step.

@@ -24,6 +24,7 @@ from spectral_scale.methods.sst.casts import CastCache
 from spectral_scale.methods.sst.layer import spectral_layers
 from spectral_scale.methods.sst.report import SwapReport
 from spectral_scale.methods.sst.swap import Swap
+from spectral_scale.methods.state import StatefulController
 from spectral_scale.parallel.collective import Collective, SingleProcess
 from spectral_scale.parallel.store import ParameterStore, TorchStore
 
@@ -31,7 +32,7 @@ WeightSource = Callable[[str], Tensor]
 """Layer name -> dense initial weight (out, in); called on the owner only."""
 
 
-class SpectralController:
+class SpectralController(StatefulController):
     """Owns the bank and swaps triplets in and out of a converted model.
 
     Creating it decomposes every converted weight and scatters the first triplets. Call

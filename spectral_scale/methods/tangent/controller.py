@@ -18,6 +18,7 @@ from spectral_scale.methods.lr_ramp import ramp_learning_rates
 from spectral_scale.methods.owners import assign_owners
 from spectral_scale.methods.phases import PhaseClock
 from spectral_scale.methods.schedule import SpectralSchedule
+from spectral_scale.methods.state import StatefulController
 from spectral_scale.methods.tangent.basis import make_basis
 from spectral_scale.methods.tangent.layer import tangent_layers
 from spectral_scale.methods.tangent.report import TangentReport
@@ -27,7 +28,7 @@ from spectral_scale.parallel.collective import Collective, SingleProcess
 from spectral_scale.parallel.store import ParameterStore, TorchStore
 
 
-class TangentController:
+class TangentController(StatefulController):
     """Owns the weights of a model converted by `convert_tangent` and swaps the bases of updates.
 
     Creating it takes every converted weight over and scatters the first bases. Call `after_step()`

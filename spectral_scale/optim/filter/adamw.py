@@ -8,10 +8,10 @@ from torch import Tensor
 
 from spectral_scale.config.schema import FilterConfig
 from spectral_scale.errors import CheckpointError, ConfigError
+from spectral_scale.optim.filter.saved_chunks import SavedChunks
 from spectral_scale.optim.filter.spectral_filter import SpectralFilter
 from spectral_scale.optim.groups import group_kind
 from spectral_scale.parallel.flat_shards import TensorShards
-from spectral_scale.parallel.shard_geometry import Rectangle
 
 ROLES = {
     "spectral_direction": "direction",
@@ -104,30 +104,7 @@ class SpectralFilterAdamW(torch.optim.AdamW):
             )
         saved = state_dict["filter"]
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "filter"})
-        self.filter.load_state(_Reader(saved).read)
-
-
-class _Reader:
-    """Finds the chunk that was saved under a name and place."""
-
-    def __init__(self, saved: dict[str, Tensor]) -> None:
-        self._saved = saved
-
-    def read(
-        self, name: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
-    ) -> Tensor:
-        for key in (name, f"{name}@{','.join(map(str, offset or ()))}"):
-            found = self._saved.get(key)
-            if found is not None and offset is not None and shape is not None:
-                box, start = Rectangle(offset, shape), (0,) * len(offset)
-                frame = Rectangle(start if key == name else offset, tuple(found.shape))
-                found = found[box.slices_in(frame)]
-            if found is not None and (shape is None or tuple(found.shape) == tuple(shape)):
-                return found
-        raise CheckpointError(
-            f"{name} is missing from the filter's state; load it with the filter, model and number "
-            "of ranks that saved it"
-        )
+        self.filter.load_state(SavedChunks(saved).read)
 
 
 def _trained(params: Iterable[Any]) -> list[Any]:

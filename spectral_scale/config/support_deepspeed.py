@@ -52,7 +52,7 @@ _COMMON: dict[str, Support] = {
     "clipping": _EQUAL,
     "dropout": Yes(f"{_FEATURES}test_dropout_and_recomputation_equal_ddp"),
     "activation_checkpointing": Yes(f"{_FEATURES}test_dropout_and_recomputation_equal_ddp"),
-    "compile": No("no test has shown it"),
+    "compile": Yes("tests/distributed/test_compiled_blocks.py::test_equals_plain_blocks"),
     "resume": Yes(f"{_STATE}test_resume_is_bit_exact"),
     "reshard": Yes(f"{_STATE}test_reshard_and_migrate"),
     "migrate": Yes(f"{_STATE}test_reshard_and_migrate"),
@@ -64,6 +64,10 @@ _HIDDEN_STEP = No(
 _ZERO0: dict[str, Support] = _COMMON | {
     "precision=bf16": _HIDDEN_STEP,
     "precision=fp16": _HIDDEN_STEP,
+    "compile": No("no test has shown it; set parallel.zero_stage=1"),
+}
+_NOT_COMPILED: dict[str, Support] = {
+    "compile": No("no test has shown it with offload; set parallel.offload=none"),
 }
 _ZERO3: dict[str, Support] = _COMMON | {
     "residual=replicated": No("ZeRO-3 shards frozen weights, too; set parallel.zero_stage=2"),
@@ -77,8 +81,8 @@ DEEPSPEED: dict[str, dict[str, Support]] = {
     "zero3": _ZERO3,
     "zero0+offload": _refused("stage 0 shards nothing to offload; set parallel.zero_stage=2"),
     "zero1+offload": _refused("no test has shown it; set parallel.zero_stage=2"),
-    "zero2+offload": _COMMON,
-    "zero3+offload": _ZERO3,
+    "zero2+offload": _COMMON | _NOT_COMPILED,
+    "zero3+offload": _ZERO3 | _NOT_COMPILED,
 }
 """Row of the capability table, a stage with or without offload (see `capability.variant`) ->
 feature -> support."""

@@ -49,7 +49,7 @@ _BOTH: dict[str, Support] = {
     "clipping": Yes(_EQUAL),
     "dropout": Yes(_SAME),
     "activation_checkpointing": Yes(_OTHERS),
-    "compile": No("compiled blocks were not tried under fully_shard; set model.compile=false"),
+    "compile": Yes(f"{_FOLDER}test_compiled_blocks.py::test_equals_plain_blocks"),
     "resume": Yes(_SAME),
     "reshard": Yes(_ELSEWHERE),
     "migrate": Yes(_ELSEWHERE),
@@ -95,6 +95,10 @@ FSDP2_TP: dict[str, Support] = {
     "clipping": _TP_EQUAL,
     "dropout": Yes(f"{_TP_TESTS}test_bf16_and_dropout"),
     "activation_checkpointing": _TP_EQUAL,
+    "compile": No(
+        "collectives of tensor parallelism inside a compiled block were not tried; set "
+        "model.compile=false"
+    ),
     "resume": _TP_STATE,
     "reshard": _TP_STATE,
     "migrate": _TP_STATE,

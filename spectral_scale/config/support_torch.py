@@ -46,7 +46,7 @@ TORCH: dict[str, Support] = {
     "clipping": Yes(_DDP),
     "dropout": Yes(f"{_RESUME}test_resume_is_bit_exact[dropout]"),
     "activation_checkpointing": Yes("tests/unit/models/test_build_materialise.py"),
-    "compile": Yes("tests/unit/models/test_build_compiled_blocks.py"),
+    "compile": Yes("tests/distributed/test_compiled_blocks.py::test_equals_plain_blocks"),
     "resume": Yes(f"{_RESUME}test_ddp_resume_is_bit_exact"),
     "reshard": Yes(f"{_RESUME}test_resume_at_another_world_size"),
     "migrate": No("not shown yet"),

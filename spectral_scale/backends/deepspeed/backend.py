@@ -116,6 +116,8 @@ class DeepSpeedBackend(Backend):
     def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Initialize the engine; it computes in the run's precision and keeps fp32 masters."""
         self._save_resolved()
+        if self._config.model.compile and zero_stage(self._config.parallel) == 3:
+            gather_whole_blocks(self._model)
         self._engine, *_ = self._deepspeed.initialize(
             model=self._model, optimizer=optimizer, config=self.deepspeed_config
         )
@@ -247,6 +249,17 @@ def _require_precision(deepspeed: Any, precision: str, device: torch.device) -> 
             f"train.precision={precision}: DeepSpeed does not support it on this {device.type}; "
             f"set train.precision to one of {['fp32', *others]}"
         )
+
+
+def gather_whole_blocks(model: nn.Module) -> None:
+    """Have ZeRO-3 gather the weights of each transformer block together, around its forward pass,
+    instead of linear by linear inside it, where its hooks would break up a compiled block."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                set_z3_leaf_module(block, True)
 
 
 def _import_deepspeed(device: torch.device, rank_info: RankInfo, level: int) -> Any:

@@ -1,13 +1,18 @@
 """Compiled blocks compute what plain ones do, also after their triplets were swapped in place.
 
-The graphs are captured and differentiated as for real; only the slow code generation is left out.
+One test generates code as a run does. In the others graphs are captured and differentiated as for
+real, and only the slow code generation is left out.
 """
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from spectral_scale.config.presets import Architecture
 from spectral_scale.config.schema import ModelConfig, SpectralConfig
@@ -74,3 +79,24 @@ def test_losses_equal_those_of_plain_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     assert [type(block).__name__ for block in compiled] == ["OPTDecoderLayer"] * 2
     assert found == pytest.approx(plain, abs=1e-5)
     assert plain[-1] < plain[0]
+
+
+BUDGET_SECONDS = 90.0
+"""Processor time of the compiled run, C++ compilers included."""
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's code generator needs g++")
+def test_generated_code_trains_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own code generator, from an empty cache: nothing is generated again after a swap."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    plain = train(5, compiled=False)
+    torch._dynamo.reset()
+    counters.clear()
+    started = sum(os.times()[:4])
+    found = train(5, compiled=True)
+    assert sum(os.times()[:4]) - started < BUDGET_SECONDS
+    assert found == pytest.approx(plain, abs=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1  # of both blocks, before and after two swaps
+    assert list(tmp_path.rglob("*.so")), "nothing was generated"

@@ -81,10 +81,11 @@ def test_losses_equal_those_of_plain_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     assert plain[-1] < plain[0]
 
 
-BUDGET_SECONDS = 90.0
-"""Processor time of the compiled run, C++ compilers included."""
+BUDGET_SECONDS = 180.0
+"""Processor time of the compiled run, C++ compilers included: twice what it takes."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's code generator needs g++")
 def test_generated_code_trains_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ bf16, as on the torch backend.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ class MegatronBackend(Backend):
         """Wrap the GPTModel in Megatron's DistributedDataParallel."""
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=True,  # in Megatron's buckets of 40 M elements or more
             use_distributed_optimizer=self.config.parallel.distributed_optimizer,
             check_for_nan_in_grad=False,
         )
@@ -140,8 +140,10 @@ class MegatronBackend(Backend):
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
-        """Gradients stay on each rank until the last micro-batch, then are summed."""
-        yield
+        """Gradients stay on each rank until the last micro-batch; in its backward pass, each
+        bucket is summed as soon as its gradients are there."""
+        with nullcontext() if last else self._wrapped.no_sync():
+            yield
         if last:
             finalize_model_grads([self._wrapped])
             sum_partial_gradients(self._gpt.parameters(), self._tensor)

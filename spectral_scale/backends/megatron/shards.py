@@ -8,7 +8,7 @@ What a rank's optimizer steps are these ranges, as (first element, elements):
     FP32Optimizer             (0, 6)    (6, 6)    (0, 6)    (6, 6)     d0 and d1 are replicas
     DistributedOptimizer      (0, 4)    (6, 4)    (4, 2)    (10, 2)    one group of four ranks
 
-The DistributedOptimizer flattens all of a rank's local weights into one buffer and splits that, so
+The DistributedOptimizer flattens a rank's local weights into buckets and splits each of them, so
 that its boundary between d0 and d1 may lie anywhere, here after 4 elements. A row-parallel weight
 is sharded along its columns; it is flattened by blocks of columns (`FlatOrder`), so that t0's
 columns are one range as well.

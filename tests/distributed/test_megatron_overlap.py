@@ -11,7 +11,7 @@ from spectral_scale.testing.equivalence import assemble
 from spectral_scale.testing.megatron import megatron_in_one_group
 from spectral_scale.testing.tiny import tiny_config, train_tiny
 
-STEPS = 6  # a swap after 4
+STEPS = 5  # a swap after 4
 BUCKET = 20_000
 """Elements; the model has several buckets then."""
 SETTINGS: dict[str, Any] = {

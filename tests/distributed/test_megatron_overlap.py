@@ -11,7 +11,7 @@ from spectral_scale.testing.equivalence import assemble
 from spectral_scale.testing.megatron import megatron_in_one_group
 from spectral_scale.testing.tiny import tiny_config, train_tiny
 
-STEPS = 5  # a swap after 4
+STEPS, STOP = 5, 3  # a swap after 4
 BUCKET = 20_000
 """Elements; the model has several buckets then."""
 SETTINGS: dict[str, Any] = {
@@ -24,9 +24,9 @@ SETTINGS: dict[str, Any] = {
 } | UNCLIPPED
 
 
-def train(runs: list[tuple[Any, bool]]) -> list[dict[str, Any]]:
-    """Train each (configuration, overlap) on this rank; also how many reductions began inside a
-    backward pass, and how many after it."""
+def train(runs: list[tuple[Any, bool, int | None]]) -> list[dict[str, Any]]:
+    """Train each (configuration, overlap, step to stop at) on this rank; also how many reductions
+    began inside a backward pass, and how many after it."""
     with megatron_in_one_group():
         from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
@@ -53,30 +53,27 @@ def train(runs: list[tuple[Any, bool]]) -> list[dict[str, Any]]:
         module.DistributedDataParallelConfig = chosen  # type: ignore[assignment,misc]
         _ParamAndGradBucketGroup.start_grad_sync = counted
         module.MegatronBackend.backward = marked  # type: ignore[method-assign]
-        for config, overlap in runs:
+        for config, overlap, stop in runs:
             began.clear()
             state["overlap"] = overlap
-            result = train_tiny(config)
+            result = train_tiny(config, stop)
             found.append(result | {"inside": sum(began), "after": len(began) - sum(began)})
         return found
 
 
 def test_overlapped_sums_are_the_same(corpus: Path, tmp_path: Path) -> None:
     """From the second step on, every bucket is reduced inside the backward pass of the last
-    micro-batch; the twin without overlap reduces after it. Whoever steps, the bits are the same."""
+    micro-batch; the twin without overlap reduces after it. Whoever steps, the bits are the same,
+    also after a stop, where each rank's part of every bucket was saved."""
     cases = [(sharded, overlap) for sharded in (True, False) for overlap in (True, False)]
-    runs = [
-        (
-            tiny_config(
-                corpus,
-                tmp_path / f"{sharded}_{overlap}",
-                **SETTINGS,
-                parallel__distributed_optimizer=sharded,
-            ),
-            overlap,
-        )
-        for sharded, overlap in cases
-    ]
+
+    def configured(name: str, sharded: bool) -> Any:
+        changes = SETTINGS | {"parallel__distributed_optimizer": sharded}
+        return tiny_config(corpus, tmp_path / name, **changes)
+
+    runs = [(configured(f"{s}_{o}", s), o, None) for s, o in cases]
+    stopped = configured("stopped", True)
+    runs += [(stopped, True, STOP), (stopped, True, None)]
     ranks = run_distributed(train, 2, runs, timeout_seconds=400)
     found = {case: [rank[i] for rank in ranks] for i, case in enumerate(cases)}
     for sharded in (True, False):
@@ -85,5 +82,13 @@ def test_overlapped_sums_are_the_same(corpus: Path, tmp_path: Path) -> None:
         assert buckets > 1 and overlapped[0]["inside"] == (STEPS - 1) * buckets
         assert plain[0]["inside"] == 0 and plain[0]["after"] >= STEPS
         assert overlapped[0]["losses"] == plain[0]["losses"]
-        tensors, expected = assemble(overlapped), assemble(plain)
-        assert not [k for k, v in expected.items() if not np.array_equal(tensors[k], v)]
+        assert different(assemble(overlapped), assemble(plain)) == []
+    resumed = [rank[-1] for rank in ranks]
+    assert resumed[0]["step"] == STEPS and ranks[0][-2]["step"] == STOP
+    assert different(assemble(resumed), assemble(found[True, True])) == []
+
+
+def different(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Names of tensors that are not equal to the bit."""
+    assert found.keys() == expected.keys()
+    return [name for name, value in expected.items() if not np.array_equal(found[name], value)]

@@ -101,9 +101,7 @@ def message_seconds(run: ResolvedRun, inventory: Inventory, cluster: Cluster) ->
 def overlaps(run: ResolvedRun) -> bool:
     """Whether the backend sends while the rank computes."""
     parallel = run.config.parallel
-    if parallel.backend == "deepspeed":
-        return zero_stage(parallel) == 3
-    return parallel.backend != "megatron"
+    return parallel.backend != "deepspeed" or zero_stage(parallel) == 3
 
 
 def hidden_seconds(run: ResolvedRun, micro_batch_seconds: float) -> float:

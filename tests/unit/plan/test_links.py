@@ -56,7 +56,8 @@ def test_what_a_backend_overlaps() -> None:
     ddp, fsdp = messages(FOUR), messages(FOUR, "--parallel.backend=fsdp2")
     zero2 = messages(FOUR, "--parallel.backend=deepspeed", "--parallel.zero_stage=2")
     zero3 = messages(FOUR, "--parallel.backend=deepspeed", "--parallel.zero_stage=3")
-    for found in (ddp, fsdp, zero3):
+    megatron = messages(FOUR, "--parallel.backend=megatron")
+    for found in (ddp, fsdp, zero3, megatron):
         assert found.overlapped > 0 and found.exposed == 0
     assert zero2.overlapped == 0 and zero2.exposed > 0
     assert fsdp.overlapped > ddp.overlapped  # frozen weights are gathered as well

@@ -59,6 +59,7 @@ _TP_TESTS = f"{_FOLDER}test_tensor_parallel.py::"
 _TP_EQUAL = Yes(f"{_TP_TESTS}test_equals_one_process")
 _TP_FILTER = Yes(f"{_FOLDER}test_filter_tensor_parallel.py::test_equals_one_process")
 _TP_STATE = Yes(f"{_TP_TESTS}test_state_moves_between_backends")
+_TP_TANGENT = Yes(f"{_FOLDER}test_tangent_tensor_parallel.py::test_equals_one_process")
 _TP_NO_MUON = No("no test has shown it yet; leave parallel.tensor_parallel out")
 
 FSDP2: dict[str, Support] = _BOTH
@@ -73,7 +74,9 @@ FSDP2_TP: dict[str, Support] = {
         "its owners exchange rows of matrices, and tensor parallelism also shards columns; "
         "leave parallel.tensor_parallel out"
     ),
-    "form=tangent": No("no test has shown it yet; leave parallel.tensor_parallel out"),
+    "form=tangent": _TP_TANGENT,
+    "basis=random": _TP_TANGENT,
+    "basis=svd": _TP_TANGENT,
     "muon=factors": _TP_NO_MUON,
     "muon=matrices": _TP_NO_MUON,
     "storage=residual": _TP_EQUAL,

@@ -42,4 +42,5 @@ def _planned(config: RunConfig, inventory: Inventory, world_size: int) -> Planne
         product_itemsize=itemsizes(config)[0],
         passes=3 if config.model.activation_checkpointing else 2,
         row_parallel=frozenset(n for n in inventory.matrices if in_parts and kind_of(n) == "row"),
+        tensor_parallel=parallel.tensor_parallel,
     )

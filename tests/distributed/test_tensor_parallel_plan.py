@@ -32,6 +32,7 @@ FROD = {
     "spectral__targets": "[q_proj,k_proj,out_proj,fc1]",
     "spectral__sparsity": 0.05,
 }
+TANGENT = {"spectral__form": "tangent"}
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "megatron": {
         "residual": {},
@@ -55,6 +56,8 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "llama, recomputed": RECOMPUTED | LLAMA,
         "projected embeddings": {"model__name": "opt-350m", "model__num_layers": 2},
         "frod": FROD,
+        "tangent": TANGENT,
+        "tangent, recomputed, bf16": TANGENT | RECOMPUTED | BF16,
         "frod, recomputed, bf16": FROD | RECOMPUTED | BF16,
     },
 }

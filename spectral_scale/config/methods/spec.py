@@ -47,6 +47,16 @@ class PlannedModel:
     """Times that a layer's weight is used for a micro-batch: forward, backward, and recomputed."""
     row_parallel: frozenset[str]
     """Converted layers whose inputs are sharded by tensor parallelism."""
+    tensor_parallel: int
+    """Ranks over which inputs of `row_parallel` and outputs of all other layers are sharded."""
+
+    def shard_shapes(self) -> list[Shape]:
+        """What a tensor-parallel rank holds of each of `matrices`."""
+        parts, row = self.tensor_parallel, self.row_parallel
+        return [
+            (m, n // parts) if name in row else (m // parts, n)
+            for name, (m, n) in self.matrices.items()
+        ]
 
     def largest_load(self, cost: Callable[[Shape], int]) -> int:
         """The sum of `cost` over converted layers on the rank where it is largest."""

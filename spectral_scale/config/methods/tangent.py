@@ -92,7 +92,7 @@ def _memory(spectral: SpectralConfig, model: PlannedModel) -> MethodMemory:
 
     shapes = model.matrices.values()
     return MethodMemory(
-        gathered=max(map(formed, shapes), default=0),
+        gathered=max(map(formed, model.shard_shapes()), default=0),
         owned=model.largest_load(owned),
         workspace=max(map(workspace, shapes), default=0),
         saved=sum(map(owned, shapes)),
@@ -118,7 +118,7 @@ def _work(spectral: SpectralConfig, model: PlannedModel) -> MethodWork:
         return 8 * r * shape[0] * shape[1] if forms_weight(model.tokens, shape, size) else 0
 
     return MethodWork(
-        micro_batch_flops=sum(map(formed, model.matrices.values())),
+        micro_batch_flops=model.tensor_parallel * sum(map(formed, model.shard_shapes())),
         swap_flops=model.largest_load(lambda shape: 4 * r * shape[0] * shape[1]),
         decomposed=model.decomposed_by_one() if basis_of(spectral) == "svd" else 0,
     )

@@ -87,13 +87,18 @@ def test_what_does_not_fit_a_form_is_refused(changes: dict[str, object], problem
         check_config(config(**{f"spectral__{k}": v for k, v in changes.items()}), world_size=1)
 
 
-@pytest.mark.parametrize(("backend", "parts"), [("megatron", 1), ("fsdp2", 2)])
-def test_tensor_parallelism_refuses_the_tangent_form_by_name(backend: str, parts: int) -> None:
-    chosen = config(
-        spectral__form="tangent", parallel__backend=backend, parallel__tensor_parallel=parts
-    )
-    with pytest.raises(ConfigError, match=r"SST, tangent form \(form=tangent\) does not run on"):
-        check_config(chosen, world_size=2)
+def test_tensor_parallelism_takes_the_tangent_form_on_fsdp2_alone() -> None:
+    chosen = {"spectral__form": "tangent", "parallel__tensor_parallel": 2}
+    fsdp2 = chosen | {"parallel__backend": "fsdp2"}
+    for basis in ("random", "svd"):
+        check_config(config(**fsdp2, spectral__basis=basis), world_size=2)
+    refused = [
+        (chosen | {"parallel__backend": "megatron"}, r"SST, tangent form \(form=tangent\)"),
+        (fsdp2 | {"optimizer__name": "muon"}, r"Muon for trained factors \(muon=factors\)"),
+    ]
+    for changes, what in refused:
+        with pytest.raises(ConfigError, match=f"{what} does not run on"):
+            check_config(config(**changes), world_size=2)
 
 
 def test_muon_is_refused_by_name_where_it_cannot_train() -> None:

@@ -5,6 +5,8 @@ import pytest
 from spectral_scale.config.load import load_config
 from spectral_scale.config.resolve import resolve
 from spectral_scale.plan.build import Plan, plan_run
+from spectral_scale.plan.inventory import take_inventory
+from spectral_scale.plan.method_needs import method_memory, method_work
 
 WORDS = (
     "--model.name=opt-125m",
@@ -84,3 +86,19 @@ def test_a_formed_weight_is_counted_where_there_is_one() -> None:
     single = planned(*words, "--train.precision=fp32", "--train.micro_batch_size=8")
     assert half.memory["gathered"] == 0
     assert single.memory["gathered"] == 4 * 768 * 3072
+
+
+def test_a_shard_decides_by_its_own_shape_whether_it_is_formed() -> None:
+    """With 400 tokens, halves of (768, 768) are formed; wholes and larger halves are not."""
+    words = [*WORDS, "--spectral.form=tangent", "--model.sequence_length=400"]
+    words += ["--train.precision=fp32", "--train.micro_batch_size=1", "--parallel.backend=fsdp2"]
+
+    def formed(parts: int) -> tuple[int, float]:
+        config = load_config([], [*words, f"--parallel.tensor_parallel={parts}"]).config
+        inventory = take_inventory(config, resolve(config, world_size=2).architecture)
+        needs = method_memory(config, inventory, 2), method_work(config, inventory, 2)
+        return needs[0].gathered, needs[1].micro_batch_flops
+
+    assert formed(1) == (0, 0)
+    squares = 12 * 4 * 768 * 768
+    assert formed(2) == (4 * 768 * 384, 8 * 48 * squares)

@@ -20,8 +20,7 @@ from spectral_scale.methods.owners import assign_owners
 from spectral_scale.methods.phases import PhaseClock
 from spectral_scale.methods.schedule import SpectralSchedule
 from spectral_scale.methods.sst.bank import SpectralBank
-from spectral_scale.methods.sst.casts import CastCache
-from spectral_scale.methods.sst.layer import spectral_layers
+from spectral_scale.methods.sst.layer import forget_casts, keep_casts, spectral_layers
 from spectral_scale.methods.sst.report import SwapReport
 from spectral_scale.methods.sst.swap import Swap
 from spectral_scale.methods.state import StatefulController
@@ -101,8 +100,7 @@ class SpectralController(StatefulController):
         if optimizer is not None:
             self.ramp_learning_rates(optimizer)
         if self.store.keeps_parameters:
-            for layer in self.layers.values():
-                layer.casts = CastCache()
+            keep_casts(self.layers)
         if decompose:
             self._decompose_initial(weights or weights_set_aside(self.layers))
             self.swap.begin(0)
@@ -125,7 +123,7 @@ class SpectralController(StatefulController):
                 because they were clamped in the step before.
         """
         self.applied_steps += 1
-        self._forget_casts()
+        forget_casts(self.layers)
         directions = [f"{n}.{leaf}" for n in self.layers for leaf in ("u", "v")]
         if self.store.retracts_in_step:
             self.store.require_retracted(directions)
@@ -178,7 +176,7 @@ class SpectralController(StatefulController):
             applied_steps: optimizer steps taken when it was saved.
         """
         self.applied_steps = applied_steps
-        self._forget_casts()
+        forget_casts(self.layers)
         for name, owner in self.owners.items():
             if owner == self.collective.rank:
                 saved = {leaf: read(f"bank/{name}/{leaf}") for leaf in self._saved_leaves()}
@@ -186,12 +184,6 @@ class SpectralController(StatefulController):
         self.swap.scatter(trained=False)
 
     # -- small parts -----------------------------------------------------------------------
-
-    def _forget_casts(self) -> None:
-        """No forward pass runs before the parameters have their new values."""
-        for layer in self.layers.values():
-            if layer.casts is not None:
-                layer.casts.clear()
 
     def _describe_eight_bits(self) -> str:
         """What becomes of residuals of whole numbers in a product; nothing if there are none."""

@@ -12,6 +12,7 @@ from spectral_scale.methods.layer import in_product_dtype
 from spectral_scale.methods.sst.casts import CastCache, Factors
 from spectral_scale.methods.sst.fused_product import FusedSpectralProduct
 from spectral_scale.methods.sst.product import Bottleneck, SpectralProduct
+from spectral_scale.methods.sst.shared_input import Member
 from spectral_scale.ops.autocast import product_dtype
 
 FUSED_ON = {"cuda"}
@@ -26,6 +27,7 @@ def spectral_forward(
     active_sigma_only: bool,
     bottleneck: Bottleneck | None = None,
     casts: CastCache | None = None,
+    member: Member | None = None,
 ) -> Tensor:
     """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's.
 
@@ -36,14 +38,17 @@ def spectral_forward(
         active_sigma_only: sigmas of fixed directions get no gradient.
         bottleneck: completes partial sums over tensor-parallel ranks.
         casts: keeps cast factors between micro-batches; None casts them in every pass.
+        member: of layers that cast a common input once; None casts it for this layer alone.
     """
     if x.device.type in FUSED_ON and factors.residual is not None and factors.u_fixed is None:
         dtype = product_dtype(x)
         compiling = torch.compiler.is_compiling()  # which fuses the casts itself
         kept = None if casts is None or compiling else casts.get(factors, dtype)
+        shared = kept is not None and bottleneck is None and x.dtype != dtype
+        joint = member.take(x, dtype) if member is not None and shared else None
         y: Tensor = FusedSpectralProduct.apply(
             x.reshape(-1, x.shape[-1]), factors.residual, factors.u, factors.v, factors.sigma,
-            factors.bias, dtype, enhanced, bottleneck, kept, factors.residual_scale,
+            factors.bias, dtype, enhanced, bottleneck, kept, factors.residual_scale, joint,
         )  # fmt: skip
     else:
         x = in_product_dtype(x)

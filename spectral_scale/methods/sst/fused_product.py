@@ -8,9 +8,10 @@ product:
     y = [x | x v] [W_res | u diag(sigma)]^T + bias
     [dx | h] = g [W_res | u], then dx += h (v diag(sigma))^T
 
-x is cast into the left part of a buffer whose right part takes x v. Where x needs no cast, copying
-it there would cost more than a second product does, and two products are taken. The gradient of
-sigma_j is u_j . dL/du_j: no sum over tokens is needed.
+x is cast into the left part of a buffer whose right part takes x v; layers with one input take one
+buffer (`shared_input`). Where x needs no cast, copying it there would cost more than a second
+product does, and two products are taken. The gradient of sigma_j is u_j . dL/du_j: no sum over
+tokens is needed.
 
 Shape suffixes: T tokens, O out_features, I in_features, R trained triplets.
 """
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from spectral_scale.methods.frozen_weight import widened
 from spectral_scale.methods.sst.casts import CastFactors, cast_factors
 from spectral_scale.methods.sst.product import Bottleneck
+from spectral_scale.methods.sst.shared_input import JointInput
 
 
 class FusedSpectralProduct(torch.autograd.Function):
@@ -43,16 +45,20 @@ class FusedSpectralProduct(torch.autograd.Function):
         bottleneck: Bottleneck | None = None,
         kept: CastFactors | None = None,
         scale_O: Tensor | None = None,
+        joint: JointInput | None = None,
     ) -> Tensor:
         """The output in `dtype`, to which x and every factor is cast.
 
         `scale_O`: of the rows of a residual of whole numbers (`frozen_weight`). `kept`: the cast
-        factors, if they exist already.
+        factors, if they exist already. `joint`: cast x with x v beside it, if it exists already.
         """
         cast = kept or cast_factors(u_OR, v_IR, sigma_R, bias_O, dtype)
         residual = widened(residual_OI, scale_O, dtype)
         width = x_TI.shape[1]
-        if x_TI.dtype == dtype:
+        if joint is not None:
+            x, z, wide_OK = joint.buffer_TK, *joint.operands(residual, cast.u_sigma_OR)
+            y = _affine(x[:, : wide_OK.shape[1]], wide_OK, cast.bias_O)
+        elif x_TI.dtype == dtype:
             z = x_TI @ cast.v_IR
             y = _affine(x_TI, residual, cast.bias_O).addmm_(z, cast.u_sigma_OR.t())
             x = x_TI
@@ -66,7 +72,7 @@ class FusedSpectralProduct(torch.autograd.Function):
                 torch.mm(cast_x, cast.v_IR, out=z)
             y = _affine(x, torch.cat([residual, cast.u_sigma_OR], 1), cast.bias_O)
         ctx.save_for_backward(
-            x, z if x is x_TI else None, residual_OI, scale_O, u_OR, v_IR, sigma_R,
+            x, z if joint or x is x_TI else None, residual_OI, scale_O, u_OR, v_IR, sigma_R,
             cast.u_OR, cast.v_sigma_IR,
         )  # fmt: skip
         ctx.enhanced, ctx.bottleneck, ctx.x_dtype = enhanced, bottleneck, x_TI.dtype
@@ -80,7 +86,7 @@ class FusedSpectralProduct(torch.autograd.Function):
         g = grads[0]
         x, z, residual, scale, u, v, sigma, cast_u, cast_v_sigma = ctx.saved_tensors
         width = residual.shape[1]
-        x, z = (x[:, :width], x[:, width:]) if z is None else (x, z)
+        x, z = x[:, :width], x[:, width:] if z is None else z
         shared = None if ctx.bottleneck is None else ctx.bottleneck.sharding
         if ctx.bottleneck is None:
             d_x, h = _input_gradient(
@@ -102,7 +108,7 @@ class FusedSpectralProduct(torch.autograd.Function):
         d_bias = None if ctx.bias_dtype is None else g.sum(0, dtype=ctx.bias_dtype)
         if d_x is not None:
             d_x = d_x.to(ctx.x_dtype)
-        settings = (None,) * 5  # dtype, enhanced, bottleneck, kept, scale
+        settings = (None,) * 6  # dtype, enhanced, bottleneck, kept, scale, joint
         return d_x, None, d_u, d_v, d_sigma.to(sigma.dtype), d_bias, *settings
 
 

@@ -4,7 +4,7 @@ Knows nothing of schedules, banks, optimizers or processes.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ from spectral_scale.methods.layer import FactoredLinear, ShardedProduct
 from spectral_scale.methods.sst.casts import CastCache, Factors
 from spectral_scale.methods.sst.forward import spectral_forward
 from spectral_scale.methods.sst.product import Bottleneck
+from spectral_scale.methods.sst.shared_input import Member, SharedInput, with_one_input
 from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 from spectral_scale.ops.precision import exact_products
 from spectral_scale.parallel.table import Role
@@ -76,6 +77,8 @@ class SpectralLinear(FactoredLinear):
         self.enhanced, self.active_sigma_only = enhanced, active_sigma_only
         self.casts: CastCache | None = None
         """Keeps cast factors between micro-batches, where a controller says that it is safe."""
+        self.member: Member | None = None
+        """Casts its input together with layers that read the same, where casts are kept."""
         k = min(in_features, out_features)
 
         def trained(*shape: int) -> nn.Parameter:
@@ -146,6 +149,7 @@ class SpectralLinear(FactoredLinear):
             active_sigma_only=self.active_sigma_only,
             bottleneck=bottleneck,
             casts=self.casts,
+            member=self.member,
         )
 
     def sharded_product(self, context: TensorParallelContext) -> ShardedProduct:
@@ -246,6 +250,30 @@ def convert(
         config.storage,
     )
     return converted
+
+
+def keep_casts(layers: Mapping[str, SpectralLinear]) -> None:
+    """Let layers keep cast factors from one pass to the next, and cast common inputs together.
+
+    Args:
+        layers: by fqn; their parameters must lie whole in this rank's memory between passes.
+    """
+    caches = {name: CastCache() for name in layers}
+    for name, layer in layers.items():
+        layer.casts = caches[name]
+    for group in with_one_input(list(layers)):
+        shared = SharedInput([(layers[name].factors, caches[name]) for name in group])
+        for place, name in enumerate(group):
+            layers[name].member = Member(shared, place)
+
+
+def forget_casts(layers: Mapping[str, SpectralLinear]) -> None:
+    """Have factors cast again in the next pass, because parameters were or will be written to."""
+    for layer in layers.values():
+        if layer.casts is not None:
+            layer.casts.clear()
+        if layer.member is not None:
+            layer.member.shared.clear()
 
 
 def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:

@@ -43,8 +43,6 @@ class MegatronStore(ParameterStore):
         table: the parameters' whole shapes; for `shards`.
     """
 
-    keeps_parameters = True
-
     def __init__(
         self,
         model: nn.Module,

@@ -209,10 +209,12 @@ def attention_on_a_gpu(shared: bool) -> dict[str, Any]:
     return counted.figures()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_launches_and_bytes_on_a_gpu() -> None:
     """Two casts and two products fewer, and the bytes of the input that they read."""
     shared, alone = (on_fake_cuda(attention_on_a_gpu, how) for how in (True, False))
-    assert shared["launches"] == alone["launches"] - 4
+    # Two of them add the gradients of the common input.
+    assert (shared["launches"], alone["launches"]) == (34, 38)
     assert shared["megabytes"] <= alone["megabytes"] - 200
     assert shared["waits"] == 0

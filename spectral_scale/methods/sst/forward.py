@@ -12,7 +12,7 @@ from spectral_scale.methods.layer import in_product_dtype
 from spectral_scale.methods.sst.casts import CastCache, Factors
 from spectral_scale.methods.sst.fused_product import FusedSpectralProduct
 from spectral_scale.methods.sst.product import Bottleneck, SpectralProduct
-from spectral_scale.methods.sst.shared_input import Member
+from spectral_scale.methods.sst.shared_input import InputMember
 from spectral_scale.ops.autocast import product_dtype
 
 FUSED_ON = {"cuda"}
@@ -27,7 +27,7 @@ def spectral_forward(
     active_sigma_only: bool,
     bottleneck: Bottleneck | None = None,
     casts: CastCache | None = None,
-    member: Member | None = None,
+    member: InputMember | None = None,
 ) -> Tensor:
     """(..., in) -> (..., out), in autocast's dtype where autocast is on, else in x's.
 

@@ -20,7 +20,7 @@ from spectral_scale.methods.layer import FactoredLinear, ShardedProduct
 from spectral_scale.methods.sst.casts import CastCache, Factors
 from spectral_scale.methods.sst.forward import spectral_forward
 from spectral_scale.methods.sst.product import Bottleneck
-from spectral_scale.methods.sst.shared_input import Member, SharedInput, with_one_input
+from spectral_scale.methods.sst.shared_input import InputMember, SharedInput, with_one_input
 from spectral_scale.methods.tensor_parallel_context import TensorParallelContext
 from spectral_scale.ops.precision import exact_products
 from spectral_scale.parallel.table import Role
@@ -77,7 +77,7 @@ class SpectralLinear(FactoredLinear):
         self.enhanced, self.active_sigma_only = enhanced, active_sigma_only
         self.casts: CastCache | None = None
         """Keeps cast factors between micro-batches, where a controller says that it is safe."""
-        self.member: Member | None = None
+        self.member: InputMember | None = None
         """Casts its input together with layers that read the same, where casts are kept."""
         k = min(in_features, out_features)
 
@@ -264,7 +264,7 @@ def keep_casts(layers: Mapping[str, SpectralLinear]) -> None:
     for group in with_one_input(list(layers)):
         shared = SharedInput([(layers[name].factors, caches[name]) for name in group])
         for place, name in enumerate(group):
-            layers[name].member = Member(shared, place)
+            layers[name].member = InputMember(shared, place)
 
 
 def forget_casts(layers: Mapping[str, SpectralLinear]) -> None:

@@ -139,7 +139,7 @@ class SharedInput:
 
 
 @dataclass(frozen=True)
-class Member:
+class InputMember:
     """A layer's place among those that share an input."""
 
     shared: SharedInput

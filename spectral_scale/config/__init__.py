@@ -3,7 +3,6 @@
 from spectral_scale.config.schema import (
     CheckpointConfig,
     DataConfig,
-    MetricsConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -11,6 +10,7 @@ from spectral_scale.config.schema import (
     SpectralConfig,
     TrainConfig,
 )
+from spectral_scale.config.schema_supervision import MetricsConfig
 
 __all__ = [
     "CheckpointConfig",

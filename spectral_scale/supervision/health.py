@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from spectral_scale.config.schema import HealthConfig
+from spectral_scale.config.schema_supervision import HealthConfig
 
 _WINDOW_DIVISOR = 4
 """A window that is filled to a quarter is enough for a verdict."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spectral_scale.config.schema import HealthConfig
+from spectral_scale.config.schema_supervision import HealthConfig
 from spectral_scale.errors import HealthError
 from spectral_scale.supervision.health import HealthMonitor
 from spectral_scale.supervision.incidents import read_incidents

@@ -39,7 +39,8 @@ def replace_linears(
     before anything is changed.
     """
     names = find_targets(model, targets)
-    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
+    kinds = {name: type(model.get_submodule(name)) for name in names}
+    linears = {name: _as_linear(model.get_submodule(name)) for name in names}
     for name, linear in linears.items():
         _check_rank(name, linear.weight, spectral_rank)
     converted = {}
@@ -49,6 +50,7 @@ def replace_linears(
             layer.bias = linear.bias
         if not linear.weight.is_meta:
             layer.initial_weight = linear.weight.detach()
+        layer.dense_kind = kinds[name]
         parent_name, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child, layer)
         converted[name] = layer
@@ -61,8 +63,8 @@ def _say_what_stays_dense(
 ) -> None:
     """Log the matrices inside numbered blocks that no converted layer holds, and their fraction.
 
-    Weights that are no nn.Linear (the experts of a mixture in one 3-D parameter, GPT-2's Conv1D)
-    would otherwise stay dense without a word. A warning if they are the larger part and nobody
+    Weights of other modules (the experts of a mixture in one 3-D parameter) would otherwise stay
+    dense without a word. A warning if they are the larger part and nobody
     chose the layers by name.
     """
     dense = dense_block_weights(model, converted)
@@ -147,7 +149,7 @@ def _parameters_of(model: nn.Module, names: Sequence[str]) -> set[int]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> int:
-    """Replace converted layers by dense nn.Linear, in place; returns their number."""
+    """Make converted layers what they were, dense, in place; returns their number."""
     layers = factored_layers(model)
     for name, layer in layers.items():
         if layer.merged_by is not None:
@@ -159,19 +161,41 @@ def merge(model: nn.Module) -> int:
                 f"{name} cannot be merged: its weights are sharded; save a checkpoint, load "
                 "it into a model that is whole, and merge that"
             )
-        weight = layer.effective_weight()
-        dense = nn.Linear(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            device="meta",
-        )
-        dense.weight = nn.Parameter(weight)
-        if layer.bias is not None:
-            dense.bias = nn.Parameter(layer.bias.detach())
+        dense = _dense_again(layer)
         parent_name, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child, dense)
     return len(layers)
+
+
+def _is_conv1d(kind: type[nn.Module]) -> bool:
+    """Whether modules of this kind are linears of GPT-2: their weight is stored as (in, out)."""
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _as_linear(module: nn.Module) -> nn.Linear:
+    """The linear itself, or one that equals a Conv1D and has its bias."""
+    if type(module) is nn.Linear:
+        return module
+    weight_IO, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter, module.bias)
+    linear = nn.Linear(*weight_IO.shape, device="meta")
+    linear.weight = nn.Parameter(weight_IO.detach().t().contiguous())
+    linear.bias = bias
+    return linear
+
+
+def _dense_again(layer: FactoredLinear) -> nn.Module:
+    """A module of the kind that the layer was made of, with its present weight and bias."""
+    weight, sizes = layer.effective_weight(), (layer.in_features, layer.out_features)
+    if _is_conv1d(layer.dense_kind):
+        with torch.device("meta"):
+            dense = layer.dense_kind(*reversed(sizes))
+        dense.weight = nn.Parameter(weight.t().contiguous())
+    else:
+        dense = nn.Linear(*sizes, bias=layer.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach())
+    return dense
 
 
 def find_targets(model: nn.Module, targets: Sequence[str] | None = None) -> list[str]:
@@ -179,13 +203,15 @@ def find_targets(model: nn.Module, targets: Sequence[str] | None = None) -> list
 
     Args:
         model: dense; nothing is changed.
-        targets: fnmatch patterns of module names; None takes every nn.Linear inside a numbered
-            block (`...layers.3.fc1`), which leaves embeddings and output layers dense.
+        targets: fnmatch patterns of module names; None takes every nn.Linear, and every Conv1D of
+            GPT-2, inside a numbered block (`...layers.3.fc1`), which leaves embeddings and output
+            layers dense.
 
     Raises ConfigError if a pattern matches no linear, if there is none at all, or if a weight is
     tied to another parameter.
     """
-    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    linears = [name for name, kind in kinds.items() if kind is nn.Linear or _is_conv1d(kind)]
     if targets is None:
         found = [name for name in linears if any(p.isdigit() for p in name.split("."))]
     else:

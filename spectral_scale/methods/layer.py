@@ -63,6 +63,8 @@ class FactoredLinear(nn.Module):
         self.ready = False
         self.sharded_forward: Callable[[Tensor], Tensor] | None = None
         """The forward pass over tensor-parallel ranks, where they hold shards of the layer."""
+        self.dense_kind: type[nn.Module] = nn.Linear
+        """What the layer was before it was converted, and is again when it is merged."""
 
     @property
     def weight(self) -> WeightFacts:

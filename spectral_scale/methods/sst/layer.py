@@ -217,8 +217,9 @@ def convert(
     Args:
         model: converted in place.
         config: rank, storage and gradient form.
-        targets: fnmatch patterns of module names; None takes every nn.Linear inside a numbered
-            block (`...layers.3.fc1`), which leaves embeddings and output layers dense.
+        targets: fnmatch patterns of module names; None takes every nn.Linear, and every Conv1D of
+            GPT-2, inside a numbered block (`...layers.3.fc1`), which leaves embeddings and output
+            layers dense.
         frozen_dtype: dtype of the frozen weights, unless `config` asks for another one of the
             residual; None: that of the dense weight.
 

@@ -21,6 +21,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             decoder_start_token_id=0,
         )
     ),
+    "GPT-2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=16, vocab_size=64)
+    ),
     "Mamba-2": lambda: hf.Mamba2ForCausalLM(
         hf.Mamba2Config(**SMALL, num_heads=4, head_dim=16, state_size=8, n_groups=1)
     ),
@@ -100,8 +103,24 @@ def test_a_model_of_linears_alone_leaves_nothing_to_say(caplog: pytest.LogCaptur
 
 
 def test_matrices_of_other_modules_are_named_where_there_is_no_linear() -> None:
-    model = hf.GPT2LMHeadModel(
-        hf.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0)
-    )
-    with pytest.raises(ConfigError, match=r"transformer\.h\.\*\.attn\.c_attn\.weight"):
+    model = nn.ModuleDict({"h": nn.ModuleList([nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1)])})
+    with pytest.raises(ConfigError, match=r"h\.\*\.weight"):
         convert(model, SpectralConfig(spectral_rank=4))
+
+
+def test_conv1d_is_converted_and_is_itself_again_when_merged() -> None:
+    """GPT-2's linears, whose weight is stored as (in, out): the state dict is what it was."""
+    model = MODELS["GPT-2"]()
+    assert isinstance(model, hf.GPT2LMHeadModel)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = convert(model, SpectralConfig(spectral_rank=4))
+    assert len(layers) == 8
+    fused = layers["transformer.h.0.attn.c_attn"]
+    assert (fused.out_features, fused.in_features) == (96, 32)
+    SpectralController(model, None, SpectralConfig(spectral_rank=4), seed=0)
+    merge(model)
+    assert type(model.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6)

@@ -177,7 +177,8 @@ def _as_linear(module: nn.Module) -> nn.Linear:
     if type(module) is nn.Linear:
         return module
     weight_IO, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter, module.bias)
-    linear = nn.Linear(*weight_IO.shape, device="meta")
+    inputs, outputs = weight_IO.shape
+    linear = nn.Linear(inputs, outputs, device="meta")
     linear.weight = nn.Parameter(weight_IO.detach().t().contiguous())
     linear.bias = bias
     return linear

@@ -34,8 +34,8 @@ class ParameterStore(ABC):
     moves_moments: bool = False
     """Whether `move_moments` is there."""
     keeps_parameters: bool = False
-    """Whether all that this rank multiplies with, whole parameters or its tensor-parallel shards,
-    stays in its memory between passes, so that copies in another precision may do so too."""
+    """Whether this rank's trained parameters lie whole in its memory between passes, so that copies
+    of them in another precision may do so too."""
     keeps_whole_numbers: bool = False
     """Whether frozen weights of whole numbers (int8) keep every bit of their values: no host casts
     or flattens them among others."""

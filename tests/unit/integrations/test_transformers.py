@@ -24,6 +24,8 @@ from spectral_scale.errors import CheckpointError, ConfigError, ResumeMismatchEr
 from spectral_scale.integrations.transformers import attach
 from spectral_scale.methods.layer import factored_layers
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -11,7 +11,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 from exhaustive_tier import EXHAUSTIVE, stale
-from fast_tier import is_fast
+from fast_tier import has_fast_tests, is_fast
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -40,6 +40,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also run what tests/exhaustive_tier.py lists, which takes many minutes",
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import files without a fast test for the fast tier: imports take most of its start."""
+    if config.option.markexpr != "fast" or not collection_path.name.startswith("test_"):
+        return None
+    return None if collection_path.is_dir() or has_fast_tests(collection_path) else True
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker

@@ -33,6 +33,12 @@ def starts_nothing(source: str) -> bool:
 
 
 @functools.cache
+def has_fast_tests(file: Path) -> bool:
+    """Whether a test file is in the tier or marks single tests for it."""
+    return is_fast(file) or "mark.fast" in file.read_text(encoding="utf-8")
+
+
+@functools.cache
 def is_fast(file: Path) -> bool:
     """Whether the tests of a file are in the fast tier unless they say otherwise."""
     return file.is_relative_to(UNIT) and starts_nothing(file.read_text(encoding="utf-8"))

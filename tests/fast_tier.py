@@ -34,8 +34,10 @@ def starts_nothing(source: str) -> bool:
 
 @functools.cache
 def has_fast_tests(file: Path) -> bool:
-    """Whether a test file is in the tier or marks single tests for it."""
-    return is_fast(file) or "mark.fast" in file.read_text(encoding="utf-8")
+    """Whether a test file is in the tier, or marks single tests for it."""
+    source = file.read_text(encoding="utf-8")
+    marked = {"pytestmark = pytest.mark.slow": False, "mark.fast": True}
+    return next((fast for mark, fast in marked.items() if mark in source), is_fast(file))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path, PurePosixPath
 
 import pytest
-from fast_tier import is_fast, starts_nothing
+from fast_tier import has_fast_tests, starts_nothing
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -224,12 +224,6 @@ def without_fast_tests(folders: dict[str, set[str]]) -> list[str]:
             files and f"{other}/".startswith(f"{folder}/") for other, files in folders.items()
         )
     ]
-
-
-def has_fast_tests(file: Path) -> bool:
-    source = file.read_text(encoding="utf-8")
-    marked = {"pytestmark = pytest.mark.slow": False, "mark.fast": True}
-    return next((fast for mark, fast in marked.items() if mark in source), is_fast(file))
 
 
 def test_the_fast_tier_covers_every_package():

@@ -6,7 +6,6 @@ import pytest
 
 from spectral_scale.testing.fake_cuda import missing, on_fake_cuda
 
-pytestmark = pytest.mark.slow
 needs_fake_cuda = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
@@ -49,11 +48,13 @@ def test_a_dense_layer_is_counted() -> None:
     assert found["megabytes"] == pytest.approx(511, abs=1)
 
 
+@pytest.mark.slow
 @needs_fake_cuda
 def test_the_host_waits_for_values_and_for_copies() -> None:
     assert on_fake_cuda(waits) == 3
 
 
+@pytest.mark.slow
 @needs_fake_cuda
 def test_what_fails_there_is_told() -> None:
     with pytest.raises(RuntimeError, match="no_such_module"):
